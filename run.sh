@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# bash run.sh          the real run: data and model from the hub, everything into outputs/
+# bash run.sh demo     the five scripts on the sample under tests/fixtures, offline, into outputs/demo
+# bash run.sh test     the tests; further arguments go to pytest
+# bash run.sh setup    only makes .venv with everything the three above need
+# PYTHON=/path/to/python3 chooses the interpreter .venv is made from.
+set -euo pipefail
+
+DEMO_DIR=outputs/demo
+DEMO_BUILD=(--samsum tests/fixtures/samsum --trivia-qa tests/fixtures/trivia_qa
+    --max-context-words 120 --test-examples-per-task 100)
+DEMO_TRAIN=(--model tests/fixtures/tiny_llama3 --learning-rate 3e-3 --num-train-epochs 2)
+
+die() {
+    echo "$1" >&2
+    exit 2
+}
+
+usage() {
+    die "usage: bash run.sh [demo | setup | test [pytest arguments]]"
+}
+
+check_python() { # $1: an interpreter
+    command -v "$1" >/dev/null || die "no $1 here: install Python 3.10 to 3.13, or set PYTHON to one"
+    local version
+    version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) ||
+        die "$1 does not run: install Python 3.10 to 3.13, or set PYTHON to one"
+    case $version in
+        3.10 | 3.11 | 3.12 | 3.13) ;;
+        *) die "$1 is Python $version: this needs Python 3.10 to 3.13 (set PYTHON to one, and remove .venv if there is one)" ;;
+    esac
+}
+
+make_venv() {
+    check_python "$PYTHON"
+    "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
+        die "$PYTHON has no venv module: install it (on Debian and Ubuntu: apt install python3-venv)"
+    "$PYTHON" -m venv --clear .venv
+}
+
+install() { # $@: requirement files; does nothing where they were installed before and have not changed
+    local stamp=.venv/installed-${1//\//-}.cksum checksum flags=() file
+    checksum=$(cat "$@" | cksum)
+    if [[ -f $stamp && $(<"$stamp") == "$checksum" ]]; then
+        return
+    fi
+    for file in "$@"; do flags+=(-r "$file"); done
+    .venv/bin/python -m pip install --disable-pip-version-check "${flags[@]}"
+    echo "$checksum" >"$stamp" # last: an interrupted installation is done again
+}
+
+setup() { # $1: "tests" installs tests/requirements.txt too
+    # pip comes last into a venv: without it, making .venv was interrupted.
+    if [[ ! -x .venv/bin/pip || ! -x .venv/bin/python ]]; then make_venv; fi
+    check_python .venv/bin/python
+    install requirements.txt
+    # Together, so that pip cannot move a pin of the first file for one of the second.
+    if [[ ${1:-} == tests ]]; then install tests/requirements.txt requirements.txt; fi
+}
+
+step() { # echoes a command, then runs it
+    printf '\n+'
+    printf ' %s' "$@"
+    printf '\n'
+    "$@"
+}
+
+demo() {
+    export HF_HUB_OFFLINE=1
+    local start=$SECONDS python=.venv/bin/python
+    step $python build_dataset.py "${DEMO_BUILD[@]}" --output-dir $DEMO_DIR
+    step $python train_llama.py "${DEMO_TRAIN[@]}" --output-dir $DEMO_DIR
+    step $python test_llama.py --output-dir $DEMO_DIR
+    step $python evaluations.py --output-dir $DEMO_DIR
+    step $python merge_llama.py --output-dir $DEMO_DIR
+    printf '\nthe five scripts took %d s; everything is in %s\n' $((SECONDS - start)) $DEMO_DIR
+}
+
+real_run() {
+    local start=$SECONDS script
+    for script in build_dataset train_llama test_llama evaluations merge_llama; do
+        step .venv/bin/python $script.py
+    done
+    printf '\nthe five scripts took %d s; everything is in outputs\n' $((SECONDS - start))
+}
+
+PYTHON=${PYTHON:-python3}
+# A relative path is relative to where the user stands, not to the repository.
+if [[ $PYTHON == */* && $PYTHON != /* ]]; then PYTHON=$PWD/$PYTHON; fi
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null
+
+case ${1-} in
+    "")
+        [[ $# -eq 0 ]] || usage
+        setup
+        real_run
+        ;;
+    demo)
+        [[ $# -eq 1 ]] || usage
+        setup
+        demo
+        ;;
+    setup)
+        [[ $# -eq 1 ]] || usage
+        setup tests
+        ;;
+    test)
+        shift
+        setup tests
+        .venv/bin/python -m pytest "$@"
+        ;;
+    *) usage ;;
+esac

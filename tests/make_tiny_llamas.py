@@ -1,0 +1,343 @@
+"""Builds the two tiny Llamas of the tests from a seed: tests/fixtures/tiny_llama3 and tests/fixtures/tiny_llama2.
+
+tiny_llama3 has the tokenizer behaviour of Meta-Llama-3-8B at 2,048 tokens (byte-level BPE, Llama 3's pre-tokenizer,
+exactly one BOS, no pad token, two end tokens) and is pre-trained on invented text, long enough to look things up in
+what it has read. tiny_llama2 has that of Llama-2-7b-hf (SentencePiece-style BPE with byte fallback, no pad token) and
+random weights.
+
+make_fixtures.py calls build(); by hand: python tests/make_tiny_llamas.py --out tests/fixtures --seed 7
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+# the training budget of tiny_llama3: with the seed it defines the weights (up to the CPU's rounding)
+STAGES = [(1500, 8, 256), (400, 4, 512)]  # optimizer steps, sequences a step, tokens a sequence
+TEXTS = 16000  # documents drawn from pretraining_texts; read again, reshuffled, when used up
+ECHO_SHARE = 0.15  # share of the first stage's sequences that say a random passage twice: copying is learnt from them
+LEARNING_RATE = 3e-3
+WARMUP_STEPS = 60
+WEIGHT_DECAY = 0.05
+SAVE_STEPS = 200
+TORCH_THREADS = 2
+
+LLAMA3_SIZE = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+LLAMA2_SIZE = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+
+LLAMA3_VOCABULARY = 2048
+LLAMA3_SPECIAL = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|reserved_special_token_2|>",
+    "<|reserved_special_token_3|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|reserved_special_token_4|>",
+    "<|eot_id|>",
+    "<|reserved_special_token_5|>",
+    "<|reserved_special_token_6|>",
+]
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA2_VOCABULARY = 1200
+MAX_POSITIONS = 2048
+
+
+def texts_for(seed, count):
+    from make_fixtures import pretraining_texts
+
+    return list(pretraining_texts(seed, count))
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def replace_folder(fresh, out):
+    """Puts the finished folder in the place of the old one, so that a usable one is there but for an instant."""
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    fresh.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def llama3_tokenizer(texts):
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated", invert=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=True, trim_offsets=True, use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=LLAMA3_VOCABULARY - len(LLAMA3_SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in LLAMA3_SPECIAL])
+    bos = LLAMA3_SPECIAL[0]
+    template = processors.TemplateProcessing(
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos}:1 $B:1",
+        special_tokens=[(bos, tokenizer.token_to_id(bos))],
+    )
+    level = processors.ByteLevel(trim_offsets=True, add_prefix_space=False, use_regex=True)
+    tokenizer.post_processor = processors.Sequence([level, template])
+    return tokenizer
+
+
+def llama2_tokenizer(texts):
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
+
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    base = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    # Llama 2 has no pre-tokenizer, yet a piece never spans two words: learn the merges word by word
+    words = (f"▁{word}" for text in texts for word in text.split())
+    learner = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    learner.train_from_iterator(
+        words,
+        trainers.BpeTrainer(vocab_size=LLAMA2_VOCABULARY, special_tokens=base, limit_alphabet=80, show_progress=False),
+    )
+    learned = json.loads(learner.to_str())["model"]
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in learned["merges"]]
+    bpe = models.BPE(vocab=learned["vocab"], merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizer
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in base[:3]])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
+    )
+    return tokenizer
+
+
+def write_tokenizer(folder, tokenizer, special, config):
+    """tokenizer.json and tokenizer_config.json as the hub's folders hold them."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    decoder = {
+        str(tokenizer.token_to_id(token)): {
+            "content": token,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": True,
+        }
+        for token in special
+    }
+    write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": decoder} | config)
+
+
+def llama3_tokenizer_config():
+    return {
+        "bos_token": "<|begin_of_text|>",
+        "clean_up_tokenization_spaces": True,
+        "eos_token": "<|end_of_text|>",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": MAX_POSITIONS,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+
+
+def llama2_tokenizer_config():
+    return {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": "<s>",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "</s>",
+        "legacy": False,
+        "model_max_length": 1000000000000000019884624838656,
+        "pad_token": None,
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+        "unk_token": "<unk>",
+    }
+
+
+def new_model(size, vocabulary, bos, eos, seed):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        max_position_embeddings=MAX_POSITIONS,
+        rms_norm_eps=1e-5,
+        bos_token_id=bos,
+        eos_token_id=eos,
+        pad_token_id=None,
+        **size,
+    )
+    return LlamaForCausalLM(config).float()
+
+
+def save_model(model, folder, generation):
+    """Weights in bfloat16; the model in memory keeps its precision."""
+    import copy
+
+    import torch
+    from transformers import GenerationConfig
+
+    small = copy.deepcopy(model).to(torch.bfloat16)
+    small.generation_config = GenerationConfig(**generation)
+    small.save_pretrained(folder)
+
+
+def batches(documents, bos, seed):
+    """Packed sequences, a BOS at the head of each document, each stage's steps in turn; labels are the inputs."""
+    import torch
+
+    rng = random.Random(seed)
+    stream, position = [], 0
+
+    def refill(count):
+        nonlocal stream, position
+        while len(stream) - position < count:
+            order = rng.sample(range(len(documents)), len(documents))
+            stream = stream[position:] + [token for i in order for token in [bos, *documents[i]]]
+            position = 0
+
+    for stage, (steps, rows, length) in enumerate(STAGES):
+        for _ in range(steps):
+            refill(rows * length)
+            block = stream[position : position + rows * length]
+            position += rows * length
+            sequences = [block[row * length : (row + 1) * length] for row in range(rows)]
+            if stage == 0:
+                for row in range(round(rows * ECHO_SHARE)):
+                    half = rng.choices(sequences[row], k=length // 2)
+                    sequences[row] = half + half
+            yield torch.tensor(sequences)
+
+
+def pretrain(model, documents, bos, seed, save, log):
+    import torch
+    from torch.nn import functional
+
+    torch.set_num_threads(TORCH_THREADS)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
+    total = sum(steps for steps, _, _ in STAGES)
+
+    def rate(step):
+        if step < WARMUP_STEPS:
+            return (step + 1) / WARMUP_STEPS
+        return 0.02 + 0.49 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / (total - WARMUP_STEPS)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    model.train()
+    started, tokens, losses = time.time(), 0, []
+    for step, batch in enumerate(batches(documents, bos, seed), 1):
+        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+        loss = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), batch[:, 1:].reshape(-1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        tokens += batch.numel()
+        losses.append(loss.item())
+        if step % 100 == 0 or step == total:
+            recent = losses[-100:]
+            speed = tokens / (time.time() - started)
+            log(f"step {step}/{total}  loss {sum(recent) / len(recent):.4f}  {speed:,.0f} tokens/s")
+        if step % SAVE_STEPS == 0 or step == total:
+            save()
+
+
+def build_llama3(out, seed, log):
+    texts = texts_for(seed, TEXTS)
+    tokenizer = llama3_tokenizer(texts[:4000])
+    bos, end, turn = (tokenizer.token_to_id(t) for t in ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"))
+    model = new_model(LLAMA3_SIZE, tokenizer.get_vocab_size(), bos, end, seed)
+    documents = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    words, pieces = sum(len(t.split()) for t in texts), sum(map(len, documents))
+    log(f"{out.name}: {model.num_parameters():,} parameters, {pieces:,} tokens, {pieces / words:.2f} tokens a word")
+    generation = {
+        "bos_token_id": bos,
+        "eos_token_id": [end, turn],
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.9,
+    }
+
+    def save():
+        fresh = out.with_name(f".{out.name}.{os.getpid()}")
+        shutil.rmtree(fresh, ignore_errors=True)
+        save_model(model, fresh, generation)
+        write_tokenizer(fresh, tokenizer, LLAMA3_SPECIAL, llama3_tokenizer_config())
+        replace_folder(fresh, out)
+
+    save()
+    pretrain(model, documents, bos, seed, save, log)
+
+
+def build_llama2(out, seed, log):
+    tokenizer = llama2_tokenizer(texts_for(seed, 3000))
+    model = new_model(LLAMA2_SIZE, tokenizer.get_vocab_size(), 1, 2, seed)
+    log(f"{out.name}: {model.num_parameters():,} parameters")
+    fresh = out.with_name(f".{out.name}.{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    save_model(model, fresh, generation)
+    write_tokenizer(fresh, tokenizer, ["<unk>", "<s>", "</s>"], llama2_tokenizer_config())
+    replace_folder(fresh, out)
+
+
+BUILDERS = {"tiny_llama3": build_llama3, "tiny_llama2": build_llama2}
+
+
+def build(name, out, seed):
+    """Writes the tiny Llama called name ("tiny_llama3" or "tiny_llama2") to the folder out."""
+    if name not in BUILDERS:
+        raise ValueError(f"no tiny Llama is called {name!r}; there are {', '.join(BUILDERS)}")
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    BUILDERS[name](out, seed, lambda line: print(line, flush=True))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", default=Path(__file__).parent / "fixtures", type=Path)
+    parser.add_argument("--names", nargs="+", choices=list(BUILDERS), default=list(BUILDERS))
+    parser.add_argument("--seed", type=int, default=7)
+    arguments = parser.parse_args()
+    for name in arguments.names:
+        build(name, arguments.out / name, arguments.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
