@@ -8,7 +8,7 @@ Reads:  samsum and trivia_qa, each a hub id or a local folder laid out like the 
 Writes: OUTPUT_DIR/dataset/ (a DatasetDict: train, validation, test) and OUTPUT_DIR/dataset_report.json.
 
     python build_dataset.py
-    python build_dataset.py --samsum tests/fixtures/samsum --trivia-qa tests/fixtures/trivia_qa --output-dir outputs/demo
+    python build_dataset.py --samsum tests/fixtures/samsum --trivia-qa tests/fixtures/trivia_qa
 """
 
 import argparse
@@ -221,10 +221,14 @@ def make_row(row_id, task, prompt, completion, references, answer_in_context, ke
     return row | {"key": " ".join(normalized(unicodedata.normalize("NFKC", key)).split())}
 
 
+def with_spares(limit):
+    """How many raw rows to draw for `limit` rendered ones: some are dropped later."""
+    return limit and 2 * limit + 50
+
+
 def sample(dataset, limit, seed):
-    """`limit` rows drawn with the seed (all for 0). Spare rows are drawn too, for those that are dropped later."""
-    wanted = len(dataset) if limit == 0 else min(len(dataset), limit + limit // 2 + 50)
-    return dataset.shuffle(seed=seed).select(range(wanted))
+    """The first `limit` rows (all for 0) in an order drawn with the seed, and spare ones."""
+    return dataset.shuffle(seed=seed).select(range(min(len(dataset), with_spares(limit) or len(dataset))))
 
 
 def load_task(task, args):
@@ -246,13 +250,13 @@ def load_task(task, args):
         files = {split: f"{args.trivia_qa_config}/{pattern}" for split, pattern in files.items()}
         raw = load_source(args.trivia_qa, task, files, TRIVIA_QA_COLUMNS)
         rows = raw["train"].shuffle(seed=args.seed)
-        tenth = min(max(1, len(rows) // 10), math.ceil(1.5 * limits["validation"]) or len(rows))
+        tenth = max(1, min(len(rows) // 10, with_spares(limits["validation"]) or len(rows)))
         raw["validation"], raw["train"] = rows.select(range(tenth)), rows.select(range(tenth, len(rows)))
     return {split: (len(raw[split]), sample(raw[split], limits[split], args.seed)) for split in SPLITS}, limits
 
 
 def render_task(task, args):
-    """Rows per split and {split: Counter of reasons}; test first, so that no row of it stays in train or validation."""
+    """Rows per split and {split: Counter of reasons}; test first, so that train and validation hold none of it."""
     from tqdm import tqdm
 
     raw, limits = load_task(task, args)

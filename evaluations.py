@@ -1,8 +1,8 @@
 """Score the predictions of test_llama.py, or of any other system: ROUGE, BLEU, exact match, F1; base beside tuned.
 
-samsum gets ROUGE-1/2/L/Lsum (stemmed, one sentence per line), BLEU and exact match; trivia_qa gets exact match and F1 by
-the official rules over every alias, BLEU with effective order, and ROUGE. Scores run from 0 to 100; perplexity, where
-the predictions carry it, is printed beside them. Needs neither torch nor the network.
+samsum gets ROUGE-1/2/L/Lsum (stemmed, one sentence per line), BLEU and exact match; trivia_qa gets exact match and F1
+by the official rules over all aliases, BLEU with effective order, and ROUGE. Scores run from 0 to 100; perplexity,
+where the predictions carry it, is printed beside them. Needs neither torch nor the network.
 
 Reads:  OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json, whichever exist, or the files of
         --predictions: {"task": "samsum", "examples": [{"references": ["..."], "prediction": "..."}]} is enough.
@@ -14,7 +14,6 @@ Writes: OUTPUT_DIR/evaluation.json.
 
 import argparse
 import json
-import math
 import os
 import re
 import string
@@ -42,9 +41,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--predictions", nargs="+", default=PREDICTIONS, metavar="FILE", help="none = those in the output dir"
-    )
+    parser.add_argument("--predictions", nargs="+", default=PREDICTIONS, metavar="FILE", help="one file per task")
     parser.add_argument("--output-dir", default=OUTPUT_DIR, help="where evaluation.json is written")
     return parser.parse_args(argv)
 
@@ -55,68 +52,54 @@ def fail(message):
     raise SystemExit(2)
 
 
-def finite(text):
-    """A JSON number as a float; ValueError for NaN, Infinity and what overflows to it (1e999)."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is not a finite number")
-    return number
+def require(condition, message):
+    if not condition:
+        fail(message)
 
 
 def read_predictions(path):
     """One checked prediction file as a dict; anything wrong with it ends the script in one sentence."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=finite, parse_float=finite)
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         fail(f"{path} is not valid JSON ({error}): run test_llama.py again")
-    if not isinstance(data, dict):
-        fail(f"{path} must hold a JSON object with task and examples")
-    if data.get("task") not in list(SCORES):
-        fail(f"{path}: task is {data.get('task')!r}, must be one of {', '.join(SCORES)}")
-    examples = data.get("examples")
-    if not isinstance(examples, list) or not examples:
-        fail(f"{path}: examples must be a list with at least one example")
+    require(isinstance(data, dict), f"{path} must hold a JSON object with task and examples")
+    task, examples, block = data.get("task"), data.get("examples"), data.get("perplexity", {})
+    require(task in list(SCORES), f"{path}: task is {task!r}, must be one of {', '.join(SCORES)}")
+    require(isinstance(examples, list) and examples, f"{path}: examples must be a list with at least one example")
+    with_base = isinstance(examples[0], dict) and "base_prediction" in examples[0]
     for index, example in enumerate(examples):
-        check_example(path, index, example, isinstance(examples[0], dict) and "base_prediction" in examples[0])
-    check_perplexity(path, data.get("perplexity", {}))
+        check_example(f"{path}: example {index}", example, with_base)
+    require(isinstance(block, dict), f"{path}: perplexity must be a JSON object with tuned and base")
+    for system in {"tuned", "base"} & set(block):
+        number = block[system].get("perplexity") if isinstance(block[system], dict) else None
+        require(type(number) in (int, float), f"{path}: perplexity of {system} must be a JSON object with perplexity")
+    check_values(path, data)
     return data
 
 
-def check_example(path, index, example, with_base):
-    """`references`: non-empty list of strings; `prediction`: string; `base_prediction`: in every example or in none."""
-    where = f"{path}: example {index}"
-    if not isinstance(example, dict):
-        fail(f"{where} must be a JSON object with references and prediction")
+def check_example(where, example, with_base):
+    """`references`: list of strings, not empty; `prediction`: string; `base_prediction`: in all examples or none."""
+    require(isinstance(example, dict), f"{where} must be a JSON object with references and prediction")
     for key in ("references", "prediction"):
-        if key not in example:
-            fail(f"{where} has no {key}")
+        require(key in example, f"{where} has no {key}")
     references = example["references"]
-    if not isinstance(references, list) or not references or not all(map(is_text, references)):
-        fail(f"{where}: references must be a list of at least one string")
-    if not is_text(example["prediction"]):
-        fail(f"{where}: prediction must be a string")
-    if ("base_prediction" in example) != with_base:
-        fail(f"{where}: base_prediction must be in every example or in none")
-    if with_base and not is_text(example["base_prediction"]):
-        fail(f"{where}: base_prediction must be a string")
+    listed = isinstance(references, list) and references and all(isinstance(text, str) for text in references)
+    require(listed, f"{where}: references must be a list of at least one string")
+    require(isinstance(example["prediction"], str), f"{where}: prediction must be a string")
+    require(("base_prediction" in example) == with_base, f"{where}: base_prediction must be in all examples or none")
+    require(isinstance(example.get("base_prediction", ""), str), f"{where}: base_prediction must be a string")
+    check_values(where, example)
 
 
-def is_text(value):
-    """Whether `value` is a string that UTF-8 can hold (JSON can smuggle in half a character)."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
-
-
-def check_perplexity(path, block):
-    """`block` is {} or {"tuned": {"perplexity": number, ...}, "base": {...}}."""
-    if not isinstance(block, dict):
-        fail(f"{path}: perplexity must be a JSON object with tuned and base")
-    for system in ("tuned", "base"):
-        value = block.get(system, {"perplexity": 1.0})
-        number = value.get("perplexity") if isinstance(value, dict) else None
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            fail(f"{path}: perplexity of {system} must be an object with a number named perplexity")
+def check_values(where, value):
+    """Python's json reads NaN, 1e999 and half a character without a word: none may get into the scores."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        fail(f"{where} holds a number or text that is not valid JSON ({error}): run test_llama.py again")
 
 
 def read_all(args):
@@ -171,7 +154,7 @@ def triviaqa(predictions, references):
 
 
 def rouge(predictions, references):
-    """rouge_score's F-measures, 0 to 100: plain means of the best reference, stemmed, one sentence per line for Lsum."""
+    """rouge_score's F-measures, 0 to 100: plain means of the best reference; stemmed, a sentence per line."""
     from rouge_score import rouge_scorer
 
     scorer = rouge_scorer.RougeScorer(list(ROUGES), use_stemmer=True)
@@ -193,7 +176,7 @@ def bleu(predictions, references, effective_order):
 
     width = max(map(len, references))
     streams = [[refs[i] if i < len(refs) else None for refs in references] for i in range(width)]
-    if any(len(stream) != len(predictions) for stream in streams):  # sacrebleu would cut silently
+    if len(references) != len(predictions):  # sacrebleu would cut silently
         raise ValueError("predictions and references differ in length")
     metric = BLEU(effective_order=effective_order)
     name = "bleu_effective_order" if effective_order else "bleu"
@@ -222,26 +205,27 @@ def make_metrics(task, cache_dir):
 
     evaluate = import_evaluate()
 
-    class TextMetric(evaluate.Metric):
-        def _info(self):
-            text = {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
-            return evaluate.MetricInfo(description="", citation="", features=datasets.Features(text))
+    text = {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
+    info = {"description": __doc__, "citation": "", "features": datasets.Features(text)}
 
-    class Rouge(TextMetric):
+    class Rouge(evaluate.Metric):
+        def _info(self):
+            return evaluate.MetricInfo(**info)
+
         def _compute(self, predictions, references):
             return rouge(predictions, references)
 
-    class Bleu(TextMetric):
+    class Bleu(Rouge):
         def _compute(self, predictions, references):
             return bleu(predictions, references, effective_order=task == "trivia_qa")
 
-    class TriviaQA(TextMetric):
+    class TriviaQA(Rouge):
         def _compute(self, predictions, references):
             return triviaqa(predictions, references)
 
     # evaluate makes a cache folder even when nothing goes into it: not in the user's home, not in the cwd
-    kinds = (Rouge, Bleu, TriviaQA)
-    return evaluate.combine([kind(keep_in_memory=True, seed=0, cache_dir=cache_dir) for kind in kinds])
+    options = {"keep_in_memory": True, "seed": 0, "cache_dir": cache_dir}
+    return evaluate.combine([Rouge(**options), Bleu(**options), TriviaQA(**options)])
 
 
 def score_task(task, data):
@@ -280,9 +264,8 @@ def print_table(task, result):
     title = f"{task} ({result['examples']} examples)"
     print(f"\n{title:<28}" + "".join(f"{name:>14}" for name in header))
     for name, values in rows:
-        cells = [*values, values[1] - values[0]] if len(values) == 2 else values
-        formats = [">14.2f", ">14.2f", ">+14.2f"]
-        print(f"{name:<28}" + "".join(format(cell, spec) for cell, spec in zip(cells, formats, strict=False)))
+        difference = f"{values[1] - values[0]:>+14.2f}" if len(values) == 2 else ""
+        print(f"{name:<28}" + "".join(f"{value:>14.2f}" for value in values) + difference)
 
 
 def main(argv=None):

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from test_llama import load_adapter, read_adapter
-from train_llama import explain_load_error, fail, load_rows, load_tokenizer
+from train_llama import explain_load_error, fail, load_rows, load_tokenizer, quiet
 
 # Settings: edit here, or override for one run on the command line.
 CHECK_PROMPTS = 8  # test prompts on which the merged model is compared with base and adapter
@@ -79,7 +79,7 @@ def compare(expected, actual):
 
 def write(model, tokenizer, base, folder, args):
     """Save the merged model, tokenizer and model card in `folder`."""
-    model.generation_config.do_sample = False  # Llama 2's own config samples with a temperature: greedy was tested
+    model.generation_config.do_sample = False  # Llama 2's own config samples; greedy was tested
     model.generation_config.temperature = model.generation_config.top_p = None
     model.save_pretrained(folder, max_shard_size=args.max_shard_size)
     tokenizer.save_pretrained(folder)
@@ -112,10 +112,8 @@ def main(argv=None):
         fail(f"cannot write to {output}")
     import torch
     import transformers
-    from transformers.utils import logging
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    quiet()
     tokenizer = load_tokenizer(base)
     model = load_adapter(load_16bit(base), folder)
     expected = logits_of(model, tokenizer, prompts)

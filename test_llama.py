@@ -15,11 +15,10 @@ import argparse
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
-from train_llama import encode, fail, first_line, load_model, load_rows, load_tokenizer
+from train_llama import encode, fail, first_line, load_model, load_rows, load_tokenizer, quiet
 
 # Settings: edit here, or override for one run on the command line.
 COMPARE_WITH_BASE = True  # also test the base, with the adapter switched off
@@ -146,7 +145,7 @@ def predict(model, tokenizer, prompts, task, max_new_tokens, max_tokens, progres
         for index, new in zip(batch, output[:, width:].tolist(), strict=True):
             stop = next((k for k, token in enumerate(new) if token in ends), None)
             unfinished += stop is None
-            text = tokenizer.decode(new[:stop], skip_special_tokens=True).strip()
+            text = tokenizer.decode(new[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
             predictions[index] = text.split("\n")[0].strip() if task == "trivia_qa" else text
         progress.update(len(batch))
     return predictions, unfinished
@@ -185,10 +184,10 @@ def test_task(args, model, tokenizer, rows, task):
                  "build_dataset.py")  # fmt: skip
     result = {}
     for system in ["tuned", "base"] if args.compare_with_base else ["tuned"]:
-        with model.disable_adapter() if system == "base" else nullcontext():
-            with tqdm(total=2 * len(prompts), desc=f"{task} {system}", disable=None, leave=False) as progress:
-                nll = score(model, tokenizer, prompts, completions, args.max_batch_tokens, progress)
-                texts, unfinished = predict(model, tokenizer, prompts, task, new, args.max_batch_tokens, progress)
+        progress = tqdm(total=2 * len(prompts), desc=f"{task} {system}", disable=None, leave=False)
+        with progress, model.disable_adapter() if system == "base" else nullcontext():
+            nll = score(model, tokenizer, prompts, completions, args.max_batch_tokens, progress)
+            texts, unfinished = predict(model, tokenizer, prompts, task, new, args.max_batch_tokens, progress)
         figures = perplexity(nll, completions, rows["completion"]) | {"hit_max_new_tokens": unfinished}
         result[system] = {"nll": nll, "predictions": texts, "figures": figures}
     return result | {"tokens": [len(completion) for completion in completions]}
@@ -230,9 +229,8 @@ def main(argv=None):
     if not os.access(args.output_dir, os.W_OK):
         fail(f"cannot write to {args.output_dir}")
     import torch
-    from datasets import disable_progress_bars
 
-    disable_progress_bars()
+    quiet()
     tasks = sorted(set(rows["task"]))
     if set(tasks) - {"samsum", "trivia_qa"}:
         fail(f"unknown task {', '.join(tasks)} in {args.output_dir}/dataset: run build_dataset.py again")

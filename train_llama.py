@@ -1,4 +1,4 @@
-"""Fine-tune a Llama with QLoRA on the data set of build_dataset.py: 4-bit NF4 base, LoRA adapter, loss on the completion.
+"""Fine-tune a Llama with QLoRA on the data set of build_dataset.py: 4-bit NF4 base, loss on the completion.
 
 Works on one CUDA GPU and, really in 4-bit, on the CPU. The defaults fit an 8B model on one GPU of 24 GB.
 
@@ -102,6 +102,21 @@ def fail(message):
     raise SystemExit(2)
 
 
+def quiet():
+    """Turn the libraries' noise down: progress bars where nobody watches, deprecations of their own calls."""
+    import logging
+    import warnings
+
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|bitsandbytes")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says that its optional CPU kernels are not installed
+
+
 def load_rows(output_dir, split):
     """One split of OUTPUT_DIR/dataset as a datasets.Dataset; exits 2 where it is missing, broken, empty or foreign."""
     from datasets import load_from_disk
@@ -165,10 +180,7 @@ def load_model(model, load_in_4bit):
     """The base model on this process' device: NF4 with double quantisation, or 16-bit (float32 on the CPU)."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.utils import logging
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float16 if cuda else torch.float32
     config = BitsAndBytesConfig(
@@ -334,9 +346,8 @@ def main(argv=None):
     import torch
     import transformers
     import trl
-    from datasets import disable_progress_bars
 
-    disable_progress_bars()
+    quiet()
     tokenizer = load_tokenizer(base)
     train = tokenize(train_rows, tokenizer, args.max_length, "train")
     tasks = sorted(set(validation_rows["task"]))

@@ -61,7 +61,7 @@ GOLD = [
 
 def prediction_file(path, task="trivia_qa", **changes):
     """A hand-made prediction file with nothing but what is needed, and `changes` to it."""
-    data = {"task": task, "examples": [{"references": ["Paris", "City of Light"], "prediction": "paris"}]} | changes
+    data = {"task": task, "examples": [{"references": ["Paris", "City of Light"], "prediction": "Paris"}]} | changes
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data), encoding="utf-8")
     return path
@@ -103,6 +103,8 @@ def test_rouge_is_the_plain_mean_of_rouge_score_over_the_best_reference(tmp_path
 def test_rouge_lsum_differs_from_rouge_l_where_sentences_are_swapped():
     swapped = evaluations.rouge(SUMMARIES[:1], GOLD[:1])
     assert swapped["rougeLsum"] > swapped["rougeL"] + 10
+    joined = evaluations.rouge(SUMMARIES[:1], [["Bob drinks tea and Ann eats the apple."]])  # two lines against one
+    assert joined["rougeLsum"] > joined["rougeL"] + 10
     single = evaluations.rouge(SUMMARIES[1:2], GOLD[1:2])
     assert single["rougeLsum"] == pytest.approx(single["rougeL"])
 
@@ -174,18 +176,27 @@ MALFORMED = {
     "empty file": ("", "not valid JSON"),
     "a list": ("[]", "JSON object"),
     "not utf-8": (b"\xff\xfe\x00", "not valid JSON"),
-    "nan": ('{"task": "samsum", "examples": [], "x": NaN}', "not valid JSON"),
-    "number too large": ('{"task": "samsum", "examples": [], "x": 1e999}', "not valid JSON"),
+    "nan": ('{"task": "samsum", "examples": [{"references": ["a"], "prediction": "a", "x": NaN}]}', "example 0 holds"),
+    "nan as prediction": (
+        '{"task": "samsum", "examples": [{"references": ["a"], "prediction": NaN}]}',
+        "example 0: p",
+    ),
+    "infinite perplexity": ({"perplexity": {"tuned": {"perplexity": float("inf")}}}, "not valid JSON"),
+    "number too large": (
+        '{"task": "samsum", "examples": [{"references": ["a"], "prediction": "a"}], "x": 1e999}',
+        "not valid JSON",
+    ),
     "no task": ({"task": None}, "task is None"),
     "unknown task": ({"task": "squad"}, "samsum, trivia_qa"),
     "task is a list": ({"task": ["samsum"]}, "samsum, trivia_qa"),
     "no examples": ({"examples": []}, "at least one example"),
     "examples is no list": ({"examples": {}}, "at least one example"),
+    "first example is no object": ({"examples": [3]}, "example 0 must be"),
     "example is no object": ({"examples": [example(), 3]}, "example 1 must be"),
     "no prediction": ({"examples": [{"references": ["a"]}]}, "example 0 has no prediction"),
     "no references": ({"examples": [example(), {"prediction": "a"}]}, "example 1 has no references"),
     "prediction is null": ({"examples": [example(prediction=None)]}, "example 0: prediction"),
-    "prediction is no text": ({"examples": [example(prediction="\ud800")]}, "example 0: prediction"),
+    "prediction is no text": ({"examples": [example(prediction="\ud800")]}, "example 0 holds"),
     "references empty": ({"examples": [example(references=[])]}, "example 0: references"),
     "references a string": ({"examples": [example(references="Paris")]}, "example 0: references"),
     "reference a number": ({"examples": [example(references=["a", 1])]}, "example 0: references"),
