@@ -85,8 +85,8 @@ def write(model, tokenizer, base, folder, args):
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(
         f"---\nbase_model: {base}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
-        f"# {Path(base).name}, fine-tuned on samsum and trivia_qa\n\nA QLoRA adapter merged into the 16-bit weights of "
-        f"`{base}`. It summarises dialogues and answers questions from a context.\n\n```python\n"
+        f"# {Path(base).name}, fine-tuned on samsum and trivia_qa\n\nA QLoRA adapter merged into the 16-bit "
+        f"weights of `{base}`. It summarises dialogues and answers questions from a context.\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("this folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("this folder")\n```\n'

@@ -81,7 +81,7 @@ def end_tokens(model, tokenizer, task):
     vocabulary = tokenizer.get_vocab()
     ends |= {vocabulary[token] for token in END_TOKENS if token in vocabulary}
     if task == "trivia_qa":
-        ends |= {i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])}
+        ends |= {i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i], clean_up_tokenization_spaces=False)}
     return sorted(ends)
 
 

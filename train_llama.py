@@ -111,6 +111,7 @@ def quiet():
     import transformers
 
     datasets.disable_progress_bars()
+    datasets.disable_caching()  # else the tokens of every run stay behind in dataset/
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|bitsandbytes")
@@ -125,8 +126,10 @@ def load_rows(output_dir, split):
     if not folder.is_dir():
         fail(f"no dataset at {folder}: run build_dataset.py first")
     try:
-        rows = load_from_disk(str(folder))[split]
+        rows = load_from_disk(str(folder / split))
         missing = [column for column in COLUMNS if column not in rows.column_names]
+    except IndexError:  # how datasets reads back a split that was saved without rows
+        rows, missing = [], []
     except Exception as error:  # whatever the libraries raise, the folder is not a whole data set
         fail(f"cannot read {split} of {folder} ({first_line(error)}): run build_dataset.py again")
     if missing:

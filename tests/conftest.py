@@ -50,6 +50,7 @@ def chain(request, dataset, tmp_path_factory):
     output = tmp_path_factory.mktemp(request.param)
     shutil.copytree(dataset, output, dirs_exist_ok=True)
     train = ["--model", FIXTURES / request.param, "--max-steps", "3", "--max-length", "512", "--warmup-steps", "0"]
+    train += ["--logging-steps", "1"]
     result = run("train_llama.py", *train, "--learning-rate", "1e-2", "--output-dir", output)
     assert result.returncode == 0, result.stderr
     result = run("test_llama.py", "--samsum-max-new-tokens", "8", "--output-dir", output)

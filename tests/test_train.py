@@ -164,7 +164,7 @@ def test_a_cut_off_model_and_a_broken_dataset(dataset, tmp_path):
     result = run("train_llama.py", "--model", tmp_path / "model", "--output-dir", dataset)
     assert_refused(result, "cannot load the model in", "missing or broken")
     shutil.copytree(dataset / "dataset", tmp_path / "dataset")
-    next((tmp_path / "dataset" / "train").glob("*.arrow")).write_bytes(b"cut")
+    next((tmp_path / "dataset" / "train").glob("data-*.arrow")).write_bytes(b"cut")
     assert_refused(run("train_llama.py", *TINY, "--output-dir", tmp_path), "cannot read train of")
 
 
