@@ -194,11 +194,17 @@ def load_model(model, load_in_4bit):
     )
     device = {"": int(os.environ.get("LOCAL_RANK", 0)) if cuda else "cpu"}
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype, device_map=device, quantization_config=config if load_in_4bit else None
         )
     except Exception as error:
         explain_load_error(model, error)
+    for module in loaded.modules():
+        # bitsandbytes 0.50.2 repacks the weights in a CPU's first evaluation, for a bf16 kernel without a backward:
+        # what is trained after that gets no gradient through the base. Keep the float32 path, which has one.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return loaded
 
 
 def encode(tokenizer, rows):

@@ -53,6 +53,23 @@ def test_rows_that_are_too_long_are_dropped_and_counted_never_cut(dataset, capsy
     assert "rows are longer than" in capsys.readouterr().out
 
 
+def test_an_evaluation_in_between_does_not_change_the_gradients():
+    model = train_llama.load_model(str(FIXTURES / "tiny_llama3"), load_in_4bit=True)
+    embeddings = model.get_input_embeddings().weight.requires_grad_(True)
+    ids = torch.arange(20, 60)[None]
+
+    def gradient():
+        model.train()
+        embeddings.grad = None
+        model(input_ids=ids, labels=ids).loss.backward()
+        return embeddings.grad.clone()
+
+    before = gradient()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    assert torch.equal(gradient(), before)
+
+
 def test_the_adapter_folder_is_whole(chain):
     adapter = chain / "adapter"
     names = ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "run.json", "log.jsonl", "loss.png"]
