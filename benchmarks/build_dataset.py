@@ -48,9 +48,7 @@ def write_source(folder, questions, seed=0):
     import pyarrow.parquet as pq
 
     rng = random.Random(seed)
-    syllables = [
-        a + b for a in "b d f g k l m n p r s t v z br st tr".split() for b in "a e i o u ar el in os".split()
-    ]
+    syllables = [a + b + c for a in "bdfgklmnprstvz" for b in "aeiou" for c in ("", "r", "n")]
     words = ["".join(rng.choices(syllables, k=rng.choice((1, 2, 2, 3)))) for _ in range(20000)]
     weights = [1 / (rank + 5) for rank in range(len(words))]  # Zipf: few words are most of a text
     pool = rng.choices(words, weights=weights, k=2_000_000)
