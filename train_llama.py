@@ -253,6 +253,9 @@ def make_trainer(args, model, tokenizer, train, validation):
 
     cuda = torch.cuda.is_available()
     checkpointing = args.activation_checkpointing == "on" or (args.activation_checkpointing == "auto" and cuda)
+    name = "activation_checkpointing"
+    if name not in SFTConfig.__dataclass_fields__:  # its old name, in the transformers that Python 3.10 gets
+        name = "gradient_checkpointing"
     config = SFTConfig(
         output_dir=str(Path(args.output_dir) / "checkpoints"),
         num_train_epochs=args.num_train_epochs,
@@ -266,7 +269,7 @@ def make_trainer(args, model, tokenizer, train, validation):
         optim="paged_adamw_8bit" if cuda else "adamw_torch",
         max_length=args.max_length,
         packing=args.packing,
-        activation_checkpointing=checkpointing,
+        **{name: checkpointing},
         bf16=cuda and torch.cuda.is_bf16_supported(),
         fp16=cuda and not torch.cuda.is_bf16_supported(),
         use_cpu=not cuda,
@@ -351,12 +354,12 @@ def main(argv=None):
     train_rows, validation_rows = load_rows(output, "train"), load_rows(output, "validation")
     if not os.access(output, os.W_OK):
         fail(f"cannot write to {output}")
+    quiet()
     import peft
     import torch
     import transformers
     import trl
 
-    quiet()
     tokenizer = load_tokenizer(base)
     train = tokenize(train_rows, tokenizer, args.max_length, "train")
     tasks = sorted(set(validation_rows["task"]))
