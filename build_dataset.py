@@ -82,11 +82,13 @@ def parse_args(argv=None):
     parser.add_argument("--num-proc", type=int, default=NUM_PROC, help="processes; 0 = one per CPU")
     parser.add_argument("--output-dir", default=OUTPUT_DIR, help="where dataset/ is written")
     args = parser.parse_args(argv)
-    if args.max_context_words < 1:
-        parser.error("--max-context-words must be at least 1")
+    if not 1 <= args.max_context_words < 2**31:
+        parser.error("--max-context-words must be at least 1 and below 2**31")
+    if not re.fullmatch(r"[\w.-]+", args.trivia_qa_config):
+        parser.error("--trivia-qa-config must be the name of a folder")
     for name in (*(f"{split}_examples_per_task" for split in SPLITS), "seed", "num_proc"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name.replace('_', '-')} must be 0 or more")
+        if not 0 <= getattr(args, name) < 2**31:
+            parser.error(f"--{name.replace('_', '-')} must be 0 or more and below 2**31")
     args.tasks = sorted(set(args.tasks))
     return args
 
@@ -201,6 +203,7 @@ def index_trivia_qa(files, counts):
             try:
                 with pq.ParquetFile(path) as file:
                     check_columns("trivia_qa", path, file.schema_arrow.names)
+                    check_types(path, file.schema_arrow)
                     for group in range(file.num_row_groups):
                         table = file.read_row_group(group, columns=["question_id", "question"]).to_pydict()
                         pairs = zip(table["question_id"], table["question"], strict=True)
@@ -214,6 +217,23 @@ def check_columns(task, path, names):
     missing = [column for column in COLUMNS[task] if column not in names]
     if missing:
         fail(f"{task}: {path} has no column {', '.join(missing)}")
+
+
+def check_types(path, schema):
+    """Exit 2 where a column of a trivia_qa file is not of the type the hub's files have."""
+    text, texts = (
+        ("string", "large_string"),
+        ("list<element: string>", "list<item: string>", "large_list<item: string>"),
+    )
+    columns = {"question": text, "question_id": text, "answer.value": text, "answer.aliases": texts}
+    for name, kinds in (columns | {"entity_pages.wiki_context": texts}).items():
+        column, _, field = name.partition(".")
+        kind = schema.field(column).type
+        if field:
+            index = kind.get_field_index(field) if hasattr(kind, "get_field_index") else -1
+            kind = kind.field(index).type if index >= 0 else "missing"
+        if str(kind) not in kinds:
+            fail(f"trivia_qa: {name} of {path} is {kind}, not {kinds[0]}: give files as the hub has them")
 
 
 def carve_validation(rows, limit, seed):
@@ -580,12 +600,16 @@ def save(tasks, report, spool, args, output_dir, fresh):
 
 def stands_already(output_dir, report):
     """The report of the data set in output_dir where it came from the same script, settings and sources, or None."""
+    from datasets import load_from_disk
+
     try:
         old = json.loads((output_dir / "dataset" / "report.json").read_text())
         same = all(old[key] == json.loads(json.dumps(report[key])) for key in ("script", "settings", "sources"))
-    except (OSError, ValueError, KeyError):
+        data = load_from_disk(str(output_dir / "dataset"))
+        whole = all(len(data[split]) == old["splits"][split]["rows"] for split in SPLITS)
+        return old if same and whole else None
+    except Exception:  # whatever is missing or broken there: build it anew
         return None
-    return old if same and not set(SPLITS) - {path.name for path in (output_dir / "dataset").iterdir()} else None
 
 
 def print_report(report):

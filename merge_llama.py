@@ -13,12 +13,13 @@ Writes: OUTPUT_DIR/merged/ (safetensors, tokenizer, generation config, model car
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 
 from test_llama import load_adapter, read_adapter
-from train_llama import explain_load_error, fail, load_rows, load_tokenizer, quiet
+from train_llama import fail, first_line, load_rows, load_tokenizer, load_weights, quiet
 
 # Settings: edit here, or override for one run on the command line.
 CHECK_PROMPTS = 8  # test prompts on which the merged model is compared with base and adapter
@@ -39,17 +40,14 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.check_prompts < 1:
         parser.error("--check-prompts must be at least 1")
+    if not re.fullmatch(r"[1-9]\d*[KMG]B", args.max_shard_size):
+        parser.error("--max-shard-size must be a number with its unit, such as 5GB or 500MB")
     return args
 
 
 def load_16bit(model):
     """The model in its stored dtype, on the CPU: the merge needs host memory of twice the 16-bit weights at most."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    except Exception as error:
-        explain_load_error(model, error)
+    return load_weights(model, dtype="auto")
 
 
 def logits_of(model, tokenizer, prompts):
@@ -117,7 +115,10 @@ def main(argv=None):
     tokenizer = load_tokenizer(base)
     model = load_adapter(load_16bit(base), folder)
     expected = logits_of(model, tokenizer, prompts)
-    model = model.merge_and_unload(safe_merge=True)
+    try:
+        model = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # PEFT found weights that are no numbers
+        fail(f"cannot merge {folder} ({first_line(error)}): run train_llama.py again, with a lower learning rate")
     fresh = output / ".merged.new"
     shutil.rmtree(fresh, ignore_errors=True)
     write(model, tokenizer, base, fresh, args)

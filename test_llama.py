@@ -18,7 +18,7 @@ import os
 import time
 from pathlib import Path
 
-from train_llama import encode, fail, first_line, load_model, load_rows, load_tokenizer, quiet
+from train_llama import TASKS, encode, fail, first_line, load_model, load_rows, load_tokenizer, quiet
 
 # Settings: edit here, or override for one run on the command line.
 COMPARE_WITH_BASE = True  # also test the base, with the adapter switched off
@@ -57,6 +57,8 @@ def read_adapter(output_dir):
         fail(f"no adapter at {folder}: run train_llama.py first")
     try:
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        if not isinstance(base, str) or not base:
+            raise ValueError("it names no base model")
     except (ValueError, KeyError, TypeError) as error:
         fail(f"cannot read {folder / 'adapter_config.json'} ({first_line(error)}): run train_llama.py again")
     if not (folder / "adapter_model.safetensors").is_file():
@@ -66,10 +68,16 @@ def read_adapter(output_dir):
 
 def load_adapter(model, folder):
     """`model` with the LoRA adapter of `folder` on it, ready for inference."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
 
     try:
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        model = PeftModel.from_pretrained(model, str(folder)).eval()
+        expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            if set(file.keys()) != expected:  # PEFT only warns, and leaves such layers as in the base
+                raise ValueError("its tensors are not those that its config names")
+        return model
     except Exception as error:  # a cut-off file, or shapes of another base
         fail(f"the adapter in {folder} does not load onto its base ({first_line(error)}): run train_llama.py again")
 
@@ -232,8 +240,6 @@ def main(argv=None):
 
     quiet()
     tasks = sorted(set(rows["task"]))
-    if set(tasks) - {"samsum", "trivia_qa"}:
-        fail(f"unknown task {', '.join(tasks)} in {args.output_dir}/dataset: run build_dataset.py again")
     tokenizer = load_tokenizer(str(folder))
     model = load_adapter(load_model(base, args.load_in_4bit), folder)
     results, paths = {}, []
@@ -242,6 +248,8 @@ def main(argv=None):
             part = rows.filter(lambda names, task=task: [n == task for n in names], input_columns="task", batched=True)
             results[task] = test_task(args, model, tokenizer, part, task)
             paths.append(write(args, base, folder, part, task, results[task]))
+    for task in set(TASKS) - set(tasks):  # else evaluations.py would score another run's predictions
+        (Path(args.output_dir) / f"{task}_predictions.json").unlink(missing_ok=True)
     print_table(results)
     print(f"\nwrote {', '.join(map(str, paths))} in {time.time() - start:.0f} s")
 

@@ -10,7 +10,9 @@ Writes: OUTPUT_DIR/checkpoints/ and OUTPUT_DIR/adapter/ (PEFT adapter, tokenizer
 """
 
 import argparse
+import importlib.util
 import json
+import math
 import os
 import shutil
 import sys
@@ -54,7 +56,8 @@ SEED = 0
 OUTPUT_DIR = "outputs"
 
 # Fixed
-COLUMNS = ("id", "task", "prompt", "completion")
+TASKS = ("samsum", "trivia_qa")
+TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 
 
 def parse_args(argv=None):
@@ -80,19 +83,21 @@ def parse_args(argv=None):
     add("--logging-steps", type=int, default=LOGGING_STEPS, help="optimizer steps")
     add("--save-steps", type=int, default=SAVE_STEPS, help="optimizer steps")
     add("--save-total-limit", type=int, default=SAVE_TOTAL_LIMIT, help="checkpoints kept")
-    add("--report-to", default=REPORT_TO, help="none, tensorboard, trackio, wandb")
+    add("--report-to", choices=TRACKERS, default=REPORT_TO, help="experiment tracker")
     add("--seed", type=int, default=SEED, help="of adapter, dropout and order")
     add("--output-dir", default=OUTPUT_DIR, help="holds dataset/, gets adapter/")
     args = parser.parse_args(argv)
     for name in ("lora_r", "lora_alpha", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length",
                  "logging_steps", "save_steps", "save_total_limit", "num_train_epochs", "learning_rate"):  # fmt: skip
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
+        if not 0 < getattr(args, name) < 2**31:
+            parser.error(f"--{name.replace('_', '-')} must be above 0 and below 2**31")
     for name in ("max_steps", "warmup_steps", "seed"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name.replace('_', '-')} must be 0 or more")
+        if not 0 <= getattr(args, name) < 2**31:
+            parser.error(f"--{name.replace('_', '-')} must be 0 or more and below 2**31")
     if not 0 <= args.lora_dropout < 1:
         parser.error("--lora-dropout must be at least 0 and below 1")
+    if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
+        parser.error(f"--report-to {args.report_to} is not installed: pip install {args.report_to}")
     return args
 
 
@@ -120,22 +125,26 @@ def quiet():
 
 def load_rows(output_dir, split):
     """One split of OUTPUT_DIR/dataset as a datasets.Dataset; exits 2 where it is missing, broken, empty or foreign."""
-    from datasets import load_from_disk
+    from datasets import List, Value, load_from_disk
 
-    folder = Path(output_dir) / "dataset"
+    text, folder = Value("string"), Path(output_dir) / "dataset"
+    columns = {"id": text, "task": text, "prompt": text, "completion": text, "references": List(text)}
     if not folder.is_dir():
         fail(f"no dataset at {folder}: run build_dataset.py first")
     try:
         rows = load_from_disk(str(folder / split))
-        missing = [column for column in COLUMNS if column not in rows.column_names]
+        missing = [name for name, kind in columns.items() if rows.features.get(name) != kind]
+        missing = missing or [name for name in columns if rows.data.column(name).null_count]
     except IndexError:  # how datasets reads back a split that was saved without rows
         rows, missing = [], []
     except Exception as error:  # whatever the libraries raise, the folder is not a whole data set
         fail(f"cannot read {split} of {folder} ({first_line(error)}): run build_dataset.py again")
     if missing:
-        fail(f"{split} of {folder} has no column {', '.join(missing)}: run build_dataset.py again")
+        fail(f"{split} of {folder} has no column {', '.join(missing)}, or not as text: run build_dataset.py again")
     if len(rows) == 0:
         fail(f"{split} of {folder} is empty: run build_dataset.py with more examples")
+    if unknown := set(rows.unique("task")) - set(TASKS):
+        fail(f"{split} of {folder} holds an unknown task {min(unknown)}: run build_dataset.py again")
     return rows
 
 
@@ -164,6 +173,22 @@ def explain_load_error(model, error):
     fail(f"cannot load {model} ({first_line(error)}): check the name and the network, or give a local folder")
 
 
+def load_weights(model, **options):
+    """AutoModelForCausalLM of a Llama whose every weight comes from its files; exits 2 otherwise."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        kind = AutoConfig.from_pretrained(model).model_type
+        if kind != "llama":
+            fail(f"{model} is a {kind} model: these scripts train Llamas")
+        loaded, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **options)
+    except Exception as error:
+        explain_load_error(model, error)
+    if info["missing_keys"]:  # transformers only warns, and draws them at random
+        fail(f"{model} lacks weights ({min(info['missing_keys'])}, {len(info['missing_keys'])} in all): get it again")
+    return loaded
+
+
 def load_tokenizer(model):
     """The tokenizer with one BOS in front; a missing pad token is set to an existing one, nothing is added."""
     from transformers import AutoTokenizer
@@ -182,7 +207,7 @@ def load_tokenizer(model):
 def load_model(model, load_in_4bit):
     """The base model on this process' device: NF4 with double quantisation, or 16-bit (float32 on the CPU)."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float16 if cuda else torch.float32
@@ -193,12 +218,8 @@ def load_model(model, load_in_4bit):
         bnb_4bit_compute_dtype=dtype,
     )
     device = {"": int(os.environ.get("LOCAL_RANK", 0)) if cuda else "cpu"}
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, device_map=device, quantization_config=config if load_in_4bit else None
-        )
-    except Exception as error:
-        explain_load_error(model, error)
+    config = config if load_in_4bit else None
+    loaded = load_weights(model, dtype=dtype, device_map=device, quantization_config=config)
     for module in loaded.modules():
         # bitsandbytes 0.50.2 repacks the weights in a CPU's first evaluation, for a bf16 kernel without a backward:
         # what is trained after that gets no gradient through the base. Keep the float32 path, which has one.
@@ -374,6 +395,9 @@ def main(argv=None):
     start = time.time()
     result = trainer.train()
     seconds = time.time() - start
+    finite = all(p.isfinite().all() for p in trainer.model.parameters() if p.requires_grad)
+    if not finite or not math.isfinite(result.training_loss):
+        fail("training diverged (a weight or the loss is no number): lower --learning-rate; no adapter was written")
     tokens = int(trainer.state.num_input_tokens_seen or sum(map(len, train["input_ids"])) * trainer.state.epoch)
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     losses = {k: v for entry in trainer.state.log_history for k, v in entry.items() if is_eval_loss(k)}

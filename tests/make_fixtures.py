@@ -1850,9 +1850,9 @@ def pretraining_texts(seed: int, n: int) -> Iterator[str]:
     rng = random.Random(f"pretraining-{seed}")
     for _ in range(n):
         kind = rng.random()
-        if kind < 0.7:
+        if kind < 0.6:
             yield make_quiz_text(rng)
-        elif kind < 0.95:
+        elif kind < 0.92:
             yield make_recap_text(rng)
         else:
             yield make_page(rng, make_entity(rng), paragraphs=rng.choice([2, 3]))

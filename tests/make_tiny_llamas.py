@@ -20,8 +20,8 @@ from pathlib import Path
 
 # the training budget of tiny_llama3: with the seed it defines the weights (up to the CPU's rounding)
 # (optimizer steps, sequences a step, tokens a sequence, share of the sequences that say random tokens over and over)
-STAGES = [(250, 8, 256, 1.0), (3000, 8, 256, 0.05), (1500, 4, 512, 0.05)]
-TEXTS = 30000  # documents drawn from pretraining_texts; read again, reshuffled, when used up
+STAGES = [(250, 8, 256, 1.0), (2600, 8, 256, 0.125), (700, 4, 512, 0.25)]
+TEXTS = 20000  # documents drawn from pretraining_texts; read again, reshuffled, when used up
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 60
 WEIGHT_DECAY = 0.05

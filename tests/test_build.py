@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import FIXTURES, ROOT, SMALL, SOURCES, assert_refused, run, snapshot
@@ -291,3 +292,22 @@ def test_text_that_looks_like_the_template_stays_data(tmp_path):
     rows = [row for split in rows_of(tmp_path).values() for row in split]
     marked = [row for row in rows if row["prompt"].count("Summary:") > 1]
     assert marked and all(row["prompt"].endswith("\n\nSummary:") for row in marked)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_broken_dataset_is_built_anew(split, dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "out")
+    arrow = next((tmp_path / "out" / "dataset" / split).glob("*.arrow"))
+    arrow.write_bytes(arrow.read_bytes()[:200])
+    result = build(tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert rows_of(tmp_path / "out") == rows_of(dataset)
+
+
+@pytest.mark.parametrize("name, value", [("answer", "Paris"), ("entity_pages", {"wiki_context": "a page"})])
+def test_a_column_of_another_type_is_named(name, value, tmp_path):
+    shutil.copytree(FIXTURES / "trivia_qa", tmp_path / "trivia_qa")
+    path = next((tmp_path / "trivia_qa").rglob("train-*.parquet"))
+    rows = [row | {name: value} for row in pq.read_table(path).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    assert_refused(build(tmp_path / "out", "--trivia-qa", tmp_path / "trivia_qa"), f"trivia_qa: {name}.", str(path))

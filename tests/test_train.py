@@ -197,3 +197,42 @@ def test_a_dataset_of_another_schema_or_without_rows(dataset, tmp_path):
 @pytest.mark.parametrize("flag", ["--lora-r=0", "--max-steps=-1", "--lora-dropout=1", "--learning-rate=0"])
 def test_a_flag_out_of_range(flag, dataset):
     assert_refused(run("train_llama.py", *TINY, flag, "--output-dir", dataset), flag.split("=")[0])
+
+
+def damaged(name, tmp_path, change):
+    """A copy of the tiny Llama's folder with its config changed."""
+    shutil.copytree(FIXTURES / name, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | change))
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    "change, words", [({"num_hidden_layers": 6}, "lacks weights"), ({"model_type": "gpt2"}, "gpt2")]
+)
+def test_a_base_with_missing_weights_or_no_llama(change, words, dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "out")
+    model = damaged("tiny_llama2", tmp_path, change)
+    result = run("train_llama.py", "--model", model, "--max-steps", 1, "--output-dir", tmp_path / "out")
+    assert_refused(result, words)
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_an_adapter_without_its_tensors_is_no_adapter(chain, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(chain, tmp_path / "out")
+    path = tmp_path / "out" / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file(dict(list(tensors.items())[4:]), path, metadata={"format": "pt"})
+    for script in ("test_llama.py", "merge_llama.py"):
+        assert_refused(run(script, "--output-dir", tmp_path / "out"), "run train_llama.py again")
+
+
+def test_a_run_that_diverges_leaves_the_old_adapter(chain, tmp_path):
+    shutil.copytree(chain, tmp_path / "out")
+    before = snapshot(tmp_path / "out" / "adapter")
+    arguments = ["--model", FIXTURES / "tiny_llama2", "--max-steps", 3, "--max-length", 512, "--warmup-steps", 0]
+    result = run("train_llama.py", *arguments, "--learning-rate", "2e9", "--output-dir", tmp_path / "out")
+    assert_refused(result, "training diverged", "--learning-rate")
+    assert snapshot(tmp_path / "out" / "adapter") == before
