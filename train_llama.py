@@ -88,9 +88,11 @@ def parse_args(argv=None):
     add("--output-dir", default=OUTPUT_DIR, help="holds dataset/, gets adapter/")
     args = parser.parse_args(argv)
     for name in ("lora_r", "lora_alpha", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length",
-                 "logging_steps", "save_steps", "save_total_limit", "num_train_epochs", "learning_rate"):  # fmt: skip
+                 "logging_steps", "save_steps", "save_total_limit", "num_train_epochs"):  # fmt: skip
         if not 0 < getattr(args, name) < 2**31:
             parser.error(f"--{name.replace('_', '-')} must be above 0 and below 2**31")
+    if not 0 < args.learning_rate < math.inf:
+        parser.error("--learning-rate must be above 0")
     for name in ("max_steps", "warmup_steps", "seed"):
         if not 0 <= getattr(args, name) < 2**31:
             parser.error(f"--{name.replace('_', '-')} must be 0 or more and below 2**31")
