@@ -9,7 +9,8 @@ set -euo pipefail
 DEMO_DIR=outputs/demo
 DEMO_BUILD=(--samsum tests/fixtures/samsum --trivia-qa tests/fixtures/trivia_qa
     --max-context-words 120 --test-examples-per-task 100)
-DEMO_TRAIN=(--model tests/fixtures/tiny_llama3 --learning-rate 3e-3 --num-train-epochs 2 --max-length 512)
+DEMO_TRAIN=(--model tests/fixtures/tiny_llama3 --learning-rate 3e-3 --num-train-epochs 2 --max-length 512
+    --gradient-accumulation-steps 2)
 
 die() {
     echo "$1" >&2

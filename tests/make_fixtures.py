@@ -1834,7 +1834,7 @@ def make_quiz_text(rng: random.Random) -> str:
     form = rng.choice(QUIZ_FORMS)
     first, second = rng.sample(FIRST_NAMES, 2)
     quiz = []
-    for entity, attribute in asked:
+    for entity, attribute in asked[: rng.choice([2, 3, 4])]:
         answer = entity["facts"][attribute["key"]][0]
         quiz.append(form.format(q=ask(rng, entity, attribute), a=answer, first=first, second=second))
     return rng.choice(["\n", "\n\n"]).join(passage) + "\n\n" + "\n".join(quiz)
@@ -1850,9 +1850,9 @@ def pretraining_texts(seed: int, n: int) -> Iterator[str]:
     rng = random.Random(f"pretraining-{seed}")
     for _ in range(n):
         kind = rng.random()
-        if kind < 0.6:
+        if kind < 0.55:
             yield make_quiz_text(rng)
-        elif kind < 0.92:
+        elif kind < 0.9:
             yield make_recap_text(rng)
         else:
             yield make_page(rng, make_entity(rng), paragraphs=rng.choice([2, 3]))

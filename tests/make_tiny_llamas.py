@@ -20,7 +20,7 @@ from pathlib import Path
 
 # the training budget of tiny_llama3: with the seed it defines the weights (up to the CPU's rounding)
 # (optimizer steps, sequences a step, tokens a sequence, share of the sequences that say random tokens over and over)
-STAGES = [(250, 8, 256, 1.0), (2600, 8, 256, 0.125), (700, 4, 512, 0.25)]
+STAGES = [(250, 8, 256, 1.0), (2500, 8, 256, 0.125), (600, 4, 512, 0.0)]
 TEXTS = 20000  # documents drawn from pretraining_texts; read again, reshuffled, when used up
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 60
