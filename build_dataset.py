@@ -688,7 +688,7 @@ def build(args, output_dir, fresh):
                 save(offsets, report, spool, args, output_dir, fresh)
         finally:
             if pool:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
     beside = output_dir / ".dataset_report.new"
     shutil.copyfile(output_dir / "dataset" / "report.json", beside)
     os.replace(beside, output_dir / "dataset_report.json")

@@ -65,18 +65,35 @@ def test_one_task_alone(tmp_path):
     assert {row["task"] for rows in rows_of(tmp_path).values() for row in rows} == {"samsum"}
 
 
-def test_test_prompts_do_not_depend_on_the_answers(dataset, tmp_path):
-    shutil.copytree(FIXTURES / "trivia_qa", tmp_path / "trivia_qa")
-    path = next((tmp_path / "trivia_qa").rglob("validation-*.parquet"))
+def with_other_answers(pattern, folder):
+    """The trivia_qa fixture in `folder`, every answer and alias of its `pattern` file replaced."""
+    shutil.copytree(FIXTURES / "trivia_qa", folder)
+    path = next(folder.rglob(pattern))
     table = pq.read_table(path)
     rows = table.to_pylist()
     for row in rows:
         if row["answer"]["aliases"]:
-            row["answer"] |= {"value": "Quetzalcoatl", "aliases": ["Quetzalcoatl"]}
+            row["answer"] |= {"value": "With", "aliases": ["with", "Quetzalcoatl"]}
     pq.write_table(table.from_pylist(rows, schema=table.schema), path)
-    assert build(tmp_path / "out", "--trivia-qa", tmp_path / "trivia_qa").returncode == 0
-    prompts = [{row["prompt"] for row in rows_of(folder)["test"]} for folder in (dataset, tmp_path / "out")]
+    return folder
+
+
+def test_test_prompts_do_not_depend_on_the_answers(dataset, tmp_path):
+    other = with_other_answers("validation-*.parquet", tmp_path / "trivia_qa")
+    assert build(tmp_path / "out", "--trivia-qa", other).returncode == 0
+    prompts = [[row["prompt"] for row in rows_of(folder)["test"]] for folder in (dataset, tmp_path / "out")]
     assert prompts[0] == prompts[1]
+
+
+def test_of_the_train_answers_only_dropping_depends(tmp_path):
+    arguments = ["--tasks", "trivia_qa", "--train-examples-per-task", 0]
+    assert build(tmp_path / "one", *arguments).returncode == 0
+    other = with_other_answers("train-*.parquet", tmp_path / "trivia_qa")
+    assert build(tmp_path / "two", *arguments, "--trivia-qa", other).returncode == 0
+    one, two = ({r["id"]: r["prompt"] for r in rows_of(tmp_path / name)["train"]} for name in ("one", "two"))
+    both = set(one) & set(two)
+    assert both and set(one) != set(two)
+    assert all(one[row_id] == two[row_id] for row_id in both)
 
 
 @pytest.mark.parametrize(
