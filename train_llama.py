@@ -423,12 +423,13 @@ def model_shape(base, args):
 def memory(shape, args, tokens, labels, checkpointing):
     """Estimated peak bytes on one GPU by part, in bf16, for a pass of `tokens` tokens, `labels` of them with a loss.
 
-    A layer keeps for its backward pass, per token: both norms' input in float32, the inputs of the adapters (with
-    dropout each one's own copy and mask), q, k, v and attention output, and three tensors of the MLP. Checkpointing
-    keeps a layer's input alone, and one layer at a time in full.
+    A layer keeps for its backward pass, per token: both norms' input in float32, the inputs of the adapters (4-bit
+    layers share them, 16-bit ones have a copy each, with dropout each has a copy and a mask), q, k, v and attention
+    output, and three tensors of the MLP. Checkpointing keeps a layer's input alone, and one layer at a time in full.
     """
     n = shape
-    inputs = 3 * n["lora_inputs"] if args.lora_dropout else 2 * (2 * n["hidden"] + n["query"] + n["mlp"])
+    shared = 2 * (2 * n["hidden"] + n["query"] + n["mlp"]) if args.load_in_4bit else 2 * n["lora_inputs"]
+    inputs = 3 * n["lora_inputs"] if args.lora_dropout else shared
     layer = tokens * (8 * n["hidden"] + inputs + 4 * (n["query"] + n["key_value"]) + 6 * n["mlp"])
     layers = layer + n["layers"] * tokens * 2 * n["hidden"] if checkpointing else n["layers"] * layer
     weight = NF4_BYTES if args.load_in_4bit else 2
@@ -603,7 +604,7 @@ def trainer_class():
                     with torch.no_grad(), self.compute_loss_context_manager():
                         total, count = self.summed_loss(self.model_wrapped, inputs)
                     sums += torch.tensor([total.item(), count], dtype=torch.float64) * (mine < len(rows))
-                total, count = self.accelerator.reduce(sums.to(self.args.device)).tolist()
+                total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
                 metrics[f"eval_{task}_loss"] = total / count
             metrics["eval_loss"] = sum(metrics.values()) / len(metrics)
             best = self.state.best_metric is None or metrics["eval_loss"] < self.state.best_metric
@@ -633,7 +634,7 @@ def trainer_class():
 
         def all_tokens(self):
             tokens = torch.tensor(self.tokens, device=self.args.device)
-            return self._initial_num_input_tokens_seen + int(self.accelerator.reduce(tokens))
+            return self._initial_num_input_tokens_seen + int(self.accelerator.reduce(tokens, "sum"))
 
         def watch(self, logs):
             """Stop a run that learns nothing, instead of letting it go on for hours."""
@@ -685,7 +686,7 @@ def trainer_class():
         def on_step_end(self, args, state, control, **kwargs):
             stop = torch.tensor(self.trainer.stop_signal or 0, device=args.device)
             if args.world_size > 1:  # all of them at the same step
-                stop = self.trainer.accelerator.reduce(stop)
+                stop = self.trainer.accelerator.reduce(stop, "sum")
             if stop and state.global_step < state.max_steps:
                 control.should_save = control.should_training_stop = True
 
@@ -718,7 +719,7 @@ def make_trainer(args, base, model, tokenizer, train, validation, run):
     from trl import SFTConfig
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    cuda, fsdp = torch.cuda.is_available(), under_fsdp()
+    cuda = torch.cuda.is_available()
     checkpointing = "activation_checkpointing"
     if checkpointing not in SFTConfig.__dataclass_fields__:  # its old name, in the transformers that Python 3.10 gets
         checkpointing = "gradient_checkpointing"
@@ -731,7 +732,7 @@ def make_trainer(args, base, model, tokenizer, train, validation, run):
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=args.warmup_steps,
-        optim="adamw_torch_fused" if fsdp or not cuda else "paged_adamw_8bit",
+        optim="paged_adamw_8bit" if cuda and not under_fsdp() else "adamw_torch_fused",
         dataset_kwargs={"skip_prepare_dataset": True},  # sequences come tokenised and packed
         **{checkpointing: wants_checkpointing(base, train, args)},
         bf16=cuda and torch.cuda.is_bf16_supported(),
@@ -771,10 +772,9 @@ def make_trainer(args, base, model, tokenizer, train, validation, run):
     watch.trainer = trainer
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
-    if not fsdp:  # TRL makes them bf16, in which late, small updates are lost; FSDP shards only tensors of one dtype
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # TRL makes them bf16, in which small updates are lost
+            parameter.data = parameter.data.float()
     trainer.model.peft_config["default"].base_model_name_or_path = base
     keep = trainer.model.save_pretrained
     # its default, "auto", asks the hub whether the vocabulary has grown
@@ -1005,6 +1005,8 @@ def main(argv=None):
     }  # fmt: skip
     model = load_model(base, args.load_in_4bit)
     model.set_attn_implementation(choose_attention(args.attn_implementation))
+    for config in (model.config, model.generation_config):  # or transformers would, with a word about it
+        config.pad_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
     trainer = make_trainer(args, base, model, tokenizer, train, validation, run)
     if args.overwrite and is_main():
         shutil.rmtree(output / "checkpoints", ignore_errors=True)

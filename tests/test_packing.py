@@ -1,0 +1,176 @@
+"""train_llama.py, the numbers of a step: packed rows are worth what they are alone, the loss is a mean over tokens."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import FIXTURES, run
+from datasets import load_from_disk
+from safetensors.torch import load_file
+
+import train_llama
+
+BOTH = pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
+
+
+def make_trainer(dataset, output, name="tiny_llama3", arguments=(), attention="auto"):
+    """(trainer, tokenised rows) on the fixture's rows, in 4-bit and float32, without dropout."""
+    arguments = ["--model", str(FIXTURES / name), "--max-length", "700", "--output-dir", str(output), *arguments]
+    args = train_llama.parse_args(arguments)
+    rows = {split: load_from_disk(str(dataset / "dataset"))[split] for split in ("train", "validation")}
+    tokenizer = train_llama.load_tokenizer(args.model)
+    tokens = train_llama.tokenize(rows["train"], tokenizer, args.max_length, "train")
+    validation = train_llama.tokenize(rows["validation"], tokenizer, args.max_length, "validation")
+    by_task = {
+        task: train_llama.pack(validation.filter(lambda t, task=task: t == task, input_columns="task"), args)
+        for task in ("samsum", "trivia_qa")
+    }
+    model = train_llama.load_model(args.model, load_in_4bit=True)
+    model.set_attn_implementation(train_llama.choose_attention(attention))
+    train = train_llama.pack(tokens, args)
+    trainer = train_llama.make_trainer(args, args.model, model, tokenizer, train, by_task, {})
+    for parameter_name, parameter in trainer.model.named_parameters():
+        if "lora_B" in parameter_name:  # PEFT starts with zeros, and with them lora_A has no gradient
+            torch.nn.init.normal_(parameter, std=0.05)
+    return trainer, tokens, validation
+
+
+def loss_and_gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def alone(model, rows):
+    """Summed loss of rows one by one by transformers' own loss, in eager attention without a packing in sight."""
+    total = 0
+    for row in rows:
+        ids, labels = (torch.tensor([row[key]]) for key in ("input_ids", "labels"))
+        total = total + model(input_ids=ids, labels=labels).loss * (labels != -100).sum()
+    return total
+
+
+def largest_difference(gradients, expected):
+    """Of any element, as a fraction of the largest gradient of its tensor."""
+    return max(((gradients[key] - grad).abs().max() / grad.abs().max()).item() for key, grad in expected.items())
+
+
+@BOTH
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+def test_a_packed_batch_has_the_loss_and_gradients_of_its_rows_alone(attention, name, dataset, tmp_path):
+    trainer, tokens, _ = make_trainer(dataset, tmp_path, name, attention=attention)
+    model, rows = trainer.model.train(), list(tokens)[:7]
+    packed = train_llama.pack(tokens.select(range(7)), trainer_args(max_length=4096))
+    assert len(packed) == 1 and sorted(packed[0]["seq_lengths"]) == sorted(len(row["input_ids"]) for row in rows)
+    batch = trainer.data_collator([packed[0]])
+    total, count = trainer.summed_loss(model, dict(batch))
+    assert count == sum(label != -100 for row in rows for label in row["labels"])
+    loss, gradients = loss_and_gradients(model, total)
+    without = {"cu_seq_lens_q": torch.tensor([0, batch["input_ids"].shape[1]]), "position_ids": None}
+    _, contaminated = loss_and_gradients(model, trainer.summed_loss(model, dict(batch) | without)[0])
+    model.set_attn_implementation("eager")
+    expected, expected_gradients = loss_and_gradients(model, alone(model, rows))
+    assert loss == pytest.approx(expected, rel=1e-4)
+    assert all(gradient.abs().max() > 0 for gradient in expected_gradients.values())
+    assert largest_difference(gradients, expected_gradients) < 1e-4
+    assert largest_difference(contaminated, expected_gradients) > 1e-2  # it would notice lost boundaries
+
+
+def trainer_args(**changes):
+    args = train_llama.parse_args([])
+    return type(args)(**vars(args) | changes)
+
+
+def test_packed_attention_refuses_to_guess_where_rows_begin():
+    query = torch.zeros(1, 2, 5, 4)
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        train_llama.packed_attention(None, query, query, query, None)
+
+
+def test_packing_keeps_every_row_whole(dataset, tmp_path):
+    tokenizer = train_llama.load_tokenizer(str(FIXTURES / "tiny_llama3"))
+    rows = load_from_disk(str(dataset / "dataset"))["train"]
+    tokens = train_llama.tokenize(rows, tokenizer, 512, "train")
+    pieces = []
+    for sequence in train_llama.pack(tokens, trainer_args(max_length=512)):
+        assert len(sequence["input_ids"]) <= 512
+        start = 0
+        for length in sequence["seq_lengths"]:
+            part = slice(start, start := start + length)
+            pieces.append((tuple(sequence["input_ids"][part]), tuple(sequence["labels"][part])))
+    assert sorted(pieces) == sorted((tuple(row["input_ids"]), tuple(row["labels"])) for row in tokens)
+
+
+def test_validation_loss_is_a_mean_over_tokens_not_over_batches(dataset, tmp_path):
+    trainer, _, validation = make_trainer(dataset, tmp_path)
+    trainer.mark = 0
+    metrics = trainer.evaluate()
+    model = trainer.model.eval()
+    model.set_attn_implementation("eager")
+    losses = {}
+    for task in ("samsum", "trivia_qa"):
+        rows = [row for row in validation if row["task"] == task]
+        tokens = sum(label != -100 for row in rows for label in row["labels"])
+        with torch.no_grad():
+            losses[task] = alone(model, rows).item() / tokens
+            means = [alone(model, [row]).item() / sum(label != -100 for label in row["labels"]) for row in rows]
+        assert metrics[f"eval_{task}_loss"] == pytest.approx(losses[task], rel=1e-5)
+        assert sum(means) / len(means) != pytest.approx(losses[task], rel=5e-5)
+    assert metrics["eval_loss"] == pytest.approx(sum(losses.values()) / 2, rel=1e-4)
+
+
+def test_the_probe_leaves_weights_gradients_and_random_numbers_as_they_were(dataset, tmp_path):
+    trainer, _, _ = make_trainer(dataset, tmp_path, arguments=["--lora-dropout", "0.1"])
+    before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    seen = []
+    compute_loss = trainer.compute_loss
+    trainer.compute_loss = lambda model, inputs: (
+        seen.append(inputs["input_ids"].numel()) or compute_loss(model, inputs)
+    )
+    state = torch.get_rng_state()
+    trainer.probe()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert seen == [max(len(row["input_ids"]) for row in trainer.train_dataset)]
+    assert trainer.tokens == 0
+    for name, p in trainer.model.named_parameters():
+        if p.requires_grad:
+            assert torch.equal(p, before[name]) and (p.grad is None or not p.grad.any())
+
+
+def trained(dataset, output, *arguments):
+    shutil.copytree(dataset / "dataset", output / "dataset")
+    arguments = ["--model", FIXTURES / "tiny_llama2", "--max-length", 256, "--warmup-steps", 0, *arguments]
+    result = run("train_llama.py", *arguments, "--learning-rate", "1e-2", "--output-dir", output)
+    assert result.returncode == 0, result.stderr
+    return load_file(output / "adapter" / "adapter_model.safetensors")
+
+
+def test_batch_size_and_accumulation_can_be_traded(dataset, tmp_path):
+    size, passes = "--per-device-train-batch-size", "--gradient-accumulation-steps"
+    one = trained(dataset, tmp_path / "one", "--max-steps", 3, size, 1, passes, 4)
+    two = trained(dataset, tmp_path / "two", "--max-steps", 3, size, 4, passes, 1)
+    assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
+    other = trained(dataset, tmp_path / "other", "--max-steps", 3, size, 1, passes, 1)
+    assert not all(torch.allclose(one[key], other[key], atol=1e-3) for key in one)
+
+
+def test_the_best_adapter_is_kept_and_patience_ends_the_run(dataset, tmp_path):
+    arguments = ["--num-train-epochs", 40, "--eval-steps", 2, "--early-stopping-patience", 2, "--save-steps", 100]
+    arguments += ["--gradient-accumulation-steps", 2, "--logging-steps", 1]
+    shutil.copytree(dataset / "dataset", tmp_path / "dataset")
+    model = ["--model", FIXTURES / "tiny_llama3", "--max-length", 512, "--warmup-steps", 0, "--learning-rate", "3e-2"]
+    result = run("train_llama.py", *model, *arguments, "--output-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "adapter" / "run.json").read_text())
+    log = [json.loads(line) for line in (tmp_path / "adapter" / "log.jsonl").read_text().splitlines()]
+    losses = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
+    assert summary["best_step"] == min(losses, key=losses.get) == summary["steps"] - 4
+    assert summary["eval_loss"] == losses[summary["best_step"]]
+    best = tmp_path / "checkpoints" / f"checkpoint-{summary['best_step']}"
+    kept, written = (load_file(folder / "adapter_model.safetensors") for folder in (best, tmp_path / "adapter"))
+    assert all(torch.equal(kept[key], written[key]) for key in kept)
+    steps = [entry for entry in log if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, summary["steps"] + 1))
+    for key in ("learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory_gb"):
+        assert all(entry[key] >= 0 for entry in steps)

@@ -1,0 +1,211 @@
+"""train_llama.py is killed, stopped, damaged and started again: the adapter comes out as if nothing had happened."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import FIXTURES, ROOT, assert_refused, run, snapshot
+from safetensors.torch import load_file
+
+STEPS = 30
+COMMAND = ["--model", FIXTURES / "tiny_llama2", "--max-steps", STEPS, "--max-length", 256, "--warmup-steps", 0]
+COMMAND += ["--gradient-accumulation-steps", 1, "--logging-steps", 1, "--save-steps", 4, "--eval-steps", 10]
+COMMAND += ["--learning-rate", "5e-3", "--lora-dropout", 0.1, "--save-total-limit", 3]
+COMMAND = [str(word) for word in COMMAND]
+
+
+def adapter_of(output):
+    return load_file(output / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_adapter(output, expected):
+    actual = adapter_of(output)
+    assert actual.keys() == expected.keys()
+    assert all(torch.allclose(actual[key], expected[key], rtol=0, atol=1e-6) for key in expected)
+
+
+def interrupt(output, number, step, delay=0.0):
+    """Start the run, send it a signal `delay` seconds after it logged `step`; (exit code, what it printed)."""
+    command = [sys.executable, "-u", str(ROOT / "train_llama.py"), *COMMAND, "--output-dir", str(output)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if re.match(rf"step +{step}/", line):
+            time.sleep(delay)
+            process.send_signal(number)
+            break
+    printed += process.communicate()[0]
+    return process.returncode, printed
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset, tmp_path_factory):
+    """An output dir in which a run went through at once."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    shutil.copytree(dataset / "dataset", output / "dataset")
+    result = run("train_llama.py", *COMMAND, "--output-dir", output)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def test_killed_three_times_it_ends_with_the_same_adapter(undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "dataset", tmp_path / "dataset")
+    moments = random.Random()
+    steps = sorted(moments.sample(range(8, 26), 3))
+    for step in steps:
+        delay = moments.random() * 0.1
+        code, printed = interrupt(tmp_path, signal.SIGKILL, step, delay)
+        assert code == -signal.SIGKILL, (steps, delay, printed)
+        assert not (tmp_path / "adapter").exists()
+    result = run("train_llama.py", *COMMAND, "--output-dir", tmp_path)
+    assert result.returncode == 0, (steps, result.stderr)
+    assert "going on from" in result.stdout, steps
+    assert_same_adapter(tmp_path, adapter_of(undisturbed))
+    log = [json.loads(line) for line in (tmp_path / "adapter" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, STEPS + 1))
+    whole = json.loads((undisturbed / "adapter" / "run.json").read_text())
+    assert json.loads((tmp_path / "adapter" / "run.json").read_text())["tokens"] == whole["tokens"]
+
+
+def test_stopped_by_signals_then_with_a_broken_checkpoint_it_ends_with_the_same_adapter(undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "dataset", tmp_path / "dataset")
+    code, printed = interrupt(tmp_path, signal.SIGTERM, 9)
+    stopped = int(re.search(r"stopped at step (\d+) of 30", printed)[1])
+    assert code == 128 + signal.SIGTERM and 9 <= stopped < STEPS
+    assert (tmp_path / "checkpoints" / f"checkpoint-{stopped}").is_dir()
+    code, printed = interrupt(tmp_path, signal.SIGINT, stopped + 5)
+    assert code == 128 + signal.SIGINT and f"going on from {tmp_path}/checkpoints/checkpoint-{stopped}" in printed
+    newest = max((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name[11:]))
+    optimizer = newest / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:1000])
+    result = run("train_llama.py", *COMMAND, "--output-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"{newest} is broken (optimizer.pt)" in result.stdout and "going on from" in result.stdout
+    assert_same_adapter(tmp_path, adapter_of(undisturbed))
+
+
+def test_a_checkpoint_without_its_manifest_does_not_count(undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "dataset", tmp_path / "dataset")
+    shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / f"checkpoint-{STEPS}" / "whole.json").unlink()
+    result = run("train_llama.py", *COMMAND, "--output-dir", tmp_path)
+    assert f"checkpoint-{STEPS} is broken (unfinished)" in result.stdout
+    assert_same_adapter(tmp_path, adapter_of(undisturbed))
+
+
+def test_a_finished_run_says_so_and_other_settings_are_named(undisturbed, dataset, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "out")
+    before = snapshot(tmp_path / "out")
+    result = run("train_llama.py", *COMMAND, "--output-dir", tmp_path / "out")
+    assert result.returncode == 0 and "is finished" in result.stdout
+    other = ["--lora-r", 4, "--learning-rate", "1e-3", "--output-dir", tmp_path / "out"]
+    result = run("train_llama.py", *COMMAND, *other)
+    assert_refused(result, "learning rate 0.005 there, 0.001 now", "lora r 8 there, 4 now", "--overwrite")
+    shutil.rmtree(tmp_path / "out" / "adapter")
+    result = run("train_llama.py", *COMMAND, *other)
+    assert_refused(result, "checkpoint-30 is of another run", "learning rate 0.005 there, 0.001 now", "--overwrite")
+    shutil.copytree(undisturbed / "adapter", tmp_path / "out" / "adapter")
+    assert snapshot(tmp_path / "out") == before
+    rows = ["--seed", 3, "--train-examples-per-task", 12, "--test-examples-per-task", 6, "--max-context-words", 60]
+    sources = ["--samsum", FIXTURES / "samsum", "--trivia-qa", FIXTURES / "trivia_qa"]
+    assert run("build_dataset.py", *sources, *rows, "--output-dir", tmp_path / "out").returncode == 0
+    assert_refused(run("train_llama.py", *COMMAND, "--output-dir", tmp_path / "out"), "train rows", "--overwrite")
+    result = run("train_llama.py", *COMMAND, "--max-steps", 2, "--overwrite", "--output-dir", tmp_path / "out")
+    assert result.returncode == 0 and "step     1/2" in result.stdout
+    assert json.loads((tmp_path / "out" / "adapter" / "run.json").read_text())["steps"] == 2
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "dataset", tmp_path / "dataset")
+    interrupt(tmp_path, signal.SIGTERM, 9)
+    (last,) = {max((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name[11:]))}
+    before = snapshot(last)
+
+    def small_files():  # a write beyond 100 kB fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    command = [sys.executable, str(ROOT / "train_llama.py"), *COMMAND, "--output-dir", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_files)
+    assert_refused(result, "cannot write", "make room")
+    assert snapshot(last) == before
+    assert run("train_llama.py", *COMMAND, "--output-dir", tmp_path).returncode == 0
+    assert_same_adapter(tmp_path, adapter_of(undisturbed))
+
+
+def launched(output, *arguments, launcher=("-m", "torch.distributed.run", "--nproc_per_node", "2"), script=None):
+    script = script or ROOT / "train_llama.py"
+    command = [sys.executable, *launcher, str(script), *COMMAND, "--lora-dropout", "0", *arguments]
+    result = subprocess.run(
+        [*map(str, command), "--output-dir", str(output)],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def one_process(dataset, tmp_path_factory):
+    """The same global batch as two processes have, in one."""
+    output = tmp_path_factory.mktemp("one")
+    shutil.copytree(dataset / "dataset", output / "dataset")
+    arguments = ["--lora-dropout", 0, "--max-steps", 8, "--gradient-accumulation-steps", 2]
+    assert run("train_llama.py", *COMMAND, *arguments, "--output-dir", output).returncode == 0
+    return output
+
+
+# accelerate makes plain DDP of several CPU processes: accelerate/state.py has FSDP only for its list of accelerators.
+# Taken for a GPU, the CPU shards the 4-bit weights over gloo as GPUs do over NCCL.
+AS_GPUS = """
+import sys
+import accelerate.state
+from accelerate.utils import DistributedType
+sys.path.insert(0, {root!r})
+start = accelerate.state.PartialState.__init__
+def init(self, *args, **kwargs):
+    start(self, *args, **kwargs)
+    if self._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+        self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+accelerate.state.PartialState.__init__ = init
+import train_llama
+make = train_llama.make_trainer
+def checked(*args):
+    trainer = make(*args)
+    assert trainer.is_fsdp_enabled
+    return trainer
+train_llama.make_trainer = checked
+train_llama.main()
+"""
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_follow_the_curve_of_one(kind, one_process, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(one_process / "dataset", output / "dataset")
+    options = {}
+    if kind == "fsdp":
+        (tmp_path / "as_gpus.py").write_text(AS_GPUS.format(root=str(ROOT)))
+        launcher = ("-m", "accelerate.commands.launch", "--config_file", ROOT / "fsdp.yaml", "--mixed_precision", "no")
+        options = {"launcher": launcher, "script": tmp_path / "as_gpus.py"}
+    result = launched(output, "--max-steps", 8, **options)
+    assert result.stdout.count("wrote ") == 1
+    logs = [
+        [json.loads(line) for line in (folder / "adapter" / "log.jsonl").read_text().splitlines()]
+        for folder in (one_process, output)
+    ]
+    assert [entry["step"] for entry in logs[0]] == [entry["step"] for entry in logs[1]]
+    for one, two in zip(*logs, strict=True):
+        for key in ("loss", "eval_loss", "tokens"):
+            assert (key in one) == (key in two) and one.get(key, 0) == pytest.approx(two.get(key, 0), rel=0.02)
+    assert_same_adapter(output, adapter_of(one_process))
