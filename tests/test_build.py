@@ -502,3 +502,10 @@ def test_a_setting_edited_into_nonsense_is_refused(setting, value, monkeypatch, 
     with pytest.raises(SystemExit, match="2"):
         build_dataset.parse_args([])
     assert "--tasks or --context" in capsys.readouterr().err
+
+
+def test_a_build_never_imports_torch(tmp_path):
+    arguments = [*SOURCES, *SMALL, "--num-proc", "1", "--output-dir", str(tmp_path)]
+    code = f"import sys, build_dataset; build_dataset.main({arguments!r}); assert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
