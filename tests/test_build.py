@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -103,9 +105,10 @@ def test_of_the_train_answers_only_dropping_depends(tmp_path):
         ("  A:  <file_photo>\t", "A: <file_photo>"),
         ("a\u200bb\x07c", "abc"),
         ("caf\u00e9 \U0001f600", "caf\u00e9 \U0001f600"),
+        ("\U0001f937\u200d\u2642\ufe0f", "\U0001f937\u200d\u2642\ufe0f"),  # one emoji, not two
+        ("one\x0ctwo\u2028three\x85four", "one\ntwo\nthree\nfour"),
         (" \r\n", None),
         (None, None),
-        (3, None),
     ],
 )
 def test_clean(dirty, expected):
@@ -117,6 +120,16 @@ def test_the_context_is_the_passage_that_shares_words_with_the_question():
     page = filler + "\nThe old bridge at Torvale was built by Ann Marsh.\n" + filler
     context = build_dataset.choose_context("Who built the bridge at Torvale?", [filler, page], 130)
     assert "Ann Marsh" in context and len(context.split()) <= 130
+
+
+def test_a_passage_that_no_longer_fits_gives_its_first_whole_sentences():
+    near = "Torvale has an old painted bridge. " * 17  # 102 words
+    next_best = "The bridge was painted by Ann Marsh. " * 15
+    filler = "Nothing of note happened in the valley that year. " * 13
+    context = build_dataset.choose_context("Who painted the bridge at Torvale?", [near, filler, next_best], 142)
+    assert context.count("Torvale") == 17 and context.count("Ann Marsh.") == 5  # 35 of the 40 words left
+    assert context.endswith("Ann Marsh.") and "Nothing" not in context
+    assert build_dataset.choose_context("Who?", ["one two three four"], 3) == "one two three"
 
 
 def break_missing_file(folder):
@@ -133,9 +146,21 @@ def break_parquet(folder):
     path.write_bytes(path.read_bytes()[:5000])
 
 
+def break_inside_parquet(folder):
+    path = next(folder.rglob("train-*.parquet"))
+    data = bytearray(path.read_bytes())
+    data[3000:23000] = bytes(20000)  # the pages: only a worker reads them
+    path.write_bytes(data)
+
+
 def break_column(folder):
     path = next(folder.rglob("validation-*.parquet"))
     pq.write_table(pq.read_table(path).drop_columns(["entity_pages"]), path)
+
+
+def break_rows(folder):
+    path = folder / "samsum" / "train.csv"
+    path.write_text("id,dialogue,summary\n")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +169,9 @@ def break_column(folder):
         (break_missing_file, ["samsum: no test.csv"]),
         (break_header, ["test.csv", "no column summary"]),
         (break_parquet, ["trivia_qa: cannot read", "validation-"]),
+        (break_inside_parquet, ["trivia_qa: cannot read", "train-"]),
         (break_column, ["no column entity_pages"]),
+        (break_rows, ["samsum: no usable row for train (available: 0"]),
     ],
 )
 def test_a_broken_source_is_named_and_the_old_dataset_stays(break_it, words, dataset, tmp_path):
@@ -298,7 +325,7 @@ def test_a_row_with_stray_quotes_is_dropped_and_the_others_stay(tmp_path):
 def test_a_near_duplicate_has_four_fifths_of_the_word_5_grams():
     words = [f"w{i}" for i in range(40)]  # 36 5-grams
     key = " ".join(words)
-    known, lsh, _ = build_dataset.guard({"test": [("1", key, None)], "validation": []})
+    _, lsh = build_dataset.index_texts({"test": [("1", key, None)], "validation": []})
     assert build_dataset.near_matches(lsh, " ".join([*words, *"abcdefghi"])) == [key]  # 36 of 45: exactly 0.8
     assert build_dataset.near_matches(lsh, " ".join([*words, *"abcdefghij"])) == []  # 36 of 46
 
@@ -321,10 +348,164 @@ def test_a_broken_dataset_is_built_anew(split, dataset, tmp_path):
     assert rows_of(tmp_path / "out") == rows_of(dataset)
 
 
-@pytest.mark.parametrize("name, value", [("answer", "Paris"), ("entity_pages", {"wiki_context": "a page"})])
-def test_a_column_of_another_type_is_named(name, value, tmp_path):
-    shutil.copytree(FIXTURES / "trivia_qa", tmp_path / "trivia_qa")
-    path = next((tmp_path / "trivia_qa").rglob("train-*.parquet"))
-    rows = [row | {name: value} for row in pq.read_table(path).to_pylist()]
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    assert_refused(build(tmp_path / "out", "--trivia-qa", tmp_path / "trivia_qa"), f"trivia_qa: {name}.", str(path))
+@pytest.mark.parametrize(
+    "name, value, column",
+    [
+        ("answer", "Paris", "answer.value"),
+        ("answer", {"value": "Paris", "aliases": [1]}, "answer.aliases"),
+        ("entity_pages", {"wiki_context": "a page"}, "entity_pages.wiki_context"),
+        ("question", 3, "question"),
+    ],
+)
+def test_a_column_of_another_type_is_named(name, value, column, tmp_path):
+    source = edit_trivia_qa(tmp_path / "trivia_qa", lambda row: row | {name: value}, schema=None)
+    assert_refused(
+        build(tmp_path / "out", "--trivia-qa", source), f"no column {column}", "train-00000-of-00001.parquet"
+    )
+
+
+def edit_trivia_qa(folder, edit, schema="as it was"):
+    """The trivia_qa fixture in `folder`, `edit` applied to each train row."""
+    shutil.copytree(FIXTURES / "trivia_qa", folder)
+    path = next(folder.rglob("train-*.parquet"))
+    table = pq.read_table(path)
+    rows = [edit(row) for row in table.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema and table.schema), path)
+    return folder
+
+
+def test_rows_with_empty_fields_are_dropped_under_their_reason(tmp_path):
+    def pages(value):
+        return {"entity_pages": {"wiki_context": value}}
+
+    def answer(value, aliases):
+        return {"answer": {"value": value, "aliases": aliases}}
+
+    edits = {
+        "no id": [{"question_id": None}, {"question_id": " \r\n"}],
+        "empty question": [{"question": None}, {"question": "\u200b"}],
+        "no answer or no aliases": [{"answer": None}, answer(None, ["x"]), answer("x", None), answer("x", [None])],
+        "no pages": [{"entity_pages": None}, pages(None), pages([]), pages([None, " "])],
+    }
+    queue = [edit for reason in edits.values() for edit in reason]
+    source = edit_trivia_qa(tmp_path / "in", lambda row: row | (queue.pop() if queue else {}))
+    arguments = ["--tasks", "trivia_qa", "--trivia-qa", source]
+    arguments += ["--train-examples-per-task", 0, "--validation-examples-per-task", 0]
+    assert build(tmp_path / "out", *arguments).returncode == 0
+    counts = json.loads((tmp_path / "out" / "dataset_report.json").read_text())["tasks"]["trivia_qa"]["counts"]
+    both = Counter(counts["train"]) + Counter(counts["validation"])
+    planted = {"empty question": "empty_question", "no pages": "empty_pages", "no answer or no aliases": "no_aliases"}
+    for reason, rows in edits.items():
+        before = PLANTED[f"trivia_qa_{planted[reason]}_train"] if reason in planted else 0
+        assert len(rows) <= both[reason] <= len(rows) + before, reason  # an edit may hit a planted row
+
+
+def test_after_a_stray_quote_no_line_of_a_dialogue_passes_for_a_row(tmp_path):
+    shutil.copytree(FIXTURES / "samsum", tmp_path / "samsum")
+    path = tmp_path / "samsum" / "train.csv"
+    header, rest = path.read_bytes().split(b"\n", 1)
+    bad = b'\r\n1,"Ann: he said "no" to me\r\nWell, yes, ok\r\nAnn: fine, then, bye",They talk.\r\n'
+    huge = b'987654,"Ann: hello\r\n' + b"Bo: well, yes, ok\r\n" * 10000 + b'Ann: bye",They talk.\r\n'
+    path.write_bytes(header + bad + b" 42 ,Ann: so we meet at noon,They meet.\r\n" + huge + rest)
+    arguments = ["--samsum", tmp_path / "samsum", "--tasks", "samsum", "--train-examples-per-task", 0]
+    assert build(tmp_path / "out", *arguments).returncode == 0
+    counts = json.loads((tmp_path / "out" / "dataset_report.json").read_text())["tasks"]["samsum"]["counts"]["train"]
+    assert counts["available"] == SAMSUM_ROWS["train"] + 1  # the row whose id has blanks cannot be told from a line
+    ids = {row["id"] for row in rows_of(tmp_path / "out")["train"]}
+    assert "samsum:987654" in ids and not any("Well" in row_id for row_id in ids)
+
+
+def test_blanks_around_an_id_go(tmp_path):
+    shutil.copytree(FIXTURES / "samsum", tmp_path / "samsum")
+    with (tmp_path / "samsum" / "test.csv").open("a", newline="") as file:
+        file.write(" 42\u200b ,Ann: so we meet at noon,They meet.\r\n")
+    arguments = ["--samsum", tmp_path / "samsum", "--tasks", "samsum", "--test-examples-per-task", 0]
+    assert build(tmp_path / "out", *arguments).returncode == 0
+    assert "samsum:42" in {row["id"] for row in rows_of(tmp_path / "out")["test"]}
+
+
+def test_what_is_no_data_set_is_not_replaced(tmp_path):
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "mine.txt").write_text("years of work")
+    assert_refused(build(tmp_path), "dataset is no data set", "--output-dir")
+    assert snapshot(tmp_path) == {"dataset/mine.txt": b"years of work"}
+
+
+def test_a_dataset_that_was_moved_aside_when_a_build_was_killed_comes_back(dataset, tmp_path):
+    shutil.copytree(dataset / "dataset", tmp_path / ".dataset.old")
+    assert build(tmp_path, "--samsum", "./nowhere").returncode == 2
+    assert rows_of(tmp_path) == rows_of(dataset)
+
+
+def start(output, *arguments):
+    """A build with another seed that has begun to choose contexts in two processes, in a group of its own."""
+    command = [
+        sys.executable,
+        ROOT / "build_dataset.py",
+        *SOURCES,
+        "--seed",
+        9,
+        "--num-proc",
+        2,
+        "--output-dir",
+        output,
+    ]
+    command = [*map(str, command), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)  # fmt: skip
+    while not (workers := workers_of(process.pid)):
+        assert process.poll() is None, "the build ended too soon"
+    return process, workers
+
+
+def workers_of(pid):
+    children = subprocess.run(["pgrep", "-P", str(pid), "-f", "spawn_main"], capture_output=True, text=True).stdout
+    return [int(child) for child in children.split()]
+
+
+def test_ctrl_c_ends_in_one_line_and_leaves_the_old_dataset(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "out")
+    before = snapshot(tmp_path / "out")
+    process, _ = start(tmp_path / "out")
+    os.kill(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[1].count("\n") == 1 and process.returncode == 130
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_a_killed_worker_ends_in_one_sentence(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "out")
+    before = snapshot(tmp_path / "out")
+    process, workers = start(tmp_path / "out")
+    os.kill(workers[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and errors.count("\n") == 1 and "--num-proc" in errors
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_an_example_of_each_task_is_printed_and_everything_else_fits_80_columns(tmp_path):
+    questions = iter(range(1000))
+    source = edit_trivia_qa(tmp_path / "in", lambda row: row | ({"question": None} if next(questions) > 3 else {}))
+    arguments = ["--tasks", "trivia_qa", "samsum", "trivia_qa", "--trivia-qa", source]
+    result = build(tmp_path, *arguments, "--train-examples-per-task", 0, "--seed", 3)
+    rows = rows_of(tmp_path)["train"]
+    assert {row["task"] for row in rows[:200]} == {"samsum"}  # the few questions come later
+    for task in ("samsum", "trivia_qa"):
+        shown = [f"{row['prompt']}[{row['completion']}]" for row in rows if row["task"] == task]
+        assert sum(text in result.stdout for text in shown) == 1
+    table = result.stdout[result.stdout.rindex("\nsamsum  ") :].split("\nwrote")[0]
+    assert "kept" in table and max(map(len, table.split("\n"))) <= 80
+
+
+@pytest.mark.parametrize("setting, value", [("TASKS", []), ("TASKS", "samsum"), ("CONTEXT", "frist")])
+def test_a_setting_edited_into_nonsense_is_refused(setting, value, monkeypatch, capsys):
+    monkeypatch.setattr(build_dataset, setting, value)
+    with pytest.raises(SystemExit, match="2"):
+        build_dataset.parse_args([])
+    assert "--tasks or --context" in capsys.readouterr().err
+
+
+def test_a_build_never_imports_torch(tmp_path):
+    arguments = [*SOURCES, *SMALL, "--num-proc", "1", "--output-dir", str(tmp_path)]
+    code = f"import sys, build_dataset; build_dataset.main({arguments!r}); assert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
