@@ -209,14 +209,25 @@ def explain_load_error(model, error):
     fail(f"cannot load {model} ({first_line(error)}): check the name and the network, or give a local folder")
 
 
-def load_weights(model, **options):
-    """AutoModelForCausalLM of a Llama whose every weight comes from its files; exits 2 otherwise."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def load_config(model):
+    """The model's config; exits 2 where it is no Llama's."""
+    from transformers import AutoConfig
 
     try:
-        kind = AutoConfig.from_pretrained(model).model_type
-        if kind != "llama":
-            fail(f"{model} is a {kind} model: these scripts train Llamas")
+        config = AutoConfig.from_pretrained(model)
+    except Exception as error:
+        explain_load_error(model, error)
+    if config.model_type != "llama":
+        fail(f"{model} is a {config.model_type} model: these scripts train Llamas")
+    return config
+
+
+def load_weights(model, **options):
+    """AutoModelForCausalLM of a Llama whose every weight comes from its files; exits 2 otherwise."""
+    from transformers import AutoModelForCausalLM
+
+    load_config(model)
+    try:
         loaded, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **options)
     except Exception as error:
         explain_load_error(model, error)
@@ -391,9 +402,9 @@ def model_shape(base, args):
     """Sizes of the model with its adapter, counted on the meta device, where tensors have shapes and no numbers."""
     import torch
     from peft import get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(base)
+    config = load_config(base)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         try:

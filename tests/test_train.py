@@ -233,6 +233,7 @@ def test_a_run_that_diverges_leaves_the_old_adapter(chain, tmp_path):
     shutil.copytree(chain, tmp_path / "out")
     before = snapshot(tmp_path / "out" / "adapter")
     arguments = ["--model", FIXTURES / "tiny_llama2", "--max-steps", 3, "--max-length", 512, "--warmup-steps", 0]
-    result = run("train_llama.py", *arguments, "--learning-rate", "1e30", "--output-dir", tmp_path / "out")
+    arguments += ["--learning-rate", "1e30", "--overwrite"]
+    result = run("train_llama.py", *arguments, "--output-dir", tmp_path / "out")
     assert_refused(result, "training diverged", "--learning-rate")
     assert snapshot(tmp_path / "out" / "adapter") == before

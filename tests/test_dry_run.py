@@ -1,0 +1,133 @@
+"""train_llama.py --dry-run and the watchdogs: what a run costs is told beforehand, what goes wrong in one sentence."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import FIXTURES, assert_refused, run
+from test_packing import make_trainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+
+import train_llama
+
+META_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+META_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+
+
+def without_weights(folder, sizes):
+    """A hub-like folder of a Llama of Meta's size: config and tokenizer, no weights."""
+    shutil.copytree(FIXTURES / "tiny_llama3", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"vocab_size": 128256, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False} | sizes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("sizes, parameters", [(META_8B, "8,030,261,248"), (META_70B, "70,553,706,496")])
+def test_it_needs_no_weights_and_counts_meta_s_parameters(sizes, parameters, dataset, tmp_path):
+    model = without_weights(tmp_path / "model", sizes)
+    shutil.copytree(dataset / "dataset", tmp_path / "dataset")
+    result = run("train_llama.py", "--dry-run", "--model", model, "--output-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert parameters in result.stdout
+    assert ("warning: that is more than the GPU's 24 GB" in result.stdout) == (sizes is META_70B)
+    assert not (tmp_path / "adapter").exists() and not (tmp_path / "checkpoints").exists()
+    assert all(len(line) <= 80 for line in result.stdout.splitlines() if not line.startswith("warning"))
+
+
+def test_trainable_parameters_and_nf4_bytes_by_hand(tmp_path):
+    shape = train_llama.model_shape(str(without_weights(tmp_path / "model", META_8B)), train_llama.parse_args([]))
+    # r (in + out) of q, k, v, o, gate, up, down in 32 layers
+    layer = (4096 + 4096) + 2 * (4096 + 1024) + (4096 + 4096) + 2 * (4096 + 14336) + (14336 + 4096)
+    assert shape["trainable"] == 8 * layer * 32
+    assert shape["linear"] == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    parts = train_llama.memory(shape, train_llama.parse_args([]), 2048, 300, checkpointing=True)
+    assert parts["weights"] == pytest.approx(0.516 * shape["linear"] + 2 * (2 * 128256 * 4096 + 65 * 4096), rel=1e-3)
+
+
+@pytest.mark.parametrize("dropout, factor", [(0.0, 1), (0.05, 4 / 3)])  # a mask is 2 bytes in bf16 here, 1 with CUDA
+def test_the_activations_are_those_autograd_keeps(dropout, factor, tmp_path, monkeypatch):
+    from peft import get_peft_model
+
+    # PEFT asks, without a word of the device, for CUDA's autocast; with it, 4-bit layers take their input as it is
+    enabled = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: enabled(*device) if device else True)
+    args = train_llama.parse_args(["--lora-dropout", str(dropout)])
+    attention = train_llama.choose_attention("packed")
+    kept = []
+    for layers in (1, 3):
+        config = LlamaConfig(hidden_size=512, intermediate_size=1792, num_hidden_layers=layers, num_attention_heads=8,
+                             num_key_value_heads=2, vocab_size=1000)  # fmt: skip
+        folder = tmp_path / str(layers)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=nf4)
+        for module in model.modules():
+            module.support_avx512bf16_for_cpu = False
+        model.set_attn_implementation(attention)
+        model = get_peft_model(model, train_llama.lora_config(args)).train()
+        weights, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+        def keep(tensor, weights=weights, found=found):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                found[storage.data_ptr()] = storage  # held, so that no address is used twice
+            return tensor
+
+        batch = {"input_ids": torch.ones(1, 384, dtype=torch.long), "position_ids": torch.arange(192).repeat(2)[None]}
+        batch |= {"cu_seq_lens_q": torch.tensor([0, 192, 384]), "max_length_q": 192, "use_cache": False}
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            model(**batch, logits_to_keep=1)
+        kept.append(sum(storage.nbytes() for storage in found.values()))
+    shape = train_llama.model_shape(str(tmp_path / "1"), args)
+    shape["lora_inputs"] *= factor
+    estimate = train_llama.memory(shape, args, 384, 0, checkpointing=False)["activations"]
+    assert estimate == pytest.approx((kept[1] - kept[0]) / 2, rel=0.05)
+
+
+def test_it_counts_the_steps_that_the_run_then_takes(dataset, tmp_path):
+    shutil.copytree(dataset / "dataset", tmp_path / "dataset")
+    arguments = ["--model", FIXTURES / "tiny_llama2", "--max-length", 256, "--gradient-accumulation-steps", 3]
+    arguments += ["--num-train-epochs", 1.5, "--output-dir", tmp_path]
+    told = run("train_llama.py", *arguments, "--dry-run").stdout
+    assert run("train_llama.py", *arguments).returncode == 0
+    done = json.loads((tmp_path / "adapter" / "run.json").read_text())
+    for name, value in (("optimizer steps", done["steps"]), ("sequences", done["sequences"])):
+        (line,) = [line for line in told.splitlines() if line.startswith(name)]
+        assert int(line.removeprefix(name).split(",")[0]) == value
+
+
+def test_a_run_that_learns_nothing_or_diverges_is_stopped(dataset, tmp_path, capsys):
+    trainer, _, _ = make_trainer(dataset, tmp_path)
+    entry = {"loss": 0.0, "grad_norm": 0.0}
+    trainer.state.log_history = [entry, entry]
+    trainer.watch(entry)
+    trainer.state.log_history = [entry, entry, entry]
+    with pytest.raises(SystemExit) as stopped:
+        trainer.watch(entry)
+    assert stopped.value.code == 2 and "loss was exactly 0" in capsys.readouterr().err
+    for bad in ({"loss": math.nan, "grad_norm": 1.0}, {"loss": 1.0, "grad_norm": math.inf}):
+        with pytest.raises(SystemExit) as stopped:
+            trainer.watch(bad)
+        assert stopped.value.code == 2 and "lower --learning-rate" in capsys.readouterr().err
+
+
+def test_out_of_gpu_memory_names_what_helps_and_by_how_much(dataset, tmp_path, capsys):
+    trainer, _, _ = make_trainer(dataset, tmp_path)
+    args = train_llama.parse_args(["--model", str(FIXTURES / "tiny_llama3"), "--lora-dropout", "0.1"])
+    trainer.train = lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"))
+    base = str(without_weights(tmp_path / "model", META_8B))
+    with pytest.raises(SystemExit) as stopped:
+        train_llama.train_until_done(args, base, trainer, None)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and "out of GPU memory (CUDA out of memory" in message
+    for flag in ("--activation-checkpointing on", "--max-length 1024", "--lora-dropout 0"):
+        assert f"{flag} saves about " in message
+
+
+def test_modules_that_do_not_exist(dataset):
+    model = ["--model", FIXTURES / "tiny_llama2", "--target-modules", "no_proj"]
+    for arguments in ([], ["--dry-run"]):
+        assert_refused(run("train_llama.py", *model, *arguments, "--output-dir", dataset), "no layer", "no_proj")
