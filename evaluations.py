@@ -1,15 +1,20 @@
-"""Score the predictions of test_llama.py, or of any other system: ROUGE, BLEU, exact match, F1; base beside tuned.
+"""Score the predictions of test_llama.py, or of any other system, with intervals, tests and one page to read them on.
 
-samsum gets ROUGE-1/2/L/Lsum (stemmed, one sentence per line), BLEU and exact match; trivia_qa gets exact match and F1
-by the official rules over all aliases, BLEU with effective order, and ROUGE. Scores run from 0 to 100; perplexity,
-where the predictions carry it, is printed beside them. Needs neither torch nor the network.
+samsum gets ROUGE-1/2/L/Lsum (stemmed, one sentence per line), BLEU, exact match and length ratio; trivia_qa gets
+exact match and F1 by the official rules over all aliases, whether the prediction contains an alias, BLEU with
+effective order, and ROUGE. Scores run from 0 to 100, each with a 95 % bootstrap interval; every other system is
+compared with the first one, the base, on the same rows. A language model judges the predictions where JUDGE_MODEL
+names one; its key is read from OPENAI_API_KEY alone. Needs neither torch nor, without a judge, the network.
 
 Reads:  OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json, whichever exist, or the files of
         --predictions: {"task": "samsum", "examples": [{"references": ["..."], "prediction": "..."}]} is enough.
-Writes: OUTPUT_DIR/evaluation.json.
+        For the page, where present: OUTPUT_DIR/dataset/ (prompts), dataset_report.json, adapter/run.json, log.jsonl.
+Writes: OUTPUT_DIR/evaluation.html and evaluation.json, which holds every number of the page; with a judge also
+        judge_cache.jsonl, which a rerun or an interrupted run reads instead of asking again.
 
     python evaluations.py
-    python evaluations.py --predictions my_predictions.json --output-dir outputs/mine
+    python evaluations.py --predictions base=base.json mine=mine.json theirs=theirs.json --output-dir outputs/mine
+    python evaluations.py --judge-model Qwen3-8B --judge-url http://127.0.0.1:8000/v1 --judge-max-examples 200
 """
 
 import argparse
@@ -20,30 +25,67 @@ import string
 import sys
 import tempfile
 from collections import Counter
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 
 # Settings: edit here, or override for one run on the command line.
-PREDICTIONS = ()  # prediction files, one per task; none = those of test_llama.py in OUTPUT_DIR
+PREDICTIONS = ()  # FILE: base and tuned, as test_llama.py writes; NAME=FILE: another system; none: those in OUTPUT_DIR
+RESAMPLES = 10_000  # of the bootstrap and of the randomisation tests
+SEED = 0  # of the resamples, and of the rows a judge sees
+JUDGE_MODEL = ""  # a model that judges the predictions; empty: none
+JUDGE_URL = "https://api.openai.com/v1"  # any OpenAI-compatible server: OpenAI, vLLM, transformers serve
+JUDGE_MAX_EXAMPLES = 0  # per task: a judge costs, so it asks how many; each is one request per system
+JUDGE_CONCURRENCY = 8  # requests at once
+JUDGE_TIMEOUT = 60  # seconds a request may take
 OUTPUT_DIR = "outputs"
 
 # Fixed
 ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 SCORES = {  # what each task reports, in the order of the table
-    "samsum": (*ROUGES, "bleu", "exact_match"),
-    "trivia_qa": ("exact_match", "f1", "bleu_effective_order", *ROUGES),
+    "samsum": (*ROUGES, "bleu", "exact_match", "length_ratio"),
+    "trivia_qa": ("exact_match", "f1", "contains", "bleu_effective_order", *ROUGES),
 }
+MAIN_SCORE = {"samsum": "rougeLsum", "trivia_qa": "f1"}  # what the page plots and sorts by
+LOWER_IS_BETTER = ("perplexity",)
+NO_TEST = ("length_ratio",)  # neither high nor low is good
+BINARY = ("exact_match", "contains")  # tested with McNemar
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")  # nltk's punkt would be a download
 PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
-PACKAGES = ("evaluate", "rouge_score", "sacrebleu")
+RESERVED = ("examples", "files", "perplexity", "intervals", "comparisons", "groups", "judge", "per_example")
+NAME = re.compile(r"([\w.+-]+)=(.+)", re.DOTALL)  # --predictions NAME=FILE
+CONFIDENCE = 95  # percent, of every interval; a test is significant below 5 % after Holm
+CELLS = 4_000_000  # numbers of a chunk of resamples, some 100 MB
+LENGTH_GROUPS = 4  # equal parts of the rows, by words of the prompt
+PACKAGES = ("evaluate", "numpy", "rouge_score", "sacrebleu", "scipy")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--predictions", nargs="+", default=PREDICTIONS, metavar="FILE", help="one file per task")
-    parser.add_argument("--output-dir", default=OUTPUT_DIR, help="where evaluation.json is written")
-    return parser.parse_args(argv)
+    add = parser.add_argument
+    add("--predictions", nargs="+", default=PREDICTIONS, metavar="[NAME=]FILE", help="prediction files; the first "
+        "system is what the others are compared with")  # fmt: skip
+    add("--resamples", type=int, default=RESAMPLES, help="of the bootstrap and of the randomisation tests")
+    add("--seed", type=int, default=SEED, help="of the resamples, and of the rows a judge sees")
+    add("--judge-model", default=JUDGE_MODEL, help="a model that judges the predictions")
+    add("--judge-url", default=JUDGE_URL, help="any OpenAI-compatible server; its key is in OPENAI_API_KEY")
+    add("--judge-max-examples", type=int, default=JUDGE_MAX_EXAMPLES, help="per task, one request per system")
+    add("--judge-concurrency", type=int, default=JUDGE_CONCURRENCY, help="requests at once")
+    add("--judge-timeout", type=float, default=JUDGE_TIMEOUT, help="seconds a request may take")
+    add("--output-dir", default=OUTPUT_DIR, help="where evaluation.json and evaluation.html are written")
+    args = parser.parse_args(argv)
+    for name in ("resamples", "judge_concurrency", "judge_timeout"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if args.seed < 0 or args.judge_max_examples < 0:
+        parser.error("--seed and --judge-max-examples must not be negative")
+    if args.judge_model and not args.judge_max_examples:
+        parser.error("a judge costs time or money: say how many examples of each task with --judge-max-examples")
+    return args
 
 
 def fail(message):
@@ -69,9 +111,12 @@ def read_predictions(path):
     task, examples, block = data.get("task"), data.get("examples"), data.get("perplexity", {})
     require(task in list(SCORES), f"{path}: task is {task!r}, must be one of {', '.join(SCORES)}")
     require(isinstance(examples, list) and examples, f"{path}: examples must be a list with at least one example")
-    with_base = isinstance(examples[0], dict) and "base_prediction" in examples[0]
+    first = examples[0] if isinstance(examples[0], dict) else {}
     for index, example in enumerate(examples):
-        check_example(f"{path}: example {index}", example, with_base)
+        check_example(f"{path}: example {index}", example, {"id", "base_prediction"} & set(first))
+    ids = Counter(example["id"] for example in examples if "id" in example)
+    for row_id, times in ids.most_common(1):
+        require(times == 1, f"{path}: id {row_id!r} stands there {times} times: every example needs its own")
     require(isinstance(block, dict), f"{path}: perplexity must be a JSON object with tuned and base")
     for system in {"tuned", "base"} & set(block):
         number = block[system].get("perplexity") if isinstance(block[system], dict) else None
@@ -80,17 +125,18 @@ def read_predictions(path):
     return data
 
 
-def check_example(where, example, with_base):
-    """`references`: list of strings, not empty; `prediction`: string; `base_prediction`: in all examples or none."""
+def check_example(where, example, optional):
+    """`references`: list of strings, not empty; `prediction`: string; `id`, `base_prediction`: in all or none."""
     require(isinstance(example, dict), f"{where} must be a JSON object with references and prediction")
     for key in ("references", "prediction"):
         require(key in example, f"{where} has no {key}")
     references = example["references"]
     listed = isinstance(references, list) and references and all(isinstance(text, str) for text in references)
     require(listed, f"{where}: references must be a list of at least one string")
-    require(isinstance(example["prediction"], str), f"{where}: prediction must be a string")
-    require(("base_prediction" in example) == with_base, f"{where}: base_prediction must be in all examples or none")
-    require(isinstance(example.get("base_prediction", ""), str), f"{where}: base_prediction must be a string")
+    for key in ("prediction", "base_prediction", "id", "prompt"):
+        require(isinstance(example.get(key, ""), str), f"{where}: {key} must be a string")
+    for key in ("base_prediction", "id"):
+        require((key in example) == (key in optional), f"{where}: {key} must be in all examples or none")
     check_values(where, example)
 
 
@@ -103,20 +149,84 @@ def check_values(where, value):
 
 
 def read_all(args):
-    """{task: predictions} of the files asked for, or of those that stand in the output dir."""
-    default = [Path(args.output_dir) / f"{task}_predictions.json" for task in SCORES]
-    paths = args.predictions or [path for path in default if path.exists()]
+    """{task: rows}: `id`, `references`, `prompt` and `answer_in_context` as lists, `systems`: {name: its column}."""
+    default = [str(Path(args.output_dir) / f"{task}_predictions.json") for task in SCORES]
+    paths = args.predictions or [path for path in default if Path(path).exists()]
     if not paths:
         fail(f"no predictions at {args.output_dir}: run test_llama.py first")
     tasks = {}
-    for path in paths:
+    for text in paths:
+        named = None if Path(text).exists() else NAME.fullmatch(text)
+        name, path = named.groups() if named else (None, text)
+        require(name not in RESERVED, f"--predictions {text}: a system cannot be called {name}, choose another name")
         data = read_predictions(path)
-        if data["task"] in tasks:
-            fail(f"{path} is a second file for {data['task']}: give one file per task")
-        tasks[data["task"]] = {**data, "file": str(path)}
+        rows = tasks.setdefault(data["task"], {"systems": {}, **columns(data["examples"]), "file": path})
+        for system, values in systems_of(name, path, aligned(rows, path, data)).items():
+            require(system not in rows["systems"], f"{path} is a second file for {data['task']}: name the systems, "
+                    f"--predictions a={rows['file']} b={path}")  # fmt: skip
+            rows["systems"][system] = values
+    add_prompts(args.output_dir, tasks)
     return {task: tasks[task] for task in SCORES if task in tasks}
 
 
+def columns(examples):
+    """What the systems of a task share, as lists; None for what the file does not have for every example."""
+    return {key: [e[key] for e in examples] if all(key in e for e in examples) else None
+            for key in ("id", "references", "prompt", "answer_in_context")}  # fmt: skip
+
+
+def aligned(rows, path, data):
+    """`data` with its examples in the order of `rows`; exits 2 where they are not the same examples."""
+    examples, ids, first = data["examples"], rows["id"], rows["file"]
+    count = f"{path} has {len(examples)} examples and {first} has {len(rows['references'])}"
+    require(len(examples) == len(rows["references"]), f"{count}: systems are compared on the same rows")
+    require((ids is None) == ("id" not in examples[0]), f"only one of {first} and {path} has ids: give them to both")
+    if ids:
+        place = {example["id"]: example for example in examples}
+        missing = [row_id for row_id in ids if row_id not in place]
+        require(not missing, f"{path} lacks {len(missing)} ids of {first}, such as {missing[:1]}: systems are "
+                "compared on the same rows")  # fmt: skip
+        examples = [place[row_id] for row_id in ids]
+    for index, example in enumerate(examples):
+        same = example["references"] == rows["references"][index]
+        require(same, f"{path}: {example.get('id', f'example {index}')} has other references than in {first}")
+    return data | {"examples": examples}
+
+
+def systems_of(name, path, data):
+    """{system: its column}: base and tuned of a file of test_llama.py, or its `prediction` alone as system `name`."""
+    examples, block, systems = data["examples"], data.get("perplexity", {}), {}
+    for system, prefix in {name: ""}.items() if name else (("base", "base_"), ("tuned", "")):
+        if prefix + "prediction" in examples[0]:
+            nll = [example.get(prefix + "nll") for example in examples]
+            tokens = [example.get("tokens") for example in examples]
+            known = all(type(x) in (int, float) and type(t) is int and t > 0 for x, t in zip(nll, tokens, strict=True))
+            systems[system] = {"predictions": [example[prefix + "prediction"] for example in examples],
+                "nll": nll if known else None, "tokens": tokens if known else None, "file": str(path),
+                "perplexity": block.get("tuned" if name else system), "model": data.get("model")}  # fmt: skip
+    return systems
+
+
+def add_prompts(output_dir, tasks):
+    """The prompts of the test split in OUTPUT_DIR/dataset, for files without them; only where the references agree."""
+    if all(rows["prompt"] or not rows["id"] for rows in tasks.values()):
+        return
+    import pyarrow as pa
+
+    prompts = {}
+    try:
+        for file in sorted((Path(output_dir) / "dataset" / "test").glob("data-*.arrow")):
+            table = pa.ipc.open_stream(file.read_bytes()).read_all().select(["id", "prompt", "references"])
+            prompts |= {row["id"]: (row["prompt"], row["references"]) for row in table.to_pylist()}
+    except (pa.ArrowException, OSError, KeyError):
+        return  # the page then shows no prompts
+    for rows in tasks.values():
+        found = [prompts.get(row_id, ("", None)) for row_id in rows["id"] or []]
+        if not rows["prompt"] and found and all(f[1] == r for f, r in zip(found, rows["references"], strict=True)):
+            rows["prompt"] = [prompt for prompt, _ in found]
+
+
+@cache  # every metric asks for the same texts
 def normalize_answer(text):
     """The official TriviaQA normalisation: `_` and punctuation become blanks, lower case, no a/an/the, single blanks.
 
@@ -145,30 +255,52 @@ def f1_score(prediction, reference):
     return 2 * precision * recall / (precision + recall)
 
 
-def triviaqa(predictions, references):
-    """Exact match and F1, 0 to 100: the mean over all examples of the best reference; a blank prediction scores 0."""
-    pairs = list(zip(predictions, references, strict=True))
-    exact = [max(exact_match_score(p, r) for r in refs) if p.strip() else 0 for p, refs in pairs]
-    f1 = [max(f1_score(p, r) for r in refs) for p, refs in pairs]
-    return {"exact_match": 100 * sum(exact) / len(pairs), "f1": 100 * sum(f1) / len(pairs)}
+def contains_score(prediction, reference):
+    """Whether the normalised words of the reference stand in the prediction, whole and in a row (bool)."""
+    words = normalize_answer(reference)
+    return bool(words) and f" {words} " in f" {normalize_answer(prediction)} "
+
+
+def best(score, predictions, references):
+    """100 x the score (0 to 1) of the best reference, a list; a blank prediction scores 0."""
+    pairs = zip(predictions, references, strict=True)
+    return [100.0 * max(score(p, r) for r in refs) if p.strip() else 0.0 for p, refs in pairs]
+
+
+def length_ratio(predictions, references):
+    """100 x words of the prediction / words of the reference nearest to it in length, a list."""
+    ratios = []
+    for prediction, refs in zip(predictions, references, strict=True):
+        words = len(prediction.split())
+        ratios.append(100 * words / max(1, min((len(ref.split()) for ref in refs), key=lambda k: (abs(k - words), k))))
+    return ratios
 
 
 def rouge(predictions, references):
-    """rouge_score's F-measures, 0 to 100: plain means of the best reference; stemmed, a sentence per line."""
-    from rouge_score import rouge_scorer
+    """rouge_score's F-measures, 0 to 100, of the best reference: {rouge: list}; stemmed, a sentence per line.
 
-    scorer = rouge_scorer.RougeScorer(list(ROUGES), use_stemmer=True)
-    totals = dict.fromkeys(ROUGES, 0.0)
+    Texts are tokenised, words stemmed, and references of equal words scored once; texts that share no word score 0.
+    """
+    from nltk.stem.porter import PorterStemmer
+    from rouge_score import rouge_scorer, tokenize
+
+    stemmer = SimpleNamespace(stem=cache(PorterStemmer().stem))
+    words = cache(lambda text: tokenize.tokenize(text, stemmer))
+    scorer = rouge_scorer.RougeScorer(list(ROUGES), tokenizer=SimpleNamespace(tokenize=words))
+    scores = {name: [] for name in ROUGES}
     for prediction, refs in zip(predictions, references, strict=True):
         lines = [SENTENCE_END.sub("\n", ref.strip()) for ref in refs]  # a line end matters to Lsum alone
-        scores = scorer.score_multi(lines, SENTENCE_END.sub("\n", prediction.strip()))
+        prediction = SENTENCE_END.sub("\n", prediction.strip())
+        unique = {tuple(tuple(words(line)) for line in ref.split("\n")): ref for ref in lines}
+        lines = [ref for ref in unique.values() if not set(words(prediction)).isdisjoint(words(ref))]
+        result = scorer.score_multi(lines, prediction) if lines else None
         for name in ROUGES:
-            totals[name] += scores[name].fmeasure
-    return {name: 100 * total / len(predictions) for name, total in totals.items()}
+            scores[name].append(100 * result[name].fmeasure if result else 0.0)
+    return scores
 
 
-def bleu(predictions, references, effective_order):
-    """sacrebleu's corpus BLEU, 0 to 100, and its signature.
+def make_bleu(references, effective_order):
+    """sacrebleu's BLEU over these references, each example with any number of them.
 
     effective_order: ignore n-gram orders longer than the answers; without it one right word scores 0.
     """
@@ -176,12 +308,29 @@ def bleu(predictions, references, effective_order):
 
     width = max(map(len, references))
     streams = [[refs[i] if i < len(refs) else None for refs in references] for i in range(width)]
-    if len(references) != len(predictions):  # sacrebleu would cut silently
+    return BLEU(effective_order=effective_order, references=streams)
+
+
+def bleu(metric, predictions):
+    """Corpus BLEU (0 to 100) and (examples, 10) counts: system and reference length, matched and all 1- to 4-grams."""
+    counts = metric._extract_corpus_statistics(predictions, None)  # what sacrebleu's own PairedTest resamples
+    if len(counts) != len(predictions) or len(counts) != len(metric._ref_cache):  # sacrebleu would cut silently
         raise ValueError("predictions and references differ in length")
-    metric = BLEU(effective_order=effective_order)
-    name = "bleu_effective_order" if effective_order else "bleu"
-    score = metric.corpus_score(predictions, streams).score
-    return {name: score, f"{name}_signature": str(metric.get_signature())}
+    return metric.corpus_score(predictions, None).score, np.array(counts, dtype=np.float64)
+
+
+def bleu_of(counts, effective_order):
+    """sacrebleu's compute_bleu, smoothed by `exp`, of counts summed over examples: (..., 10) to (...), 0 to 100."""
+    length, expected = counts[..., 0], counts[..., 1]
+    matched, total = counts[..., 2:6], counts[..., 6:]
+    exists = np.logical_and.accumulate(total > 0, axis=-1)
+    halvings = np.cumsum((matched == 0) & exists, axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision = np.where(matched > 0, matched / total, 1 / (2.0**halvings * total))
+        logs = np.where(exists, np.log(100 * precision), 0.0).sum(-1)
+        order = exists.sum(-1) if effective_order else np.where(exists.all(-1), 4, 0)  # a missing order makes it 0
+        penalty = np.where(length < expected, np.exp(1 - expected / length), 1.0)
+        return np.where((matched.sum(-1) > 0) & (order > 0), penalty * np.exp(logs / order), 0.0)
 
 
 def import_evaluate():
@@ -191,100 +340,315 @@ def import_evaluate():
         sys.modules["transformers"] = None  # its import now fails, which evaluate allows for
     try:
         import evaluate
-        import evaluate.saving
     finally:
         if hide:
             del sys.modules["transformers"]
-    evaluate.saving._git_commit_hash = lambda: None  # it needs git, and complains where the cwd is no repository
     return evaluate
 
 
-def make_metrics(task, cache_dir):
-    """The task's metrics as one evaluate.combine object: compute(predictions=[str], references=[[str]]) -> dict."""
+def make_metric(task, references, cache_dir):
+    """The task's scores as an evaluate.Metric: compute(predictions=[str], references=[[str]]) -> {metric: list}.
+
+    The list holds a score per example, 0 to 100. `bleu` and `bleu_effective_order` are one number, with
+    `bleu_signature` and `bleu_counts` (see bleu).
+    """
     import datasets
 
-    evaluate = import_evaluate()
-
+    evaluate, corpus = import_evaluate(), make_bleu(references, effective_order=task == "trivia_qa")
     text = {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
-    info = {"description": __doc__, "citation": "", "features": datasets.Features(text)}
 
-    class Rouge(evaluate.Metric):
+    class Scores(evaluate.Metric):
         def _info(self):
-            return evaluate.MetricInfo(**info)
+            return evaluate.MetricInfo(description=__doc__, citation="", features=datasets.Features(text))
 
         def _compute(self, predictions, references):
-            return rouge(predictions, references)
-
-    class Bleu(Rouge):
-        def _compute(self, predictions, references):
-            return bleu(predictions, references, effective_order=task == "trivia_qa")
-
-    class TriviaQA(Rouge):
-        def _compute(self, predictions, references):
-            return triviaqa(predictions, references)
+            scores = rouge(predictions, references)
+            scores["exact_match"] = best(exact_match_score, predictions, references)
+            if task == "trivia_qa":
+                scores["f1"] = best(f1_score, predictions, references)
+                scores["contains"] = best(contains_score, predictions, references)
+            else:
+                scores["length_ratio"] = length_ratio(predictions, references)
+            score, counts = bleu(corpus, predictions)
+            name = next(name for name in SCORES[task] if name.startswith("bleu"))
+            return scores | {name: score, f"{name}_signature": str(corpus.get_signature()), "bleu_counts": counts}
 
     # evaluate makes a cache folder even when nothing goes into it: not in the user's home, not in the cwd
-    options = {"keep_in_memory": True, "seed": 0, "cache_dir": cache_dir}
-    return evaluate.combine([Rouge(**options), Bleu(**options), TriviaQA(**options)])
+    return Scores(keep_in_memory=True, seed=0, cache_dir=cache_dir), corpus
 
 
-def score_task(task, data):
-    """{"examples": n, "tuned": {metric: value}, "base": ... and "perplexity": ... where the file has them}."""
-    examples = data["examples"]
-    references = [example["references"] for example in examples]
-    result = {"examples": len(examples), "file": data["file"]}
+def means(task):
+    """The metrics of the task that are means over examples, in their order."""
+    return [name for name in SCORES[task] if not name.startswith("bleu")]
+
+
+def table_of(task, scores, system):
+    """(examples, columns): a score per metric of `means`, BLEU's 10 counts, nll, tokens: sums make a corpus."""
+    extra = [system["nll"], system["tokens"]] if system["nll"] else np.zeros((2, len(scores["bleu_counts"])))
+    return np.column_stack([*(scores[name] for name in means(task)), scores["bleu_counts"], *extra])
+
+
+def corpus_scores(task, sums, examples):
+    """{metric: (...)} of the sums (..., columns) of a table's rows; perplexity: exp(summed nll / summed tokens)."""
+    names = means(task)
+    found = {name: sums[..., i] / examples for i, name in enumerate(names)}
+    counts, nll, tokens = sums[..., len(names) : -2], sums[..., -2], sums[..., -1]
+    name = next(name for name in SCORES[task] if name.startswith("bleu"))
+    found[name] = bleu_of(counts, effective_order=task == "trivia_qa")
+    scores = {name: found[name] for name in SCORES[task]}
+    if np.all(tokens > 0):
+        scores["perplexity"] = np.exp(np.minimum(nll / tokens, 700))  # 700: the largest that a float holds
+    return scores
+
+
+def chunks(resamples, examples):
+    """Sizes of chunks of resamples of CELLS numbers at most."""
+    size = max(1, CELLS // examples)
+    return [min(size, resamples - start) for start in range(0, resamples, size)]
+
+
+def resampled_sums(table, resamples, seed):
+    """(resamples, columns): sums of the rows of `table`, drawn with replacement as often as there are rows."""
+    rng, sums = np.random.default_rng(seed), []
+    for size in chunks(resamples, len(table)):
+        drawn = rng.integers(len(table), size=(size, len(table)), dtype=np.int32)
+        drawn += np.arange(size, dtype=np.int32)[:, None] * np.int32(len(table))
+        counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        sums.append(counts.astype(np.float64) @ table)
+    return np.concatenate(sums)
+
+
+def interval(samples):
+    """The 95 % percentile interval of resampled values."""
+    low = (100 - CONFIDENCE) / 2
+    return [round(float(value), 6) for value in np.percentile(samples, [low, 100 - low])]
+
+
+def measure(task, tables, args):
+    """Every metric of every system on these rows, with intervals, and the differences to the first system.
+
+    tables: {system: (examples, columns)}; all systems are resampled together, row by row.
+    """
+    examples = len(next(iter(tables.values())))
+    sums = np.split(resampled_sums(np.hstack(list(tables.values())), args.resamples, args.seed), len(tables), axis=1)
+    result = {"examples": examples, "scores": {}, "intervals": {}, "differences": {}}
+    samples = {}
+    for (name, table), part in zip(tables.items(), sums, strict=True):
+        scores = corpus_scores(task, table.sum(0), examples)
+        samples[name] = corpus_scores(task, part, examples)
+        result["scores"][name] = {metric: float(value) for metric, value in scores.items()}
+        result["intervals"][name] = {metric: interval(samples[name][metric]) for metric in scores}
+    first, *others = tables
+    for name in others:
+        result["differences"][name] = {
+            metric: {
+                "difference": result["scores"][name][metric] - result["scores"][first][metric],
+                "interval": interval(samples[name][metric] - samples[first][metric]),
+            }
+            for metric in comparable(tables[first], tables[name], samples[first])
+        }
+    return result
+
+
+def comparable(first, table, metrics):
+    """The metrics in which two systems can be compared: perplexity only where both count the same tokens."""
+    same = np.array_equal(first[:, -1], table[:, -1])
+    return [name for name in metrics if name != "perplexity" or same]
+
+
+def sign_flip(differences, resamples, seed):
+    """(columns,): two-sided p of paired differences (examples, columns): how often random signs reach their sum.
+
+    The observed signs count as one more resample, so that p is never 0 (Phipson & Smyth 2010).
+    """
+    rng, reached = np.random.default_rng(seed), np.ones(differences.shape[1])
+    observed = np.abs(differences.sum(0)) - 1e-9 * np.abs(differences).sum(0)  # equal sums differ in their last bits
+    for size in chunks(resamples, len(differences)):
+        signs = 2.0 * rng.integers(2, size=(size, len(differences)), dtype=np.int8) - 1
+        reached += (np.abs(signs @ differences) >= observed).sum(0)
+    return reached / (resamples + 1)
+
+
+def mcnemar(wins, losses):
+    """Exact two-sided p of McNemar's test: the pairs that differ, as flips of a fair coin."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+
+
+def paired_bleu(metric, predictions, others, differ, resamples):
+    """p of sacrebleu's PairedTest (approximate randomisation), and its signature.
+
+    Its count of shuffles leaves out those that equal what was seen, so that two systems that differ in one row come
+    out as significant; `differ` rows that differ allow no p under 2 / 2**differ. Its memory is 80 bytes per example
+    and shuffle: fewer shuffles of more examples.
+    """
+    from sacrebleu.significance import PairedTest
+
+    shuffles = min(resamples, max(1000, 25_000_000 // len(predictions)))
+    systems = [("first", predictions), ("other", others)]
+    signatures, scores = PairedTest(systems, {"BLEU": metric}, None, test_type="ar", n_samples=shuffles)()
+    return min(1.0, max(scores["BLEU"][1].p_value, 2.0 ** (1 - differ))), str(signatures["BLEU"])
+
+
+def compare(task, tables, first, name, systems, corpus, args):
+    """{metric: {"test", "p_value", "wins", "ties", "losses"}} of system `name` against `first`, row by row."""
+    difference = tables[name] - tables[first]
+    columns = {metric: difference[:, i] for i, metric in enumerate(means(task))}
+    if systems[first]["nll"] and systems[first]["tokens"] == systems[name]["tokens"]:
+        columns["perplexity"] = difference[:, -2]
+    p_values = dict(zip(columns, sign_flip(np.column_stack(list(columns.values())), args.resamples, args.seed),
+                        strict=True))  # fmt: skip
+    result = {}
+    for metric, values in columns.items():
+        higher, lower = int((values > 0).sum()), int((values < 0).sum())
+        wins, losses = (lower, higher) if metric in LOWER_IS_BETTER else (higher, lower)
+        result[metric] = {"wins": wins, "ties": len(values) - wins - losses, "losses": losses}
+        if metric in BINARY:
+            result[metric] |= {"test": "McNemar, exact", "p_value": mcnemar(wins, losses)}
+        elif metric not in NO_TEST:
+            result[metric] |= {"test": "sign-flip randomisation", "p_value": float(p_values[metric])}
+    metric = next(metric for metric in SCORES[task] if metric.startswith("bleu"))
+    counts = difference[:, len(means(task)) : -2]
+    p_value, signature = paired_bleu(corpus, systems[first]["predictions"], systems[name]["predictions"],
+                                     int(counts.any(1).sum()), args.resamples)  # fmt: skip
+    return result | {metric: {"test": f"sacrebleu PairedTest {signature}", "p_value": p_value}}
+
+
+def holm(p_values):
+    """p values adjusted for there being many (Holm 1979), in the order given."""
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def adjust(results):
+    """Put `p_holm` and `significant` into every comparison: all tests of this evaluation are one family."""
+    tests = [test for result in results.values() for by_metric in result["comparisons"].values()
+             for test in by_metric.values() if "p_value" in test]  # fmt: skip
+    for test, adjusted in zip(tests, holm([test["p_value"] for test in tests]), strict=True):
+        test |= {"p_holm": adjusted, "significant": adjusted < 1 - CONFIDENCE / 100}
+
+
+def groups_of(rows):
+    """{kind: {label: bool per example}}: whether the context holds the answer; equal parts by words of the prompt."""
+    groups = {}
+    inside = rows["answer_in_context"]
+    if inside and all(type(value) is bool for value in inside) and not all(inside):
+        inside = np.array(inside)
+        groups["answer_in_context"] = {"answer in the context": inside, "answer not in the context": ~inside}
+    if rows["prompt"]:
+        words = np.array([len(prompt.split()) for prompt in rows["prompt"]])
+        edges = np.unique(np.quantile(words, np.linspace(0, 1, LENGTH_GROUPS + 1), method="higher"))
+        part = np.searchsorted(edges[1:-1], words, side="right") if len(edges) > 2 else np.zeros(len(words), int)
+        parts = [part == i for i in range(part.max() + 1)]
+        groups["prompt_words"] = {f"{words[p].min()} to {words[p].max()}": p for p in parts if p.any()}
+    return {kind: {label: pick for label, pick in parts.items() if pick.any()} for kind, parts in groups.items()}
+
+
+def score_task(task, rows, args):
+    """Everything evaluation.json says about a task; {system: {metric: 0 to 100}} stands at its top level."""
+    systems, references = rows["systems"], rows["references"]
+    signatures, tables = {}, {}
     with tempfile.TemporaryDirectory() as cache_dir:
-        metrics = make_metrics(task, cache_dir)
-        for system, key in (("tuned", "prediction"), ("base", "base_prediction")):
-            if key in examples[0]:
-                predictions = [example[key] for example in examples]
-                scores = metrics.compute(predictions=predictions, references=references)
-                names = [*SCORES[task], *(name for name in scores if name.endswith("_signature"))]
-                result[system] = {name: scores[name] for name in names}
-    return result | {key: data[key] for key in ("perplexity", "model", "adapter") if key in data}
+        metric, corpus = make_metric(task, references, cache_dir)
+        for name, system in systems.items():
+            scores = metric.compute(predictions=system["predictions"], references=references)
+            tables[name] = table_of(task, scores, system)
+            signatures[name] = {key: value for key, value in scores.items() if key.endswith("signature")}
+    whole = measure(task, tables, args)
+    result = {"examples": len(references), "files": {name: system["file"] for name, system in systems.items()}}
+    for name in systems:
+        perplexity = whole["scores"][name].pop("perplexity", None)
+        result[name] = whole["scores"][name] | signatures[name]
+        block = systems[name]["perplexity"] or (perplexity and {"perplexity": perplexity})
+        if block:
+            result.setdefault("perplexity", {})[name] = block
+    first, *others = systems
+    result["intervals"], result["comparisons"] = whole["intervals"], {}
+    for name in others:
+        tests = compare(task, tables, first, name, systems, corpus, args)
+        difference = whole["differences"][name]
+        result["comparisons"][name] = {metric: difference[metric] | tests.get(metric, {}) for metric in difference}
+    result["groups"] = {
+        kind: {label: measure(task, {name: table[pick] for name, table in tables.items()}, args)
+               for label, pick in parts.items()}
+        for kind, parts in groups_of(rows).items()
+    }  # fmt: skip
+    result["per_example"] = {
+        "id": rows["id"] or [str(i) for i in range(len(references))],
+        **{name: {metric: np.round(table[:, i], 4).tolist() for i, metric in enumerate(means(task))}
+           for name, table in tables.items()},
+    }  # fmt: skip
+    return result
 
 
-def save(path, results):
-    """Write evaluation.json with evaluate.save beside its place, then rename: it appears whole or not at all."""
+def dump(value, depth=1):
+    """JSON with a line per value of a dict, and every list on one line."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    lines = [" " * depth + f"{json.dumps(key)}: {dump(item, depth + 1)}" for key, item in value.items()]
+    return "{\n" + ",\n".join(lines) + "\n" + " " * (depth - 1) + "}"
+
+
+def save(folder, files):
+    """Write {name: text} beside their places, then rename: each appears whole or not at all, the last one last."""
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".evaluation-") as folder:
-            os.replace(import_evaluate().save(Path(folder) / path.name, **results), path)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".evaluation-") as beside:
+            for name, text in files.items():
+                (Path(beside) / name).write_text(text, encoding="utf-8")
+            for name in files:
+                os.replace(Path(beside) / name, folder / name)
     except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}")
+        fail(f"cannot write {folder / name}: {error.strerror}")
 
 
 def print_table(task, result):
-    """The scores of one task, 2 decimals: base, tuned, difference, or tuned alone."""
-    systems = [system for system in ("base", "tuned") if system in result]
-    rows = [(name, [result[system][name] for system in systems]) for name in SCORES[task]]
-    block = result.get("perplexity", {})
-    if all(system in block for system in systems):
-        rows.append(("perplexity", [block[system]["perplexity"] for system in systems]))
-    header = [*systems, "difference"] if len(systems) == 2 else systems
+    """The scores of one task; per comparison: the first system, the other, difference, its interval, p after Holm."""
+    names = list(result["files"])
+    scores = {name: {metric: result[name][metric] for metric in SCORES[task]} for name in names}
+    for name, block in result.get("perplexity", {}).items():
+        scores[name]["perplexity"] = block["perplexity"]
     title = f"{task} ({result['examples']} examples)"
-    print(f"\n{title:<28}" + "".join(f"{name:>14}" for name in header))
-    for name, values in rows:
-        difference = f"{values[1] - values[0]:>+14.2f}" if len(values) == 2 else ""
-        print(f"{name:<28}" + "".join(f"{value:>14.2f}" for value in values) + difference)
+    if len(names) == 1:
+        print(f"\n{title:<24}{names[0]:>10}  95 % interval")
+        for metric, value in scores[names[0]].items():
+            print(f"{metric:<24}{value:>10.2f}" + show(result["intervals"][names[0]].get(metric), ".2f"))
+    for name in names[1:]:
+        print(f"\n{title:<24}{names[0]:>10}{name:>10}  difference, 95 % interval      p")
+        for metric in [metric for metric in scores[name] if metric in scores[names[0]]]:
+            first, other = scores[names[0]][metric], scores[name][metric]
+            test = result["comparisons"][name].get(metric, {})
+            p = f"{test['p_holm']:>7.4f}" if "p_holm" in test else ""
+            print(f"{metric:<24}{first:>10.2f}{other:>10.2f}{other - first:>+10.2f}"
+                  f"{show(test.get('interval'), '+.2f'):<19}{p}")  # fmt: skip
+
+
+def show(interval, form):
+    return "" if interval is None else " [" + ", ".join(format(value, form) for value in interval) + "]"
 
 
 def main(argv=None):
     args = parse_args(argv)
     tasks = read_all(args)
-    path = Path(args.output_dir) / "evaluation.json"
+    folder = Path(args.output_dir)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         fail(f"cannot write to {args.output_dir}: {error.strerror}")
     from importlib.metadata import version
 
-    results = {task: score_task(task, data) for task, data in tasks.items()}
+    results = {task: score_task(task, rows, args) for task, rows in tasks.items()}
+    adjust(results)
     versions = {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
-    save(path, results | {"versions": versions, "settings": {**vars(args), "stemmer": True}})
+    report = results | {"versions": versions, "settings": {**vars(args), "stemmer": True}}
+    save(folder, {"evaluation.json": dump(report) + "\n"})
     for task, result in results.items():
         print_table(task, result)
-    print(f"\nwrote {path}")
+    print(f"\nwrote {folder / 'evaluation.json'}")
 
 
 if __name__ == "__main__":
