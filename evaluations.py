@@ -25,11 +25,15 @@ import string
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import cache
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read as numpy loads: the work is shared by processes, not threads
+import numpy as np  # noqa: E402
 
 # Settings: edit here, or override for one run on the command line.
 PREDICTIONS = ()  # FILE: base and tuned, as test_llama.py writes; NAME=FILE: another system; none: those in OUTPUT_DIR
@@ -49,6 +53,9 @@ SCORES = {  # what each task reports, in the order of the table
     "trivia_qa": ("exact_match", "f1", "contains", "bleu_effective_order", *ROUGES),
 }
 MAIN_SCORE = {"samsum": "rougeLsum", "trivia_qa": "f1"}  # what the page plots and sorts by
+LABELS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum", "bleu": "BLEU",
+    "bleu_effective_order": "BLEU, effective order", "exact_match": "Exact match", "f1": "F1", "judge": "Judge",
+    "contains": "Contains an alias", "length_ratio": "Length ratio", "perplexity": "Perplexity"}  # fmt: skip
 LOWER_IS_BETTER = ("perplexity",)
 NO_TEST = ("length_ratio",)  # neither high nor low is good
 BINARY = ("exact_match", "contains")  # tested with McNemar
@@ -57,9 +64,16 @@ PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " ")
 RESERVED = ("examples", "files", "perplexity", "intervals", "comparisons", "groups", "judge", "per_example")
 NAME = re.compile(r"([\w.+-]+)=(.+)", re.DOTALL)  # --predictions NAME=FILE
 CONFIDENCE = 95  # percent, of every interval; a test is significant below 5 % after Holm
-CELLS = 4_000_000  # numbers of a chunk of resamples, some 100 MB
+CELLS = 500_000  # numbers of a chunk of resamples: 4 MB stay in a core's cache
 LENGTH_GROUPS = 4  # equal parts of the rows, by words of the prompt
-PACKAGES = ("evaluate", "numpy", "rouge_score", "sacrebleu", "scipy")
+# Colours that draw() replaces by the page's own, which know light and dark.
+INK = {"#010101": "var(--text)", "#020202": "var(--line)", "#030303": "var(--soft)"}
+INK |= {f"#0{i}0404": f"var(--s{i})" for i in range(6)}  # one per system
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "evaluation", "font.size": 9, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.edgecolor": "#030303", "axes.labelcolor": "#010101", "text.color": "#010101",
+    "xtick.color": "#030303", "ytick.color": "#030303", "xtick.labelcolor": "#010101", "ytick.labelcolor": "#010101",
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#020202", "legend.frameon": False}  # fmt: skip
+PACKAGES = ("evaluate", "matplotlib", "numpy", "rouge_score", "sacrebleu", "scipy")
 
 
 def parse_args(argv=None):
@@ -248,9 +262,9 @@ def f1_score(prediction, reference):
     Source: triviaqa_evaluation.py, see normalize_answer.
     """
     predicted, expected = normalize_answer(prediction).split(), normalize_answer(reference).split()
-    same = sum((Counter(predicted) & Counter(expected)).values())
-    if same == 0:
+    if set(predicted).isdisjoint(expected):
         return 0.0
+    same = sum((Counter(predicted) & Counter(expected)).values())
     precision, recall = same / len(predicted), same / len(expected)
     return 2 * precision * recall / (precision + recall)
 
@@ -263,8 +277,11 @@ def contains_score(prediction, reference):
 
 def best(score, predictions, references):
     """100 x the score (0 to 1) of the best reference, a list; a blank prediction scores 0."""
-    pairs = zip(predictions, references, strict=True)
-    return [100.0 * max(score(p, r) for r in refs) if p.strip() else 0.0 for p, refs in pairs]
+    scores = []
+    for prediction, refs in zip(predictions, references, strict=True):
+        unique = {normalize_answer(ref): ref for ref in refs}.values()  # the scores see no more of a reference
+        scores.append(100.0 * max(score(prediction, ref) for ref in unique) if prediction.strip() else 0.0)
+    return scores
 
 
 def length_ratio(predictions, references):
@@ -279,23 +296,29 @@ def length_ratio(predictions, references):
 def rouge(predictions, references):
     """rouge_score's F-measures, 0 to 100, of the best reference: {rouge: list}; stemmed, a sentence per line.
 
-    Texts are tokenised, words stemmed, and references of equal words scored once; texts that share no word score 0.
+    To be quick, it stems a word once and leaves out what changes no score: references without a shared word, all but
+    one of equal words, and rougeLsum of single lines, which is their rougeL.
     """
     from nltk.stem.porter import PorterStemmer
     from rouge_score import rouge_scorer, tokenize
 
     stemmer = SimpleNamespace(stem=cache(PorterStemmer().stem))
-    words = cache(lambda text: tokenize.tokenize(text, stemmer))
-    scorer = rouge_scorer.RougeScorer(list(ROUGES), tokenizer=SimpleNamespace(tokenize=words))
+    tokens = cache(lambda text: tokenize.tokenize(text, stemmer))
+    by_types = [
+        rouge_scorer.RougeScorer(types, tokenizer=SimpleNamespace(tokenize=tokens)) for types in (ROUGES[:3], ROUGES)
+    ]
+    lines_of = cache(lambda text: SENTENCE_END.sub("\n", text.strip()))  # a line end matters to rougeLsum alone
     scores = {name: [] for name in ROUGES}
-    for prediction, refs in zip(predictions, references, strict=True):
-        lines = [SENTENCE_END.sub("\n", ref.strip()) for ref in refs]  # a line end matters to Lsum alone
-        prediction = SENTENCE_END.sub("\n", prediction.strip())
-        unique = {tuple(tuple(words(line)) for line in ref.split("\n")): ref for ref in lines}
-        lines = [ref for ref in unique.values() if not set(words(prediction)).isdisjoint(words(ref))]
-        result = scorer.score_multi(lines, prediction) if lines else None
+    for prediction, refs in zip(map(lines_of, predictions), references, strict=True):
+        words, unique = set(tokens(prediction)), {}
+        for ref in map(lines_of, refs):
+            if not words.isdisjoint(tokens(ref)):
+                unique[tuple(tuple(tokens(line)) for line in ref.split("\n"))] = ref
+        several = "\n" in prediction or any("\n" in ref for ref in unique.values())
+        result = by_types[several].score_multi(list(unique.values()), prediction) if unique else {}
         for name in ROUGES:
-            scores[name].append(100 * result[name].fmeasure if result else 0.0)
+            score = result.get(name) or result.get("rougeL")
+            scores[name].append(100 * score.fmeasure if score else 0.0)
     return scores
 
 
@@ -346,15 +369,14 @@ def import_evaluate():
     return evaluate
 
 
-def make_metric(task, references, cache_dir):
-    """The task's scores as an evaluate.Metric: compute(predictions=[str], references=[[str]]) -> {metric: list}.
+def scores_of(task, references, predictions):
+    """{metric: list}: a score per example, 0 to 100, through one evaluate.Metric.
 
-    The list holds a score per example, 0 to 100. `bleu` and `bleu_effective_order` are one number, with
-    `bleu_signature` and `bleu_counts` (see bleu).
+    `bleu` and `bleu_effective_order` are one number, with `bleu_signature` and `bleu_counts` (see bleu).
     """
     import datasets
 
-    evaluate, corpus = import_evaluate(), make_bleu(references, effective_order=task == "trivia_qa")
+    evaluate, effective = import_evaluate(), task == "trivia_qa"
     text = {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
 
     class Scores(evaluate.Metric):
@@ -369,12 +391,18 @@ def make_metric(task, references, cache_dir):
                 scores["contains"] = best(contains_score, predictions, references)
             else:
                 scores["length_ratio"] = length_ratio(predictions, references)
-            score, counts = bleu(corpus, predictions)
-            name = next(name for name in SCORES[task] if name.startswith("bleu"))
-            return scores | {name: score, f"{name}_signature": str(corpus.get_signature()), "bleu_counts": counts}
+            corpus, name = make_bleu(references, effective), bleu_name(task)
+            scores[name], scores["bleu_counts"] = bleu(corpus, predictions)
+            return scores | {f"{name}_signature": str(corpus.get_signature())}
 
     # evaluate makes a cache folder even when nothing goes into it: not in the user's home, not in the cwd
-    return Scores(keep_in_memory=True, seed=0, cache_dir=cache_dir), corpus
+    with tempfile.TemporaryDirectory() as cache_dir:
+        metric = Scores(keep_in_memory=True, seed=0, cache_dir=cache_dir)
+        return metric.compute(predictions=predictions, references=references)
+
+
+def bleu_name(task):
+    return next(name for name in SCORES[task] if name.startswith("bleu"))
 
 
 def means(task):
@@ -393,8 +421,7 @@ def corpus_scores(task, sums, examples):
     names = means(task)
     found = {name: sums[..., i] / examples for i, name in enumerate(names)}
     counts, nll, tokens = sums[..., len(names) : -2], sums[..., -2], sums[..., -1]
-    name = next(name for name in SCORES[task] if name.startswith("bleu"))
-    found[name] = bleu_of(counts, effective_order=task == "trivia_qa")
+    found[bleu_name(task)] = bleu_of(counts, effective_order=task == "trivia_qa")
     scores = {name: found[name] for name in SCORES[task]}
     if np.all(tokens > 0):
         scores["perplexity"] = np.exp(np.minimum(nll / tokens, 700))  # 700: the largest that a float holds
@@ -411,10 +438,9 @@ def resampled_sums(table, resamples, seed):
     """(resamples, columns): sums of the rows of `table`, drawn with replacement as often as there are rows."""
     rng, sums = np.random.default_rng(seed), []
     for size in chunks(resamples, len(table)):
-        drawn = rng.integers(len(table), size=(size, len(table)), dtype=np.int32)
-        drawn += np.arange(size, dtype=np.int32)[:, None] * np.int32(len(table))
-        counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
-        sums.append(counts.astype(np.float64) @ table)
+        drawn = rng.integers(len(table), size=(size, len(table)))
+        times = np.array([np.bincount(row, minlength=len(table)) for row in drawn], dtype=np.float64)
+        sums.append(times @ table)
     return np.concatenate(sums)
 
 
@@ -485,7 +511,7 @@ def paired_bleu(metric, predictions, others, differ, resamples):
     """
     from sacrebleu.significance import PairedTest
 
-    shuffles = min(resamples, max(1000, 25_000_000 // len(predictions)))
+    shuffles = min(resamples, max(1000, 16_000_000 // len(predictions)))
     systems = [("first", predictions), ("other", others)]
     signatures, scores = PairedTest(systems, {"BLEU": metric}, None, test_type="ar", n_samples=shuffles)()
     return min(1.0, max(scores["BLEU"][1].p_value, 2.0 ** (1 - differ))), str(signatures["BLEU"])
@@ -508,11 +534,10 @@ def compare(task, tables, first, name, systems, corpus, args):
             result[metric] |= {"test": "McNemar, exact", "p_value": mcnemar(wins, losses)}
         elif metric not in NO_TEST:
             result[metric] |= {"test": "sign-flip randomisation", "p_value": float(p_values[metric])}
-    metric = next(metric for metric in SCORES[task] if metric.startswith("bleu"))
     counts = difference[:, len(means(task)) : -2]
     p_value, signature = paired_bleu(corpus, systems[first]["predictions"], systems[name]["predictions"],
                                      int(counts.any(1).sum()), args.resamples)  # fmt: skip
-    return result | {metric: {"test": f"sacrebleu PairedTest {signature}", "p_value": p_value}}
+    return result | {bleu_name(task): {"test": f"sacrebleu PairedTest {signature}", "p_value": p_value}}
 
 
 def holm(p_values):
@@ -538,7 +563,7 @@ def groups_of(rows):
     inside = rows["answer_in_context"]
     if inside and all(type(value) is bool for value in inside) and not all(inside):
         inside = np.array(inside)
-        groups["answer_in_context"] = {"answer in the context": inside, "answer not in the context": ~inside}
+        groups["answer_in_context"] = {"in the context": inside, "not in the context": ~inside}
     if rows["prompt"]:
         words = np.array([len(prompt.split()) for prompt in rows["prompt"]])
         edges = np.unique(np.quantile(words, np.linspace(0, 1, LENGTH_GROUPS + 1), method="higher"))
@@ -548,21 +573,38 @@ def groups_of(rows):
     return {kind: {label: pick for label, pick in parts.items() if pick.any()} for kind, parts in groups.items()}
 
 
-def score_task(task, rows, args):
-    """Everything evaluation.json says about a task; {system: {metric: 0 to 100}} stands at its top level."""
+@contextmanager
+def processes(examples):
+    """A `map` over the CPUs; a plain one for few examples, where starting processes takes longer than the work."""
+    if examples < 2000 or os.cpu_count() == 1:
+        yield map
+        return
+    import_evaluate()  # once, before processes are forked
+    with ProcessPoolExecutor(min(os.cpu_count(), 4)) as pool:
+        yield pool.map
+
+
+def score_task(task, rows, args, run):
+    """Everything evaluation.json says about a task; {system: {metric: 0 to 100}} stands at its top level.
+
+    run: `map`, or one over several processes.
+    """
     systems, references = rows["systems"], rows["references"]
-    signatures, tables = {}, {}
-    with tempfile.TemporaryDirectory() as cache_dir:
-        metric, corpus = make_metric(task, references, cache_dir)
-        for name, system in systems.items():
-            scores = metric.compute(predictions=system["predictions"], references=references)
-            tables[name] = table_of(task, scores, system)
-            signatures[name] = {key: value for key, value in scores.items() if key.endswith("signature")}
-    whole = measure(task, tables, args)
+    predictions = [system["predictions"] for system in systems.values()]
+    found = run(scores_of, repeat(task), repeat(references), predictions)
+    corpus = make_bleu(references, effective_order=task == "trivia_qa") if len(systems) > 1 else None
+    scores = dict(zip(systems, found, strict=True))
+    tables = {name: table_of(task, scores[name], system) for name, system in systems.items()}
+    groups = groups_of(rows)
+    picks = [slice(None), *(pick for parts in groups.values() for pick in parts.values())]
+    parts = [{name: table[pick] for name, table in tables.items()} for pick in picks]
+    measured = run(measure, repeat(task), parts, repeat(args))
+    whole = next(measured)
     result = {"examples": len(references), "files": {name: system["file"] for name, system in systems.items()}}
     for name in systems:
         perplexity = whole["scores"][name].pop("perplexity", None)
-        result[name] = whole["scores"][name] | signatures[name]
+        signature = {key: value for key, value in scores[name].items() if key.endswith("signature")}
+        result[name] = whole["scores"][name] | {bleu_name(task): scores[name][bleu_name(task)]} | signature
         block = systems[name]["perplexity"] or (perplexity and {"perplexity": perplexity})
         if block:
             result.setdefault("perplexity", {})[name] = block
@@ -572,17 +614,147 @@ def score_task(task, rows, args):
         tests = compare(task, tables, first, name, systems, corpus, args)
         difference = whole["differences"][name]
         result["comparisons"][name] = {metric: difference[metric] | tests.get(metric, {}) for metric in difference}
-    result["groups"] = {
-        kind: {label: measure(task, {name: table[pick] for name, table in tables.items()}, args)
-               for label, pick in parts.items()}
-        for kind, parts in groups_of(rows).items()
-    }  # fmt: skip
+    result["groups"] = {kind: {label: next(measured) for label in labels} for kind, labels in groups.items()}
     result["per_example"] = {
         "id": rows["id"] or [str(i) for i in range(len(references))],
         **{name: {metric: np.round(table[:, i], 4).tolist() for i, metric in enumerate(means(task))}
            for name, table in tables.items()},
     }  # fmt: skip
     return result
+
+
+def read_json(path, lines=False):
+    """What a file holds, a list per line where asked for; nothing where it is absent or broken."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        value = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+    except (OSError, ValueError):
+        return [] if lines else {}
+    return value if lines or isinstance(value, dict) else {}
+
+
+def read_training(output_dir):
+    """What train_llama.py and build_dataset.py noted: facts, settings, loss {curve: [[step, loss]]}, data; or None."""
+    run = read_json(Path(output_dir) / "adapter" / "run.json")
+    log = read_json(Path(output_dir) / "adapter" / "log.jsonl", lines=True)
+    data = read_json(Path(output_dir) / "dataset_report.json").get("tasks")
+    settings = run.pop("settings", None)
+    training = {"facts": {key: value for key, value in run.items() if isinstance(value, str | int | float)},
+                "settings": settings if isinstance(settings, dict) else {}, "loss": {}, "data": {}}  # fmt: skip
+    for entry in (entry for entry in log if isinstance(entry, dict) and type(entry.get("step")) in (int, float)):
+        for key, value in entry.items():
+            if re.fullmatch(r"loss|eval_(\w+_)?loss", key) and type(value) in (int, float) and np.isfinite(value):
+                training["loss"].setdefault(key, []).append([entry["step"], value])
+    for task, part in data.items() if isinstance(data, dict) else ():
+        counts = part.get("counts") if isinstance(part, dict) else None
+        if isinstance(counts, dict) and all(isinstance(split, dict) for split in counts.values()):
+            training["data"][task] = counts
+    return training if any(training.values()) else None
+
+
+def draw(caption, xlabel, ylabel, paint):
+    """{"caption", "svg"}: what paint(axes) draws as inline SVG in the colours of the page, light or dark."""
+    import io
+    import logging
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it writes of its font cache
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.2, 2.8), layout="constrained")
+        axes = figure.subplots()
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        paint(axes)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above: nothing lies under it
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    svg = file.getvalue()[file.getvalue().index("<svg") :]
+    svg = re.sub(r'<metadata>.*?</metadata>|(?<=<g) id="[^"]*"', "", svg, flags=re.DOTALL)
+    for colour, variable in INK.items():
+        svg = svg.replace(colour, variable)
+    return {"caption": caption, "svg": svg}
+
+
+def draw_task(task, result):
+    """Figures of a task: scores and differences per example, scores by length of prompt and by answer_in_context."""
+    names, metric = list(result["files"]), MAIN_SCORE[task]
+    values = {name: np.array(result["per_example"][name][metric]) for name in names}
+    label, share = LABELS[metric], "% of the examples"
+
+    def histogram(columns, bins):
+        def paint(axes):
+            for name, column in columns.items():
+                axes.hist(column, bins, weights=np.full(len(column), 100 / len(column)), histtype="step",
+                          linewidth=1.6, label=name, color=colours[name])  # fmt: skip
+
+        return paint  # fmt: skip
+
+    def by_group(parts):
+        def paint(axes):
+            for i, name in enumerate(names):
+                shift = (i - (len(names) - 1) / 2) * 0.12
+                scores = np.array([part["scores"][name][metric] for part in parts.values()])
+                ends = np.array([part["intervals"][name][metric] for part in parts.values()]).T
+                axes.errorbar(np.arange(len(parts)) + shift, scores, np.abs(ends - scores), fmt="o", capsize=3,
+                              color=colours[name], label=name)  # fmt: skip
+            axes.set_xticks(range(len(parts)), list(parts), fontsize=8)
+            axes.set_xlim(-0.5, len(parts) - 0.5)
+            axes.set_ylim(bottom=0)
+
+        return paint  # fmt: skip
+
+    colours = {name: f"#0{i % 6}0404" for i, name in enumerate(names)}
+    figures = [draw(f"How {label} is spread over the examples of {task}", label, share,
+                    histogram(values, np.linspace(0, 100, 21)))]  # fmt: skip
+    if len(names) > 1:
+        gains = {name: values[name] - values[names[0]] for name in names[1:]}
+        figures.append(draw(f"Difference in {label} to {names[0]}, example by example", "difference", share,
+                            histogram(gains, np.linspace(-105, 105, 22))))  # fmt: skip
+    titles = {"prompt_words": "by words of the prompt", "answer_in_context": "by whether the context holds the answer"}
+    figures += [draw(f"{label} {titles[kind]}, with 95 % intervals", "words" if kind == "prompt_words" else "", label,
+                     by_group(parts)) for kind, parts in result["groups"].items() if parts]  # fmt: skip
+    return figures
+
+
+def draw_loss(loss):
+    """The figures of the training: its loss by step, and the validation losses where there are any."""
+
+    def paint(axes):
+        for i, (name, points) in enumerate(loss.items()):
+            label = name.replace("eval_", "validation, ").replace("_loss", "")
+            style = {"label": label, "color": f"#0{i % 6}0404", "markersize": 4, "linewidth": 1.5}
+            axes.plot(*np.array(points).T, "-" if name == "loss" else "o-", **style)
+        axes.set_ylim(bottom=0)
+
+    return [draw("Loss by optimizer step", "step", "loss, nats per token", paint)] if loss else []
+
+
+def page(report, tasks):
+    """evaluation.html: the numbers of `report` and the texts of `tasks`, in evaluation.html.jinja."""
+    import jinja2
+
+    folder = jinja2.FileSystemLoader(Path(__file__).resolve().parent)
+    environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True)
+    parts, data, models = [], [], []
+    for task, rows in tasks.items():
+        result, names = report[task], list(rows["systems"])
+        metrics = {metric: {name: result[name][metric] for name in names} for metric in SCORES[task]}
+        perplexity = {name: block["perplexity"] for name, block in result.get("perplexity", {}).items()}
+        metrics |= {"perplexity": perplexity} if perplexity else {}
+        parts.append({"name": task, "systems": names, "result": result, "metrics": metrics,
+                      "figures": draw_task(task, result)})  # fmt: skip
+        data.append({"task": task, "id": result["per_example"]["id"], "prompt": rows["prompt"],
+            "references": rows["references"], "inside": rows["answer_in_context"],
+            "predictions": {name: system["predictions"] for name, system in rows["systems"].items()},
+            "scores": {name: result["per_example"][name] for name in names}})  # fmt: skip
+        models += [system["model"] for system in rows["systems"].values() if isinstance(system["model"], str)]
+    training = report["training"]
+    return environment.get_template("evaluation.html.jinja").render(
+        tasks=parts, data=data, models=list(dict.fromkeys(models)), training=training,
+        training_figures=draw_loss(training["loss"]) if training else [], labels=LABELS, main_score=MAIN_SCORE,
+        lower_is_better=LOWER_IS_BETTER, settings=report["settings"], versions=report["versions"])  # fmt: skip
 
 
 def dump(value, depth=1):
@@ -598,6 +770,8 @@ def save(folder, files):
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".evaluation-") as beside:
             for name, text in files.items():
+                if (folder / name).is_dir():
+                    raise IsADirectoryError(0, "Is a directory")
                 (Path(beside) / name).write_text(text, encoding="utf-8")
             for name in files:
                 os.replace(Path(beside) / name, folder / name)
@@ -641,14 +815,17 @@ def main(argv=None):
         fail(f"cannot write to {args.output_dir}: {error.strerror}")
     from importlib.metadata import version
 
-    results = {task: score_task(task, rows, args) for task, rows in tasks.items()}
+    with processes(max(len(rows["references"]) for rows in tasks.values())) as run:
+        results = {task: score_task(task, rows, args, run) for task, rows in tasks.items()}
     adjust(results)
     versions = {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
     report = results | {"versions": versions, "settings": {**vars(args), "stemmer": True}}
-    save(folder, {"evaluation.json": dump(report) + "\n"})
+    # of predictions given by hand nobody knows whether OUTPUT_DIR's adapter made them
+    report["training"] = None if args.predictions else read_training(args.output_dir)
+    save(folder, {"evaluation.html": page(report, tasks), "evaluation.json": dump(report) + "\n"})
     for task, result in results.items():
         print_table(task, result)
-    print(f"\nwrote {folder / 'evaluation.json'}")
+    print(f"\nwrote {folder / 'evaluation.html'} and {folder / 'evaluation.json'}")
 
 
 if __name__ == "__main__":

@@ -262,6 +262,7 @@ def test_a_hand_made_file_is_scored_and_nothing_else_is_left_in_the_cwd(tmp_path
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == [
         "mine.json",
         "out",
+        "out/evaluation.html",
         "out/evaluation.json",
     ]
     scores = result(tmp_path / "out/evaluation.json")["trivia_qa"]
@@ -583,9 +584,9 @@ def test_the_same_seed_gives_the_same_files_byte_for_byte_and_another_one_others
     for seed in (0, 0, 1):
         done = run(tmp_path, "--output-dir", ".", "--resamples", "500", "--seed", seed)
         assert done.returncode == 0, done.stderr
-        files.append([(tmp_path / name).read_bytes() for name in ("evaluation.json",)])
+        files.append([(tmp_path / name).read_bytes() for name in ("evaluation.json", "evaluation.html")])
     assert files[0] == files[1]
-    assert files[0][0] != files[2][0]
+    assert files[0][0] != files[2][0] and files[0][1] != files[2][1]
 
 
 def test_every_score_has_its_interval_and_all_tests_are_one_family(tmp_path):
@@ -616,7 +617,7 @@ def test_a_group_has_the_scores_of_its_rows_alone(tmp_path):
     assert run(tmp_path, "--output-dir", ".", "--resamples", "100").returncode == 0
     assert run(tmp_path, "--output-dir", "part", "--resamples", "100").returncode == 0
     groups = result(tmp_path / "evaluation.json")["trivia_qa"]["groups"]
-    group = groups["answer_in_context"]["answer in the context"]
+    group = groups["answer_in_context"]["in the context"]
     alone = result(path.parent / "evaluation.json")["trivia_qa"]
     for system in ("base", "tuned"):
         expected = {name: alone[system][name] for name in evaluations.SCORES["trivia_qa"]}
