@@ -28,7 +28,7 @@ import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -491,36 +491,26 @@ def interval(samples):
     return [round(float(value), 6) for value in np.percentile(samples, [low, 100 - low])]
 
 
-def measure(task, tables, args):
-    """Every metric of every system on these rows, with intervals, and the differences to the first system.
+def measure(scores_of_sums, tables, args):
+    """Every score of every system on these rows, with intervals, and the differences to the first system.
 
-    tables: {system: (examples, columns)}; all systems are resampled together, row by row.
+    scores_of_sums: (sums, examples) to {metric: score}; tables: {system: (examples, columns)}. All systems are
+    resampled together, row by row. Perplexities over other tokens (last column) have no difference.
     """
     examples = len(next(iter(tables.values())))
     sums = np.split(resampled_sums(np.hstack(list(tables.values())), args.resamples, args.seed), len(tables), axis=1)
     result = {"examples": examples, "scores": {}, "intervals": {}, "differences": {}}
-    samples = {}
+    first, samples = next(iter(tables)), {}
     for (name, table), part in zip(tables.items(), sums, strict=True):
-        scores = corpus_scores(task, table.sum(0), examples)
-        samples[name] = corpus_scores(task, part, examples)
-        result["scores"][name] = {metric: float(value) for metric, value in scores.items()}
-        result["intervals"][name] = {metric: interval(samples[name][metric]) for metric in scores}
-    first, *others = tables
-    for name in others:
+        mine, samples[name] = scores_of_sums(table.sum(0), examples), scores_of_sums(part, examples)
+        result["scores"][name] = {metric: float(value) for metric, value in mine.items()}
+        result["intervals"][name] = {metric: interval(values) for metric, values in samples[name].items()}
+        same = name != first and np.array_equal(table[:, -1], tables[first][:, -1])
         result["differences"][name] = {
-            metric: {
-                "difference": result["scores"][name][metric] - result["scores"][first][metric],
-                "interval": interval(samples[name][metric] - samples[first][metric]),
-            }
-            for metric in comparable(tables[first], tables[name], samples[first])
-        }
+            metric: {"difference": float(value) - result["scores"][first][metric],
+                     "interval": interval(samples[name][metric] - samples[first][metric])}
+            for metric, value in mine.items() if name != first and (metric != "perplexity" or same)}  # fmt: skip
     return result
-
-
-def comparable(first, table, metrics):
-    """The metrics in which two systems can be compared: perplexity only where both count the same tokens."""
-    same = np.array_equal(first[:, -1], table[:, -1])
-    return [name for name in metrics if name != "perplexity" or same]
 
 
 def sign_flip(differences, resamples, seed):
@@ -544,7 +534,7 @@ def mcnemar(wins, losses):
 
 
 def paired_bleu(metric, predictions, others, differ, resamples):
-    """p of sacrebleu's PairedTest (approximate randomisation), and its signature.
+    """{"test", "p_value"} of sacrebleu's PairedTest (approximate randomisation).
 
     Its count of shuffles leaves out those that equal what was seen, so that two systems that differ in one row come
     out as significant; `differ` rows that differ allow no p under 2 / 2**differ. Its memory is 80 bytes per example
@@ -555,30 +545,22 @@ def paired_bleu(metric, predictions, others, differ, resamples):
     shuffles = min(resamples, max(1000, 16_000_000 // len(predictions)))
     systems = [("first", predictions), ("other", others)]
     signatures, scores = PairedTest(systems, {"BLEU": metric}, None, test_type="ar", n_samples=shuffles)()
-    return min(1.0, max(scores["BLEU"][1].p_value, 2.0 ** (1 - differ))), str(signatures["BLEU"])
+    p_value = min(1.0, max(scores["BLEU"][1].p_value, 2.0 ** (1 - differ)))
+    return {"test": f"sacrebleu PairedTest {signatures['BLEU']}", "p_value": p_value}
 
 
-def compare(task, tables, first, name, systems, corpus, args):
-    """{metric: {"test", "p_value", "wins", "ties", "losses"}} of system `name` against `first`, row by row."""
-    difference = tables[name] - tables[first]
-    columns = {metric: difference[:, i] for i, metric in enumerate(means(task))}
-    if systems[first]["nll"] and systems[first]["tokens"] == systems[name]["tokens"]:
-        columns["perplexity"] = difference[:, -2]
-    p_values = dict(zip(columns, sign_flip(np.column_stack(list(columns.values())), args.resamples, args.seed),
-                        strict=True))  # fmt: skip
-    result = {}
-    for metric, values in columns.items():
+def compare(columns, args):
+    """{metric: {"test", "p_value", "wins", "ties", "losses"}} of {metric: differences to the first system}."""
+    p_values, result = sign_flip(np.column_stack(list(columns.values())), args.resamples, args.seed), {}
+    for (metric, values), p_value in zip(columns.items(), p_values.tolist(), strict=True):
         higher, lower = int((values > 0).sum()), int((values < 0).sum())
         wins, losses = (lower, higher) if metric in LOWER_IS_BETTER else (higher, lower)
         result[metric] = {"wins": wins, "ties": len(values) - wins - losses, "losses": losses}
         if metric in BINARY:
             result[metric] |= {"test": "McNemar, exact", "p_value": mcnemar(wins, losses)}
         elif metric not in NO_TEST:
-            result[metric] |= {"test": "sign-flip randomisation", "p_value": float(p_values[metric])}
-    counts = difference[:, len(means(task)) : -2]
-    p_value, signature = paired_bleu(corpus, systems[first]["predictions"], systems[name]["predictions"],
-                                     int(counts.any(1).sum()), args.resamples)  # fmt: skip
-    return result | {bleu_name(task): {"test": f"sacrebleu PairedTest {signature}", "p_value": p_value}}
+            result[metric] |= {"test": "sign-flip randomisation", "p_value": p_value}
+    return result
 
 
 def holm(p_values):
@@ -641,7 +623,7 @@ def score_task(task, rows, args, run):
     groups = groups_of(rows)
     picks = [slice(None), *(pick for parts in groups.values() for pick in parts.values())]
     parts = [{name: table[pick] for name, table in tables.items()} for pick in picks]
-    measured = run(measure, repeat(task), parts, repeat(args))
+    measured = run(measure, repeat(partial(corpus_scores, task)), parts, repeat(args))
     whole = next(measured)
     result = {"examples": len(references), "files": {name: system["file"] for name, system in systems.items()}}
     for name in systems:
@@ -654,9 +636,13 @@ def score_task(task, rows, args, run):
     first, *others = systems
     result["intervals"], result["comparisons"] = whole["intervals"], {}
     for name in others:
-        tests = compare(task, tables, first, name, systems, corpus, args)
-        difference = whole["differences"][name]
-        result["comparisons"][name] = {metric: difference[metric] | tests.get(metric, {}) for metric in difference}
+        test, difference = whole["differences"][name], tables[name] - tables[first]
+        columns = {metric: difference[:, i] for i, metric in enumerate(means(task))}
+        tests = compare(columns | ({"perplexity": difference[:, -2]} if "perplexity" in test else {}), args)
+        differ = int(difference[:, len(means(task)) : -2].any(1).sum())
+        texts = systems[first]["predictions"], systems[name]["predictions"]
+        tests[bleu_name(task)] = paired_bleu(corpus, *texts, differ, args.resamples)
+        result["comparisons"][name] = {metric: test[metric] | tests[metric] for metric in test}
     result["groups"] = {kind: {label: next(measured) for label in labels} for kind, labels in groups.items()}
     result["per_example"] = {
         "id": rows["id"] or [str(i) for i in range(len(references))],
@@ -836,7 +822,7 @@ def judge_report(task, result, judged, counts, args):
     """The judge's scores (0 to 100) with exact match and others on the same rows, their agreement, points by score."""
     names, metrics, per_example = list(judged), ("judge", *BESIDE_JUDGE[task]), result["per_example"]
     report = {"model": args.judge_model, "url": args.judge_url, "metrics": metrics, **counts}
-    report |= {"failed": {}, "reasons": {}, "agreement": {}, "scores": {}, "intervals": {}, "comparisons": {}}
+    report |= {"failed": {}, "reasons": {}, "agreement": {}, "scores": {}, "comparisons": {}}
     values = {}
     for name in names:
         scores = {i: 100 * entry["score"] for i, entry in sorted(judged[name].items()) if entry["score"] is not None}
@@ -854,21 +840,13 @@ def judge_report(task, result, judged, counts, args):
     report["points"] = {points: dict(zip(metrics, level.mean(0).tolist(), strict=True)) | {"predictions": len(level)}
                         for points, level in levels.items()}  # fmt: skip
     rows = sorted(set.intersection(*(set(values[name]) for name in names)))  # judged for every system
-    report["examples"] = len(rows)
-    tables = [np.array([values[name][i] for i in rows]) for name in names if rows]
-    if tables:
-        sums = resampled_sums(np.hstack(tables), args.resamples, args.seed)
-        samples = np.split(sums / len(rows), len(names), axis=1)
-    for name, table, sample in zip(names, tables, samples if tables else [], strict=False):
-        report["scores"][name] = dict(zip(metrics, table.mean(0).tolist(), strict=True))
-        report["intervals"][name] = {metric: interval(sample[:, i]) for i, metric in enumerate(metrics)}
-        if name != names[0]:
-            gain = table[:, :1] - tables[0][:, :1]
-            wins, losses = int((gain > 0).sum()), int((gain < 0).sum())
-            report["comparisons"][name] = {"difference": float(gain.mean()), "test": "sign-flip randomisation",
-                "interval": interval(sample[:, 0] - samples[0][:, 0]), "wins": wins, "losses": losses,
-                "ties": len(rows) - wins - losses,
-                "p_value": float(sign_flip(gain, args.resamples, args.seed)[0])}  # fmt: skip
+    if not rows:
+        return report | {"examples": 0}
+    tables = {name: np.array([values[name][i] for i in rows]) for name in names}
+    report |= measure(lambda sums, examples: dict(zip(metrics, sums.T / examples, strict=True)), tables, args)
+    for name in names[1:]:
+        tests = compare({"judge": tables[name][:, 0] - tables[names[0]][:, 0]}, args)
+        report["comparisons"][name] = report["differences"][name]["judge"] | tests["judge"]
     return report
 
 
@@ -913,8 +891,8 @@ def read_training(output_dir):
     return training if any(training.values()) else None
 
 
-def draw(caption, xlabel, ylabel, paint):
-    """{"caption", "svg"}: what paint(axes) draws as inline SVG in the colours of the page, light or dark."""
+def draw(caption, xlabel, ylabel, lines, ticks=None, first=0):
+    """{"caption", "svg"}: lines {label: (x, y, style)} as inline SVG in the colours of the page, light or dark."""
     import io
     import logging
 
@@ -926,9 +904,13 @@ def draw(caption, xlabel, ylabel, paint):
         figure = Figure(figsize=(4.2, 2.8), layout="constrained")
         axes = figure.subplots()
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        paint(axes)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above: nothing lies under it
+        for i, (label, (x, y, style)) in enumerate(lines.items(), first):
+            axes.errorbar(x, y, label=label, color=f"#0{i % 6}0404", capsize=3, markersize=4, linewidth=1.5, **style)
+        axes.set_ylim(bottom=0)
+        if ticks:
+            axes.set_xticks(range(len(ticks)), ticks, fontsize=8)
+            axes.set_xlim(-0.5, len(ticks) - 0.5)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above: nothing lies under it
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()[file.getvalue().index("<svg") :]
@@ -938,72 +920,52 @@ def draw(caption, xlabel, ylabel, paint):
     return {"caption": caption, "svg": svg}
 
 
+def histogram(values, edges):
+    """A line of draw(): percent of the values between the edges."""
+    share = np.histogram(values, edges)[0] / len(values) * 100
+    return edges, [*share, share[-1]], {"drawstyle": "steps-post"}
+
+
 def draw_task(task, result):
-    """Figures of a task: scores and differences per example, scores by length of prompt and by answer_in_context."""
+    """Figures of a task: scores and differences per example, scores by group, the judge's points."""
     names, metric = list(result["files"]), MAIN_SCORE[task]
-    values = {name: np.array(result["per_example"][name][metric]) for name in names}
     label, share = LABELS[metric], "% of the examples"
-
-    def histogram(columns, bins):
-        def paint(axes):
-            for name, column in columns.items():
-                axes.hist(column, bins, weights=np.full(len(column), 100 / len(column)), histtype="step",
-                          linewidth=1.6, label=name, color=colours[name])  # fmt: skip
-
-        return paint  # fmt: skip
-
-    def by_group(parts):
-        def paint(axes):
-            for i, name in enumerate(names):
-                shift = (i - (len(names) - 1) / 2) * 0.12
-                scores = np.array([part["scores"][name][metric] for part in parts.values()])
-                ends = np.array([part["intervals"][name][metric] for part in parts.values()]).T
-                axes.errorbar(np.arange(len(parts)) + shift, scores, np.abs(ends - scores), fmt="o", capsize=3,
-                              color=colours[name], label=name)  # fmt: skip
-            axes.set_xticks(range(len(parts)), list(parts), fontsize=8)
-            axes.set_xlim(-0.5, len(parts) - 0.5)
-            axes.set_ylim(bottom=0)
-
-        return paint  # fmt: skip
-
-    def by_points(points):
-        def paint(axes):
-            for i, name in enumerate(BESIDE_JUDGE[task]):
-                means = [level[name] for level in points.values()]
-                axes.plot(range(len(points)), means, "o-", label=LABELS[name], color=f"#0{i + 1}0404")
-            axes.set_xticks(range(len(points)), [f"{key} ({level['predictions']})" for key, level in points.items()])
-            axes.set_ylim(-2, 102)
-
-        return paint
-
-    colours = {name: f"#0{i % 6}0404" for i, name in enumerate(names)}
-    figures = [draw(f"How {label} is spread over the examples of {task}", label, share,
-                    histogram(values, np.linspace(0, 100, 21)))]  # fmt: skip
+    values = {name: np.array(result["per_example"][name][metric]) for name in names}
+    lines = {name: histogram(values[name], np.linspace(0, 100, 21)) for name in names}
+    figures = [draw(f"How {label} is spread over the examples of {task}", label, share, lines)]
     if len(names) > 1:
-        gains = {name: values[name] - values[names[0]] for name in names[1:]}
-        figures.append(draw(f"Difference in {label} to {names[0]}, example by example", "difference", share,
-                            histogram(gains, np.linspace(-105, 105, 22))))  # fmt: skip
-    titles = {"prompt_words": "by words of the prompt", "answer_in_context": "by whether the context holds the answer"}
-    figures += [draw(f"{label} {titles[kind]}, with 95 % intervals", "words" if kind == "prompt_words" else "", label,
-                     by_group(parts)) for kind, parts in result["groups"].items() if parts]  # fmt: skip
+        edges = np.linspace(-105, 105, 22)  # equal scores stand in the middle of a bin
+        lines = {name: histogram(values[name] - values[names[0]], edges) for name in names[1:]}
+        title = f"Difference in {label} to {names[0]}, example by example"
+        figures.append(draw(title, "difference", share, lines, first=1))
+    titles = {"prompt_words": ("words", "by words of the prompt"),
+              "answer_in_context": ("", "by whether the context holds the answer")}  # fmt: skip
+    for kind, parts in result["groups"].items():
+        lines = {}
+        for i, name in enumerate(names):
+            scores = np.array([part["scores"][name][metric] for part in parts.values()])
+            ends = np.array([part["intervals"][name][metric] for part in parts.values()]).T
+            x = np.arange(len(parts)) + (i - (len(names) - 1) / 2) * 0.12
+            lines[name] = x, scores, {"yerr": np.abs(ends - scores), "fmt": "o"}
+        title = f"{label} {titles[kind][1]}, with 95 % intervals"
+        figures.append(draw(title, titles[kind][0], label, lines, list(parts)))
     points = result.get("judge", {}).get("points")
     if points:
+        lines = {LABELS[name]: (range(len(points)), [level[name] for level in points.values()], {"fmt": "o-"})
+                 for name in BESIDE_JUDGE[task]}  # fmt: skip
         title = "What the other scores say of predictions the judge gave 0 to 4 points"
-        figures.append(draw(title, "points (predictions)", "mean score", by_points(points)))
+        ticks = [f"{key} ({level['predictions']})" for key, level in points.items()]
+        figures.append(draw(title, "points (predictions)", "mean score", lines, ticks, first=1))
     return figures
 
 
 def draw_loss(loss):
     """The figures of the training: its loss by step, and the validation losses where there are any."""
-
-    def paint(axes):
-        for i, (name, points) in enumerate(loss.items()):
-            label = name.replace("eval_", "validation, ").replace("_loss", "")
-            style = {"label": label, "color": f"#0{i % 6}0404", "markersize": 4, "linewidth": 1.5}
-            axes.plot(*np.array(points).T, "-" if name == "loss" else "o-", **style)
-        axes.set_ylim(bottom=0)
-
-    return [draw("Loss by optimizer step", "step", "loss, nats per token", paint)] if loss else []
+    lines = {}
+    for name, points in loss.items():
+        label = name.replace("eval_", "validation, ").replace("_loss", "")
+        lines[label] = (*np.array(points).T, {"fmt": "-" if name == "loss" else "o-"})
+    return [draw("Loss by optimizer step", "step", "loss, nats per token", lines)] if loss else []
 
 
 def page(report, tasks):
@@ -1062,18 +1024,23 @@ def print_table(task, result):
     for name, block in result.get("perplexity", {}).items():
         scores[name]["perplexity"] = block["perplexity"]
     title = f"{task} ({result['examples']} examples)"
-    if len(names) == 1:
-        print(f"\n{title:<24}{names[0]:>10}  95 % interval")
-        for metric, value in scores[names[0]].items():
-            print(f"{metric:<24}{value:>10.2f}" + show(result["intervals"][names[0]].get(metric), ".2f"))
-    for name in names[1:]:
-        print(f"\n{title:<24}{names[0]:>10}{name:>10}  difference, 95 % interval      p")
-        for metric in [metric for metric in scores[name] if metric in scores[names[0]]]:
-            first, other = scores[names[0]][metric], scores[name][metric]
-            test = result["comparisons"][name].get(metric, {})
+    first = names[0]
+    for name in names[1:] or names:
+        several = name != first
+        print(
+            f"\n{title:<24}"
+            + (f"{first:>10}{name:>10}  difference, 95 % interval      p" if several else f"{name:>10}")
+        )
+        for metric in [metric for metric in scores[name] if metric in scores[first]]:
+            test = result["comparisons"][name].get(metric, {}) if several else {}
+            ends = test.get("interval") if several else result["intervals"][name].get(metric)
+            shown = " [" + ", ".join(f"{end:{'+' if several else ''}.2f}" for end in ends) + "]" if ends else ""
+            values = [scores[first][metric], scores[name][metric]] if several else [scores[name][metric]]
+            gain = f"{values[1] - values[0]:>+10.2f}" if several else ""
             p = f"{test['p_holm']:>7.4f}" if "p_holm" in test else ""
-            print(f"{metric:<24}{first:>10.2f}{other:>10.2f}{other - first:>+10.2f}"
-                  f"{show(test.get('interval'), '+.2f'):<19}{p}")  # fmt: skip
+            print(
+                (f"{metric:<24}" + "".join(f"{value:>10.2f}" for value in values) + gain + f"{shown:<19}" + p).rstrip()
+            )
 
 
 def print_judge(judge):
@@ -1084,10 +1051,6 @@ def print_judge(judge):
         print(f"judged, {judge['examples']} examples, {name}: {beside}; agrees with {agrees}")
     if judge and any(judge["failed"].values()):
         print("no readable judgement: " + ", ".join(f"{name} {count}" for name, count in judge["failed"].items()))
-
-
-def show(interval, form):
-    return "" if interval is None else " [" + ", ".join(format(value, form) for value in interval) + "]"
 
 
 def main(argv=None):

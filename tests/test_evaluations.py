@@ -1,5 +1,6 @@
 """evaluations.py promises: official scores, one file that appears whole or not at all, one sentence for bad input."""
 
+import functools
 import json
 import os
 import random
@@ -464,6 +465,7 @@ def test_any_number_of_systems_is_compared_with_the_first_row_by_row_whatever_th
 # --- intervals and tests
 
 ARGS = evaluations.parse_args(["--resamples", "1000"])
+SCORES = functools.partial(evaluations.corpus_scores, "trivia_qa")
 COLUMNS = len(evaluations.means("trivia_qa")) + 12
 
 
@@ -481,7 +483,7 @@ def synthetic(rng, examples, effect):
 def test_intervals_hold_the_truth_in_about_95_of_100_experiments():
     rng, held = np.random.default_rng(1), np.zeros(3)
     for _ in range(200):
-        measured = evaluations.measure("trivia_qa", synthetic(rng, 200, 3.0), ARGS)
+        measured = evaluations.measure(SCORES, synthetic(rng, 200, 3.0), ARGS)
         pairs = [
             (measured["intervals"]["first"]["exact_match"], 40.0),  # the mean of the gamma
             (measured["differences"]["second"]["exact_match"]["interval"], 3.0),
@@ -547,11 +549,11 @@ def test_bleu_is_tested_by_sacrebleus_paired_test_but_never_below_what_the_rows_
     right = [refs[0] for refs in gold]
     half = ["no words are shared here" if i % 8 == 0 else text for i, text in enumerate(right)]
     theirs = PairedTest([("a", half), ("b", right)], {"BLEU": metric}, None, n_samples=1000)()[1]["BLEU"][1].p_value
-    p_value, signature = evaluations.paired_bleu(metric, half, right, 40, 1000)
-    assert p_value == theirs < 0.05 and "ar:1000" in signature
+    ours = evaluations.paired_bleu(metric, half, right, 40, 1000)
+    assert ours["p_value"] == theirs < 0.05 and "ar:1000" in ours["test"]
     one = ["no words are shared here", *right[1:]]
-    assert evaluations.paired_bleu(metric, one, right, 1, 1000)[0] == 1  # PairedTest alone says 0.001
-    assert evaluations.paired_bleu(metric, right, right, 0, 1000)[0] == 1
+    assert evaluations.paired_bleu(metric, one, right, 1, 1000)["p_value"] == 1  # PairedTest alone says 0.001
+    assert evaluations.paired_bleu(metric, right, right, 0, 1000)["p_value"] == 1
 
 
 def both_tasks(folder, examples=60):
