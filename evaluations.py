@@ -912,7 +912,7 @@ def draw(caption, xlabel, ylabel, lines, ticks=None, first=0):
             axes.set_xlim(-0.5, len(ticks) - 0.5)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above: nothing lies under it
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(file, format="svg", transparent=True)
     svg = file.getvalue()[file.getvalue().index("<svg") :]
     svg = re.sub(r'<metadata>.*?</metadata>|(?<=<g) id="[^"]*"', "", svg, flags=re.DOTALL)
     for colour, variable in INK.items():
@@ -974,6 +974,7 @@ def page(report, tasks):
 
     folder = jinja2.FileSystemLoader(Path(__file__).resolve().parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # jinja2 sorts keys: the first system is first
     parts, data, models = [], [], []
     for task, rows in tasks.items():
         result, names = report[task], list(rows["systems"])

@@ -170,6 +170,7 @@ def test_the_best_alias_counts_and_every_question_is_in_the_denominator():
 def test_length_ratio_is_of_words_and_to_the_nearest_reference():
     predictions, references = ["a b c", "", "one two"], [["a b c d"], ["x y"], ["1", "1 2 3 4 5"]]
     assert evaluations.length_ratio(predictions, references) == [75, 0, 200]
+    assert evaluations.length_ratio(["a b c d"], [["1", "1 2 3 4 5"]]) == [80]
 
 
 def aliases(seed, examples):
@@ -515,11 +516,11 @@ def test_resampling_draws_every_sample_of_the_rows_equally_often():
 
 def test_resampling_all_of_trivia_qa_stays_far_below_500_megabytes():
     tracemalloc.start()
-    evaluations.resampled_sums(np.ones((7993, 40)), 1200, 0)
-    evaluations.sign_flip(np.ones((7993, 8)), 1200, 0)
+    evaluations.resampled_sums(np.ones((7993, 40)), 4000, 0)
+    evaluations.sign_flip(np.ones((7993, 8)), 4000, 0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 250e6
+    assert peak < 100e6  # all at once: 512e6
 
 
 def test_sign_flips_reach_the_observed_sum_as_often_as_counting_says():
@@ -528,6 +529,8 @@ def test_sign_flips_reach_the_observed_sum_as_often_as_counting_says():
     assert p_values[0] == pytest.approx(2 / 8, abs=0.02)  # only +++ and --- reach 6
     assert p_values[1:] == pytest.approx([1, 1])  # 0.1 + 0.2 - 0.3 is 0 but for its last bits
     assert evaluations.sign_flip(np.ones((1, 1)), 100, 0)[0] == 1
+    decimals = np.random.default_rng(0).integers(1, 999, (7, 50)) / 1000  # equal sums that differ in their last bits
+    assert evaluations.sign_flip(decimals, 5000, 0) == pytest.approx(np.full(50, 2 / 128), abs=0.006)
 
 
 def test_mcnemar_is_the_exact_binomial_test():
@@ -626,6 +629,7 @@ def test_a_group_has_the_scores_of_its_rows_alone(tmp_path):
         expected["perplexity"] = alone["perplexity"][system]["perplexity"]
         assert group["scores"][system] == pytest.approx(expected)
     assert group["examples"] == len(inside)
+    assert groups["answer_in_context"]["not in the context"]["examples"] == 60 - len(inside)
     lengths = groups["prompt_words"]
     assert len(lengths) == 4 and sum(part["examples"] for part in lengths.values()) == 60
 
@@ -634,8 +638,12 @@ def test_perplexities_over_other_tokens_are_not_compared(tmp_path):
     rows = [example(id=str(i), nll=2.0 + i, tokens=3) for i in range(5)]
     first = prediction_file(tmp_path / "a.json", examples=rows)
     other = prediction_file(tmp_path / "b.json", examples=[row | {"tokens": 4} for row in rows])
-    assert run(tmp_path, "--predictions", f"a={first}", f"b={other}", f"c={first}").returncode == 0
+    lower = prediction_file(tmp_path / "d.json", examples=[row | {"nll": row["nll"] - 1} for row in rows])
+    systems = [f"a={first}", f"b={other}", f"c={first}", f"d={lower}"]
+    assert run(tmp_path, "--predictions", *systems).returncode == 0
     part = result(tmp_path / "outputs/evaluation.json")["trivia_qa"]
     assert part["perplexity"]["a"]["perplexity"] == pytest.approx(np.exp(20 / 15))
     assert "perplexity" not in part["comparisons"]["b"]
     assert part["comparisons"]["c"]["perplexity"]["p_value"] == 1
+    test = part["comparisons"]["d"]["perplexity"]
+    assert test["wins"] == 5 and test["difference"] < 0  # lower is better

@@ -179,6 +179,7 @@ def test_requests_are_blind_shuffled_deterministic_and_hold_the_candidate_as_dat
     assert judge(server.url, concurrency=1)[0] == 0
     order = [entry["data"]["candidate"] for entry in server.seen]
     assert len(order) == 26 and order != sorted(order) and order[:13] != [f"base{i}" for i in range(13)]
+    assert [name.startswith("b") for name in order] != [True, False] * 13  # nor system after system of each row
     for entry in server.seen:
         body, data = entry["body"], entry["data"]
         system, user = body["messages"]

@@ -31,8 +31,9 @@ def folder(tmp_path_factory):
     answers[3] = example(3, "Bern", "Bonn", "Bern")
     answers[7] = example(7, NASTY, f"needle {NASTY}", NASTY, prompt=NASTY, id=f"trivia_qa:{NASTY}")
     summaries = [
-        {"id": f"samsum:{i}", "references": ["Ann drinks tea."], "base_prediction": "Bob runs.",
-         "prediction": f"Ann drinks {'tea' if i else 'no tea'}.", "prompt": "Dialogue:\nAnn: tea?"}
+        {"id": f"samsum:{i}", "references": ["Ann drinks tea."], "prompt": "Dialogue:\nAnn: tea?",
+         "prediction": f"Ann drinks {'tea' if i else 'no tea'}.",
+         "base_prediction": "Ann tea." if i == 1 else "Bob runs."}
         for i in range(12)
     ]  # fmt: skip
     for task, rows in (("samsum", summaries), ("trivia_qa", answers)):
@@ -159,6 +160,28 @@ def test_a_row_opens_to_prompt_references_and_predictions_with_the_differing_wor
     tab.select_option("#mark", "reference")
     tab.locator("#examples tr.open").first.click()
     assert tab.locator("#examples mark").all_inner_texts() == ["Bob", "runs.", "no"]
+    tab.select_option("#mark", "system")
+    tab.locator("#examples tr.open").nth(1).click()
+    assert tab.locator("#examples mark").all_inner_texts() == ["drinks"]  # only what the other one lacks
+
+
+def test_of_more_than_two_systems_any_can_be_held_against_the_first(browser, folder):
+    """The page of base, tuned and a third system, as evaluations.py writes it."""
+    source = folder / "samsum_predictions.json"
+    rows = json.loads(source.read_text())
+    for row in rows["examples"]:
+        row["prediction"] = "Ann drinks tea."
+    (folder / "third.json").write_text(json.dumps(rows))
+    files = ["--predictions", source, f"a={folder / 'third.json'}", "--resamples", "50"]
+    assert run("evaluations.py", *files, "--output-dir", folder / "three").returncode == 0
+    tab = browser.new_page()
+    tab.goto((folder / "three" / "evaluation.html").as_uri())
+    first = tab.locator("#examples tr.open").first
+    assert tab.locator("#examples thead th").count() == 6 and "no tea" in first.inner_text()
+    assert tab.locator("#examples thead th").all_inner_texts()[2:5] == ["base", "tuned", "a"]
+    tab.select_option("#other", "a")
+    assert first.locator("td").all_inner_texts()[4:] == ["100.0", "+100.0"]
+    tab.close()
 
 
 def test_markup_in_a_prediction_prompt_id_or_setting_stays_text(tab):
