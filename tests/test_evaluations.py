@@ -1,6 +1,7 @@
 """evaluations.py promises: official scores, one file that appears whole or not at all, one sentence for bad input."""
 
 import functools
+import itertools
 import json
 import os
 import random
@@ -529,8 +530,11 @@ def test_sign_flips_reach_the_observed_sum_as_often_as_counting_says():
     assert p_values[0] == pytest.approx(2 / 8, abs=0.02)  # only +++ and --- reach 6
     assert p_values[1:] == pytest.approx([1, 1])  # 0.1 + 0.2 - 0.3 is 0 but for its last bits
     assert evaluations.sign_flip(np.ones((1, 1)), 100, 0)[0] == 1
-    decimals = np.random.default_rng(0).integers(1, 999, (7, 50)) / 1000  # equal sums that differ in their last bits
-    assert evaluations.sign_flip(decimals, 5000, 0) == pytest.approx(np.full(50, 2 / 128), abs=0.006)
+    # 3 - 3 + 1 + 2 tenths: 12 of the 16 signs reach 3, counted in integers; as floats half of them differ in a bit
+    tenths = np.array([3, -3, 1, 2])
+    signs = np.array(list(itertools.product([-1, 1], repeat=4)))
+    expected = (np.abs(signs @ tenths) >= 3).mean()
+    assert evaluations.sign_flip(tenths[:, None] / 10, 20_000, 0)[0] == pytest.approx(expected, abs=0.01)
 
 
 def test_mcnemar_is_the_exact_binomial_test():
