@@ -9,8 +9,8 @@ set -euo pipefail
 DEMO_DIR=outputs/demo
 DEMO_BUILD=(--samsum tests/fixtures/samsum --trivia-qa tests/fixtures/trivia_qa
     --max-context-words 120 --test-examples-per-task 100)
-DEMO_TRAIN=(--model tests/fixtures/tiny_llama3 --learning-rate 3e-3 --num-train-epochs 2 --max-length 512
-    --gradient-accumulation-steps 2)
+DEMO_TRAIN=(--model tests/fixtures/tiny_llama3 --learning-rate 4e-3 --num-train-epochs 4 --max-length 1024
+    --gradient-accumulation-steps 1 --eval-steps 190 --save-steps 190 --logging-steps 20 --overwrite)
 
 die() {
     echo "$1" >&2

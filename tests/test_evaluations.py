@@ -1,12 +1,18 @@
 """evaluations.py promises: official scores, one file that appears whole or not at all, one sentence for bad input."""
 
+import functools
+import itertools
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import evaluations
@@ -50,6 +56,74 @@ OFFICIAL = [
     ("东京", "东京", True, 1.0),
     ("Queen's", "queens", False, 0.0),
     ("a-ha", "Ha", True, 1.0),  # the a before the hyphen is an article too
+    # articles
+    ("the-the band", "band", True, 1.0),
+    ("a_the_an", "", True, 0.0),
+    ("vitamin A", "vitamin", True, 1.0),  # the letter is an article to these rules
+    ("vitamin A", "vitamin B", False, 2 / 3),  # precision 1, recall 1/2
+    ("A.B.C.", "b c", True, 1.0),
+    ("T.H.E.", "t h e", True, 1.0),  # three letters, no article
+    ("thé", "the", False, 0.0),
+    ("a–z", "–z", True, 1.0),  # the dash stays and ends the word a
+    ("the", "a", True, 0.0),  # both empty
+    # punctuation inside words
+    ("can't", "cant", False, 0.0),
+    ("can't", "can t", True, 1.0),
+    ("e-mail", "email", False, 0.0),
+    ("C++", "C", True, 1.0),
+    (".NET", "net", True, 1.0),
+    ("10:30", "10 30", True, 1.0),
+    ("Dr. No", "dr no", True, 1.0),
+    ("$5.99", "5 99", True, 1.0),
+    ("50%", "50", True, 1.0),
+    # underscores
+    ("__init__", "init", True, 1.0),
+    ("Rock_'n'_Roll", "rock n roll", True, 1.0),
+    # curly quotes and their neighbours
+    ("O’Neill", "O'Neill", True, 1.0),
+    ("O’Neill", "ONeill", False, 0.0),
+    ("‘‘quoted’’", "quoted", True, 1.0),
+    ("«Émile»", "Émile", False, 0.0),
+    ("12″", "12", False, 0.0),  # a double prime stays
+    # unicode
+    ("Café", "Cafe\u0301", False, 0.0),  # composed and decomposed differ
+    ("STRASSE", "straße", False, 0.0),  # lower case, no case folding
+    ("ΣΊΣΥΦΟΣ", "σίσυφος", True, 1.0),  # the final sigma
+    ("１９６９", "1969", False, 0.0),  # full-width digits
+    ("\u00a0Rome\u2003Italy", "rome italy", True, 1.0),  # blanks of other widths
+    ("Rome\u200b", "rome", False, 0.0),  # a zero-width space is no blank
+    ("東京 タワー", "東京", False, 2 / 3),
+    ("東京タワー", "東京", False, 0.0),
+    ("½", "1 2", False, 0.0),
+    ("Les Misérables", "les miserables", False, 0.5),
+    # digits
+    ("1,234,567", "1 234 567", True, 1.0),
+    ("1,234,567", "1234567", False, 0.0),
+    ("007", "7", False, 0.0),
+    ("7th", "7", False, 0.0),
+    # empty after normalisation
+    ("???", "", True, 0.0),
+    ("…", "...", False, 0.0),  # the one-character ellipsis stays
+    ("—", "", False, 0.0),
+    ("and", "&", False, 0.0),
+    # multiplicity and order
+    ("New York, New York", "new york", False, 2 / 3),
+    ("x", "x x x x", False, 0.4),  # precision 1, recall 1/4
+    ("Alpha Beta Gamma Delta", "Delta Gamma", False, 2 / 3),
+]
+# prediction, reference, whether the reference's normalised words stand in the prediction, whole and in a row
+CONTAINS = [
+    ("It is Paris, of course.", "Paris", True),
+    ("Parisian", "Paris", False),
+    ("party", "art", False),
+    ("the big apple", "the", False),  # nothing to look for
+    ("New York City", "york city", True),
+    ("New big York", "New York", False),
+    ("Spider-Man!", "spider man", True),
+    ("spiderman", "spider man", False),
+    ("Paris", "Paris, France", False),
+    ("the the who", "The Who", True),
+    ("", "Paris", False),
 ]
 SUMMARIES = ["Ann eats an apple. Bob drinks tea.", "Bob will call Ann tomorrow at noon.", "They went running!"]
 GOLD = [
@@ -82,30 +156,61 @@ def test_exact_match_and_f1_follow_the_official_rules(prediction, reference, exa
     assert evaluations.f1_score(prediction, reference) == pytest.approx(f1)
 
 
+@pytest.mark.parametrize(("prediction", "reference", "contained"), CONTAINS)
+def test_contains_looks_for_whole_words_in_a_row(prediction, reference, contained):
+    assert evaluations.contains_score(prediction, reference) is contained
+
+
 def test_the_best_alias_counts_and_every_question_is_in_the_denominator():
-    scores = evaluations.triviaqa(["Rome", "", "red dog", ""], [["x", "rome"], ["y"], ["cat", "dog"], ["The"]])
-    assert scores == {"exact_match": 25.0, "f1": pytest.approx((1 + 2 / 3) / 4 * 100)}
+    answers = (["Rome", "", "red dog", " "], [["x", "rome"], ["y"], ["cat", "dog"], ["The"]])
+    assert evaluations.best(evaluations.exact_match_score, *answers) == [100, 0, 0, 0]  # a blank answer is wrong
+    assert evaluations.best(evaluations.f1_score, *answers) == pytest.approx([100, 0, 200 / 3, 0])
+    assert evaluations.best(evaluations.contains_score, *answers) == [100, 0, 100, 0]
 
 
-def test_rouge_is_the_plain_mean_of_rouge_score_over_the_best_reference(tmp_path):
+def test_length_ratio_is_of_words_and_to_the_nearest_reference():
+    predictions, references = ["a b c", "", "one two"], [["a b c d"], ["x y"], ["1", "1 2 3 4 5"]]
+    assert evaluations.length_ratio(predictions, references) == [75, 0, 200]
+    assert evaluations.length_ratio(["a b c d"], [["1", "1 2 3 4 5"]]) == [80]
+
+
+def aliases(seed, examples):
+    """Predictions and lists of references with shared words, other endings, repeats, lines, blanks and no words."""
+    rng = random.Random(seed)
+    words = ["run", "runs", "running", "The", "Who", "a", "an", "éclair", "1,000", "U.S.", "Done!", "art", "party"]
+
+    def text():
+        return rng.choice([" ", " ", "  ", ". ", "! ", "\n"]).join(rng.choices(words, k=rng.randint(0, 12)))
+
+    predictions = [text() for _ in range(examples)]
+    return predictions, [[text() for _ in range(rng.randint(1, 9))] for _ in range(examples)]
+
+
+def test_rouge_is_rouge_score_itself_for_every_example_whatever_is_shared_or_left_out():
     from rouge_score import rouge_scorer
 
-    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    scores = evaluations.rouge(SUMMARIES, GOLD)
-    for name in ("rouge1", "rouge2", "rougeL"):
-        best = [max(scorer.score(g, p)[name].fmeasure for g in gold) for p, gold in zip(SUMMARIES, GOLD, strict=True)]
-        assert scores[name] == pytest.approx(100 * sum(best) / 3)
-    by_line = rouge_scorer.RougeScorer(["rougeLsum"], use_stemmer=True)
-    first = by_line.score("Bob drinks tea.\nAnn eats the apple.", "Ann eats an apple.\nBob drinks tea.")
-    assert evaluations.rouge(SUMMARIES[:1], GOLD[:1])["rougeLsum"] == pytest.approx(100 * first["rougeLsum"].fmeasure)
+    def by_line(text):
+        return re.sub(r"(?<=[.!?])\s+", "\n", text.strip())
+
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
+    predictions, references = aliases(1, 300)
+    predictions, references = predictions + SUMMARIES, references + GOLD
+    scores = evaluations.rouge(predictions, references)
+    for i, (prediction, refs) in enumerate(zip(predictions, references, strict=True)):
+        expected = scorer.score_multi([by_line(ref) for ref in refs], by_line(prediction))
+        assert {name: scores[name][i] for name in scores} == {n: 100 * s.fmeasure for n, s in expected.items()}
+    assert 0 < sum(scores["rouge2"]) < sum(scores["rouge1"])
 
 
 def test_rouge_lsum_differs_from_rouge_l_where_sentences_are_swapped():
-    swapped = evaluations.rouge(SUMMARIES[:1], GOLD[:1])
+    def score(prediction, reference):
+        return {name: values[0] for name, values in evaluations.rouge([prediction], [reference]).items()}
+
+    swapped = score(SUMMARIES[0], GOLD[0])
     assert swapped["rougeLsum"] > swapped["rougeL"] + 10
-    joined = evaluations.rouge(SUMMARIES[:1], [["Bob drinks tea and Ann eats the apple."]])  # two lines against one
+    joined = score(SUMMARIES[0], ["Bob drinks tea and Ann eats the apple."])  # two lines against one
     assert joined["rougeLsum"] > joined["rougeL"] + 10
-    single = evaluations.rouge(SUMMARIES[1:2], GOLD[1:2])
+    single = score(SUMMARIES[1], GOLD[1])
     assert single["rougeLsum"] == pytest.approx(single["rougeL"])
 
 
@@ -115,19 +220,41 @@ def test_bleu_equals_sacrebleu_with_any_number_of_references(effective_order):
 
     streams = [[gold[0] for gold in GOLD], [None, GOLD[1][1], GOLD[2][1]]]
     expected = sacrebleu.metrics.BLEU(effective_order=effective_order).corpus_score(SUMMARIES, streams).score
-    name = "bleu_effective_order" if effective_order else "bleu"
-    scores = evaluations.bleu(SUMMARIES, GOLD, effective_order)
-    assert scores[name] == pytest.approx(expected) and expected > 1
-    assert f"eff:{'yes' if effective_order else 'no'}" in scores[f"{name}_signature"]
+    metric = evaluations.make_bleu(GOLD, effective_order)
+    score, counts = evaluations.bleu(metric, SUMMARIES)
+    assert score == expected > 1
+    assert evaluations.bleu_of(counts.sum(0), effective_order) == pytest.approx(expected, rel=1e-12)
+    assert f"eff:{'yes' if effective_order else 'no'}" in str(metric.get_signature())
 
 
-def test_bleu_of_a_right_one_word_answer_is_100_with_effective_order():
-    assert evaluations.bleu(["Paris"], [["Paris"]], True)["bleu_effective_order"] == pytest.approx(100)
+@pytest.mark.parametrize("effective_order", [False, True])
+def test_bleu_of_any_resample_equals_sacrebleu_on_those_rows(effective_order):
+    import sacrebleu
+
+    predictions, references = aliases(2, 60)
+    metric = evaluations.make_bleu(references, effective_order)
+    counts = evaluations.bleu(metric, predictions)[1]
+    rng, seen = np.random.default_rng(0), set()
+    for size in (1, 1, 1, 2, 3, 5, 60) * 12:  # small ones meet every edge: no match, no 4-gram, shorter, longer
+        drawn = rng.integers(60, size=size)
+        width = max(len(references[i]) for i in drawn)
+        streams = [[references[i][k] if k < len(references[i]) else None for i in drawn] for k in range(width)]
+        sacre = sacrebleu.metrics.BLEU(effective_order=effective_order)
+        expected = sacre.corpus_score([predictions[i] for i in drawn], streams).score
+        seen.add(expected == 0)
+        assert evaluations.bleu_of(counts[drawn].sum(0), effective_order) == pytest.approx(expected, rel=1e-12)
+    assert seen == {True, False}
+
+
+def test_bleu_of_a_right_one_word_answer_is_100_with_effective_order_and_0_without():
+    for effective_order, expected in ((True, 100), (False, 0)):
+        score, counts = evaluations.bleu(evaluations.make_bleu([["Paris"]], effective_order), ["Paris"])
+        assert score == pytest.approx(expected) == evaluations.bleu_of(counts[0], effective_order)
 
 
 def test_bleu_refuses_predictions_and_references_of_other_lengths():
     with pytest.raises(ValueError, match="length"):
-        evaluations.bleu(["a", "b"], [["a"]], False)
+        evaluations.bleu(evaluations.make_bleu([["a"]], False), ["a", "b"])
 
 
 def test_a_hand_made_file_is_scored_and_nothing_else_is_left_in_the_cwd(tmp_path):
@@ -138,6 +265,7 @@ def test_a_hand_made_file_is_scored_and_nothing_else_is_left_in_the_cwd(tmp_path
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == [
         "mine.json",
         "out",
+        "out/evaluation.html",
         "out/evaluation.json",
     ]
     scores = result(tmp_path / "out/evaluation.json")["trivia_qa"]
@@ -158,13 +286,14 @@ def test_both_tasks_base_and_perplexity_are_read_from_the_output_dir_into_file_a
     report = result(tmp_path / "outputs/evaluation.json")
     assert report["samsum"]["perplexity"] == perplexity
     names = {name for name in report["samsum"]["tuned"] if not name.endswith("signature")}
-    assert names == {"rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "exact_match"}
+    assert names == {"rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "exact_match", "length_ratio"}
     assert {"exact_match", "f1", "bleu_effective_order", "rouge1"} < set(report["trivia_qa"]["base"])
     assert report["versions"]["sacrebleu"] and report["settings"]["output_dir"] == "outputs"
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert rows.count(["exact_match", "0.00", "100.00", "+100.00"]) == 2
+    interval = ["[+100.00,", "+100.00]", "1.0000"]
+    assert rows.count(["exact_match", "0.00", "100.00", "+100.00", *interval]) == 2
     assert rows.count(["perplexity", "8.00", "3.25", "-4.75"]) == 2
-    assert all(len(line) <= 80 for line in done.stdout.splitlines()[:-1])
+    assert all(len(line) <= 84 for line in done.stdout.splitlines()[:-1])
 
 
 def example(**changes):
@@ -203,6 +332,10 @@ MALFORMED = {
     "base in some": ({"examples": [example(base_prediction="a"), example()]}, "example 1: base_prediction"),
     "base in others": ({"examples": [example(), example(base_prediction="a")]}, "example 1: base_prediction"),
     "base is a number": ({"examples": [example(base_prediction=1)]}, "example 0: base_prediction"),
+    "id twice": ({"examples": [example(id="x"), example(id="y"), example(id="x")]}, "id 'x' stands there 2 times"),
+    "id in some": ({"examples": [example(id="x"), example()]}, "example 1: id must be in all"),
+    "id is a number": ({"examples": [example(id=3)]}, "example 0: id must be a string"),
+    "prompt is a list": ({"examples": [example(prompt=["a"])]}, "example 0: prompt must be a string"),
     "perplexity is a number": ({"perplexity": 3}, "perplexity"),
     "perplexity is a word": ({"perplexity": {"tuned": {"perplexity": "low"}}}, "perplexity of tuned"),
 }
@@ -285,16 +418,236 @@ def test_neither_torch_nor_the_network_nor_a_home_to_write_to_is_needed(tmp_path
     assert done.returncode == 0, done.stderr
 
 
-def test_every_setting_has_its_flag_and_an_unknown_or_shortened_flag_exits_with_2():
-    args = evaluations.parse_args([])
-    assert vars(args) == {"predictions": evaluations.PREDICTIONS, "output_dir": evaluations.OUTPUT_DIR}
-    for flag in ("--nonsense", "--output"):
-        with pytest.raises(SystemExit) as stop:
-            evaluations.parse_args([flag, "x"])
-        assert stop.value.code == 2
-
-
 def test_help_answers_in_under_a_second(tmp_path):
     start = time.monotonic()
     assert run(tmp_path, "--help").returncode == 0
     assert time.monotonic() - start < 1
+
+
+OTHER_ROWS = {
+    "other length": ([example(id="x")], "has 1 examples and"),
+    "other ids": ([example(id="x"), example(id="z")], "lacks 1 ids of"),
+    "no ids": ([example(), example()], "only one of"),
+    "other references": ([example(id="x"), example(id="y", references=["Rome"])], "y has other references"),
+}
+
+
+@pytest.mark.parametrize("examples, sentence", OTHER_ROWS.values(), ids=OTHER_ROWS.keys())
+def test_systems_on_other_rows_are_not_compared(tmp_path, examples, sentence):
+    first = prediction_file(tmp_path / "first.json", examples=[example(id="x"), example(id="y")])
+    path = prediction_file(tmp_path / "second.json", examples=examples)
+    done = run(tmp_path, "--predictions", f"a={first}", f"b={path}")
+    assert_one_sentence(done, sentence)
+    assert "second.json" in done.stderr and not (tmp_path / "outputs").exists()
+
+
+def test_a_system_cannot_take_the_name_of_a_part_of_the_report(tmp_path):
+    path = prediction_file(tmp_path / "mine.json")
+    assert_one_sentence(run(tmp_path, "--predictions", f"groups={path}"), "groups")
+
+
+def test_any_number_of_systems_is_compared_with_the_first_row_by_row_whatever_their_order(tmp_path):
+    answers = {"a": "Rome Paris Oslo Bern", "b": "Paris Paris Oslo Rome", "c": "Paris Paris Paris Paris"}
+    gold, paths = ["Paris", "Paris", "Oslo", "Bern"], []
+    for name, text in answers.items():
+        rows = [example(id=str(i), references=[gold[i]], prediction=word) for i, word in enumerate(text.split())]
+        rows = rows[::-1] if name == "c" else rows
+        paths.append(f"{name}={prediction_file(tmp_path / f'{name}.json', examples=rows)}")
+    done = run(tmp_path, "--predictions", *paths)
+    assert done.returncode == 0, done.stderr
+    report = result(tmp_path / "outputs/evaluation.json")["trivia_qa"]
+    assert [report[name]["exact_match"] for name in answers] == [75, 75, 50]
+    assert set(report["comparisons"]) == {"b", "c"}
+    counts = {n: [t["exact_match"][k] for k in ("wins", "ties", "losses")] for n, t in report["comparisons"].items()}
+    assert counts == {"b": [1, 2, 1], "c": [1, 1, 2]}
+    assert report["per_example"]["c"]["exact_match"] == [100, 100, 0, 0]
+    assert done.stdout.count("trivia_qa (4 examples)") == 2
+
+
+# --- intervals and tests
+
+ARGS = evaluations.parse_args(["--resamples", "1000"])
+SCORES = functools.partial(evaluations.corpus_scores, "trivia_qa")
+COLUMNS = len(evaluations.means("trivia_qa")) + 12
+
+
+def synthetic(rng, examples, effect):
+    """Tables of two systems: exact match differs by `effect` on average, perplexity is e**2 and tokens vary."""
+    first = np.zeros((examples, COLUMNS))
+    first[:, 0] = rng.gamma(2.0, 20.0, examples)
+    first[:, -1] = rng.integers(2, 30, examples)
+    first[:, -2] = first[:, -1] * rng.gamma(4.0, 0.5, examples)
+    second = first.copy()
+    second[:, 0] += effect + rng.gamma(1.0, 15.0, examples) - 15
+    return {"first": first, "second": second}
+
+
+def test_intervals_hold_the_truth_in_about_95_of_100_experiments():
+    rng, held = np.random.default_rng(1), np.zeros(3)
+    for _ in range(200):
+        measured = evaluations.measure(SCORES, synthetic(rng, 200, 3.0), ARGS)
+        pairs = [
+            (measured["intervals"]["first"]["exact_match"], 40.0),  # the mean of the gamma
+            (measured["differences"]["second"]["exact_match"]["interval"], 3.0),
+            (measured["intervals"]["first"]["perplexity"], np.exp(2.0)),
+        ]
+        held += [low <= truth <= high for (low, high), truth in pairs]
+    assert (held >= 0.90 * 200).all() and (held <= 0.99 * 200).all(), held
+
+
+def test_equal_systems_are_significant_in_about_5_of_100_experiments_and_different_ones_nearly_always():
+    rng, found, power, coin = np.random.default_rng(2), 0, 0, 0
+    for _ in range(200):
+        noise = rng.gamma(1.0, 15.0, (100, 1)) * rng.choice([-1, 1], (100, 1))
+        found += evaluations.sign_flip(noise, 1000, 0)[0] < 0.05
+        power += evaluations.sign_flip(noise + 10, 1000, 0)[0] < 0.05
+        wins = int((noise > 0).sum())
+        coin += evaluations.mcnemar(wins, 100 - wins) < 0.05
+    assert 0.02 * 200 <= found <= 0.085 * 200 and power > 0.98 * 200
+    assert 0.005 * 200 <= coin <= 0.06 * 200  # exact: at most 5 of 100, here 3.5
+
+
+def test_resampling_draws_every_sample_of_the_rows_equally_often():
+    sums = evaluations.resampled_sums(np.array([[1.0], [10.0], [100.0]]), 27_000, 0)[:, 0]
+    every = [a + b + c for a in (1, 10, 100) for b in (1, 10, 100) for c in (1, 10, 100)]
+    for value in set(every):
+        assert (sums == value).sum() == pytest.approx(1000 * every.count(value), rel=0.1)
+    assert evaluations.interval(np.arange(1001.0)) == [25, 975]
+
+
+def test_resampling_all_of_trivia_qa_stays_far_below_500_megabytes():
+    tracemalloc.start()
+    evaluations.resampled_sums(np.ones((7993, 40)), 4000, 0)
+    evaluations.sign_flip(np.ones((7993, 8)), 4000, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6  # all at once: 512e6
+
+
+def test_sign_flips_reach_the_observed_sum_as_often_as_counting_says():
+    three = np.array([[1.0, 0.1, 0.0], [2.0, 0.2, 0.0], [3.0, -0.3, 0.0]])
+    p_values = evaluations.sign_flip(three, 20_000, 0)
+    assert p_values[0] == pytest.approx(2 / 8, abs=0.02)  # only +++ and --- reach 6
+    assert p_values[1:] == pytest.approx([1, 1])  # 0.1 + 0.2 - 0.3 is 0 but for its last bits
+    assert evaluations.sign_flip(np.ones((1, 1)), 100, 0)[0] == 1
+    # 3 - 3 + 1 + 2 tenths: 12 of the 16 signs reach 3, counted in integers; as floats half of them differ in a bit
+    tenths = np.array([3, -3, 1, 2])
+    signs = np.array(list(itertools.product([-1, 1], repeat=4)))
+    expected = (np.abs(signs @ tenths) >= 3).mean()
+    assert evaluations.sign_flip(tenths[:, None] / 10, 20_000, 0)[0] == pytest.approx(expected, abs=0.01)
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    assert evaluations.mcnemar(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 2**10) == evaluations.mcnemar(2, 8)
+    assert evaluations.mcnemar(5, 0) == pytest.approx(2 / 32)
+    assert evaluations.mcnemar(3, 3) == evaluations.mcnemar(0, 0) == 1
+
+
+def test_holm_adjusts_by_rank_and_never_below_a_smaller_one():
+    assert evaluations.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert evaluations.holm([0.5, 0.9]) == pytest.approx([1, 1]) and evaluations.holm([]) == []
+
+
+def test_bleu_is_tested_by_sacrebleus_paired_test_but_never_below_what_the_rows_that_differ_allow():
+    from sacrebleu.significance import PairedTest
+
+    gold = [[f"w{i} the cat sat on mat number {i}"] for i in range(40)]
+    metric = evaluations.make_bleu(gold, False)
+    right = [refs[0] for refs in gold]
+    half = ["no words are shared here" if i % 8 == 0 else text for i, text in enumerate(right)]
+    theirs = PairedTest([("a", half), ("b", right)], {"BLEU": metric}, None, n_samples=1000)()[1]["BLEU"][1].p_value
+    ours = evaluations.paired_bleu(metric, half, right, 40, 1000)
+    assert ours["p_value"] == theirs < 0.05 and "ar:1000" in ours["test"]
+    one = ["no words are shared here", *right[1:]]
+    assert evaluations.paired_bleu(metric, one, right, 1, 1000)["p_value"] == 1  # PairedTest alone says 0.001
+    assert evaluations.paired_bleu(metric, right, right, 0, 1000)["p_value"] == 1
+
+
+def both_tasks(folder, examples=60):
+    """Prediction files of both tasks with everything test_llama.py writes, and prompts; tuned is better than base."""
+    rng = random.Random(3)
+    for task in ("samsum", "trivia_qa"):
+        rows = []
+        for i in range(examples):
+            gold = " ".join(rng.choices(["Ann", "Bob", "tea", "runs.", "home", "late"], k=rng.randint(2, 9)))
+            rows.append(
+                {
+                    "id": f"{task}:{i}",
+                    "prompt": f"Read.\n\n{'word ' * rng.randint(5, 50)}\n\nQuestion: who?\nAnswer:",
+                    "references": [gold, gold.lower()],
+                    "answer_in_context": rng.random() < 0.7,
+                    "prediction": gold if rng.random() < 0.6 else "Bob",
+                    "base_prediction": gold if rng.random() < 0.3 else "Ann runs late",
+                    "nll": rng.uniform(1, 9),
+                    "base_nll": rng.uniform(5, 19),
+                    "tokens": rng.randint(3, 9),
+                }
+            )
+        prediction_file(folder / f"{task}_predictions.json", task, examples=rows)
+    return folder
+
+
+def test_the_same_seed_gives_the_same_files_byte_for_byte_and_another_one_others(tmp_path):
+    both_tasks(tmp_path)
+    files = []
+    for seed in (0, 0, 1):
+        done = run(tmp_path, "--output-dir", ".", "--resamples", "500", "--seed", seed)
+        assert done.returncode == 0, done.stderr
+        files.append([(tmp_path / name).read_bytes() for name in ("evaluation.json", "evaluation.html")])
+    assert files[0] == files[1]
+    assert files[0][0] != files[2][0] and files[0][1] != files[2][1]
+
+
+def test_every_score_has_its_interval_and_all_tests_are_one_family(tmp_path):
+    both_tasks(tmp_path)
+    assert run(tmp_path, "--output-dir", ".", "--resamples", "500").returncode == 0
+    report, tests = result(tmp_path / "evaluation.json"), []
+    for task in ("samsum", "trivia_qa"):
+        part = report[task]
+        names = {*evaluations.SCORES[task], "perplexity"}
+        for system in ("base", "tuned"):
+            scores = part[system] | {"perplexity": part["perplexity"][system]["perplexity"]}
+            assert set(part["intervals"][system]) == names
+            for metric, (low, high) in part["intervals"][system].items():
+                assert low <= scores[metric] <= high
+        assert set(part["comparisons"]["tuned"]) == names
+        tests += [test for test in part["comparisons"]["tuned"].values() if "p_value" in test]
+        assert "p_value" not in part["comparisons"]["tuned"].get("length_ratio", {})
+    assert len(tests) == 16  # 7 + 9 without the length ratio
+    assert min(test["p_holm"] for test in tests) == pytest.approx(16 * min(test["p_value"] for test in tests))
+    assert all(test["significant"] == (test["p_holm"] < 0.05) for test in tests)
+
+
+def test_a_group_has_the_scores_of_its_rows_alone(tmp_path):
+    both_tasks(tmp_path)
+    data = result(tmp_path / "trivia_qa_predictions.json")
+    inside = [row for row in data["examples"] if row["answer_in_context"]]
+    path = prediction_file(tmp_path / "part" / "trivia_qa_predictions.json", examples=inside)
+    assert run(tmp_path, "--output-dir", ".", "--resamples", "100").returncode == 0
+    assert run(tmp_path, "--output-dir", "part", "--resamples", "100").returncode == 0
+    groups = result(tmp_path / "evaluation.json")["trivia_qa"]["groups"]
+    group = groups["answer_in_context"]["in the context"]
+    alone = result(path.parent / "evaluation.json")["trivia_qa"]
+    for system in ("base", "tuned"):
+        expected = {name: alone[system][name] for name in evaluations.SCORES["trivia_qa"]}
+        expected["perplexity"] = alone["perplexity"][system]["perplexity"]
+        assert group["scores"][system] == pytest.approx(expected)
+    assert group["examples"] == len(inside)
+    assert groups["answer_in_context"]["not in the context"]["examples"] == 60 - len(inside)
+    lengths = groups["prompt_words"]
+    assert len(lengths) == 4 and sum(part["examples"] for part in lengths.values()) == 60
+
+
+def test_perplexities_over_other_tokens_are_not_compared(tmp_path):
+    rows = [example(id=str(i), nll=2.0 + i, tokens=3) for i in range(5)]
+    first = prediction_file(tmp_path / "a.json", examples=rows)
+    other = prediction_file(tmp_path / "b.json", examples=[row | {"tokens": 4} for row in rows])
+    lower = prediction_file(tmp_path / "d.json", examples=[row | {"nll": row["nll"] - 1} for row in rows])
+    systems = [f"a={first}", f"b={other}", f"c={first}", f"d={lower}"]
+    assert run(tmp_path, "--predictions", *systems).returncode == 0
+    part = result(tmp_path / "outputs/evaluation.json")["trivia_qa"]
+    assert part["perplexity"]["a"]["perplexity"] == pytest.approx(np.exp(20 / 15))
+    assert "perplexity" not in part["comparisons"]["b"]
+    assert part["comparisons"]["c"]["perplexity"]["p_value"] == 1
+    test = part["comparisons"]["d"]["perplexity"]
+    assert test["wins"] == 5 and test["difference"] < 0  # lower is better

@@ -1,0 +1,272 @@
+"""evaluation.html promises: one file that works in a browser without the network, and never runs what it shows."""
+
+import json
+import shutil
+
+import pytest
+from conftest import ROOT, run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+FLAGS += ["--disable-background-networking", "--disable-component-update"]
+NASTY = '</script><script>document.title = "run"</script></table><img src=x onerror=alert(1)> & "quoted" {{ 7 * 7 }}'
+
+
+def example(i, base, tuned, reference, **more):
+    return {
+        "id": f"trivia_qa:{i}",
+        "references": [reference, f"{reference} Town"],
+        "prediction": tuned,
+        "base_prediction": base,
+        "answer_in_context": i % 2 == 0,
+        "prompt": f"Answer.\n\nContext:\nLine {i}.\n\nQuestion: which {reference}?\nAnswer:",
+    } | more
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An output dir with the page of 60 answers and 12 summaries; row 7 holds markup, row 3 is worse when tuned."""
+    output = tmp_path_factory.mktemp("page")
+    answers = [example(i, "Oslo", "Rome" if i % 3 else "Oslo", "Rome") for i in range(60)]
+    answers[3] = example(3, "Bern", "Bonn", "Bern")
+    answers[7] = example(7, NASTY, f"needle {NASTY}", NASTY, prompt=NASTY, id=f"trivia_qa:{NASTY}")
+    summaries = [
+        {"id": f"samsum:{i}", "references": ["Ann drinks tea."], "prompt": "Dialogue:\nAnn: tea?",
+         "prediction": f"Ann drinks {'tea' if i else 'no tea'}.",
+         "base_prediction": "Ann tea." if i == 1 else "Bob runs."}
+        for i in range(12)
+    ]  # fmt: skip
+    for task, rows in (("samsum", summaries), ("trivia_qa", answers)):
+        content = {"task": task, "model": NASTY, "examples": rows}
+        (output / f"{task}_predictions.json").write_text(json.dumps(content))
+    adapter = output / "adapter"
+    adapter.mkdir()
+    facts = {"base_model": NASTY, "steps": 2, "train_loss": 1.25, "settings": {"learning_rate": 2e-4, "note": NASTY}}
+    (adapter / "run.json").write_text(json.dumps(facts))
+    (adapter / "log.jsonl").write_text(
+        '{"loss": 2.0, "step": 1}\n{"loss": 1.0, "step": 2}\n{"eval_loss": 1.5, "step": 2}'
+    )
+    counts = {"train": {"available": 9, "kept": 5, "also in test": 4}}
+    (output / "dataset_report.json").write_text(json.dumps({"tasks": {"samsum": {"counts": counts}}}))
+    result = run("evaluations.py", "--output-dir", output, "--resamples", "200")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    return output
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM:
+        pytest.skip("no Chromium on this machine: the page is only tested where there is one (.ci/run installs it)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(browser, folder):
+    """The page in a fresh context; whatever the console says, an error or a request for more than the file fails."""
+    context = browser.new_context()
+    tab, trouble = context.new_page(), []
+    tab.on("console", lambda message: trouble.append(message.text))
+    tab.on("pageerror", lambda error: trouble.append(str(error)))
+    tab.on("request", lambda request: trouble.append(request.url) if "evaluation.html" not in request.url else None)
+    tab.on("dialog", lambda dialog: trouble.append(dialog.message))
+    tab.goto((folder / "evaluation.html").as_uri())
+    yield tab
+    context.close()
+    assert trouble == []
+
+
+def shown(tab):
+    """The rows of the table of examples: [task, prediction, base, tuned, difference]."""
+    return [row.locator("td").all_inner_texts() for row in tab.locator("#examples tr.open").all()]
+
+
+def count(tab):
+    """How many examples match, as the pager says."""
+    return tab.locator("#where").inner_text().split(" of ")[-1]
+
+
+def search(tab, text, expected):
+    tab.fill("#search", text)
+    tab.wait_for_function("n => document.querySelector('#where').textContent.endsWith(n)", arg=expected)
+
+
+def test_search_looks_into_prompt_references_predictions_and_id(tab):
+    assert count(tab) == "72" and len(shown(tab)) == 25
+    for text, expected in (("samsum:11", "of 1"), ("LINE 42.", "of 1"), ("rome town", "of 58"), ("bonn", "of 1")):
+        search(tab, text, expected)
+    search(tab, "nowhere to be found", "no example matches")
+    assert shown(tab) == []
+
+
+def test_filters_for_task_outcome_and_context_do_what_they_say(tab):
+    tab.select_option("#task", "samsum")
+    assert count(tab) == "12" and {row[0] for row in shown(tab)} == {"samsum"}
+    tab.select_option("#task", "trivia_qa")
+    tab.select_option("#outcome", "-1")
+    assert [row[1:] for row in shown(tab)] == [
+        ["Bonn", "100.0", "0.0", "−100.0"],
+        [f"needle {NASTY}", "100.0", "97.0", "−3.0"],
+    ]
+    tab.select_option("#outcome", "0")
+    assert count(tab) == "19"  # Oslo twice
+    tab.select_option("#outcome", "")
+    tab.select_option("#inside", "false")
+    assert count(tab) == "30"
+
+
+def test_sorting_by_a_score_or_the_difference_goes_both_ways_over_all_pages(tab):
+    for column, index in (("tuned", 3), ("base", 2), ("diff.", 4)):
+        values = []
+        for _ in range(2):
+            tab.locator("#examples thead button", has_text=column).click()
+            seen = []
+            while True:
+                seen += [float(row[index].replace("−", "-").replace("+", "")) for row in shown(tab)]
+                if tab.locator("#next").is_disabled():
+                    break
+                tab.click("#next")
+            values.append(seen)
+        assert len(values[0]) == 72 and len(set(values[0])) > 1
+        assert values[0] == sorted(values[0], reverse=True) and values[1] == sorted(values[1])
+
+
+def test_another_score_can_be_shown_and_pages_turn_both_ways(tab):
+    tab.select_option("#task", "samsum")
+    tab.select_option("#metric", "exact_match")
+    assert [row[3] for row in shown(tab)] == ["0.0"] + ["100.0"] * 11
+    tab.select_option("#task", "")
+    tab.click("#next")
+    assert tab.locator("#where").inner_text() == "26 to 50 of 72"
+    tab.click("#previous")
+    assert tab.locator("#where").inner_text() == "1 to 25 of 72" and tab.locator("#previous").is_disabled()
+
+
+def test_a_row_opens_to_prompt_references_and_predictions_with_the_differing_words_marked(tab):
+    tab.select_option("#task", "samsum")
+    row = tab.locator("#examples tr.open").first
+    row.click()
+    detail = tab.locator("#examples tr.detail")
+    text = detail.inner_text()
+    for part in ("samsum:0", "Dialogue:\nAnn: tea?", "Ann drinks tea.", "Bob runs.", "Ann drinks no tea."):
+        assert part in text
+    assert detail.locator("mark").all_inner_texts() == ["Bob", "runs.", "Ann", "drinks", "no", "tea."]
+    row.click()
+    assert tab.locator("#examples tr.detail").count() == 0
+    tab.select_option("#mark", "reference")
+    tab.locator("#examples tr.open").first.click()
+    assert tab.locator("#examples mark").all_inner_texts() == ["Bob", "runs.", "no"]
+    tab.select_option("#mark", "system")
+    tab.locator("#examples tr.open").nth(1).click()
+    assert tab.locator("#examples mark").all_inner_texts() == ["drinks"]  # only what the other one lacks
+
+
+def test_of_more_than_two_systems_any_can_be_held_against_the_first(browser, folder):
+    """The page of base, tuned and a third system, as evaluations.py writes it."""
+    source = folder / "samsum_predictions.json"
+    rows = json.loads(source.read_text())
+    for row in rows["examples"]:
+        row["prediction"] = "Ann drinks tea."
+    (folder / "third.json").write_text(json.dumps(rows))
+    files = ["--predictions", source, f"a={folder / 'third.json'}", "--resamples", "50"]
+    assert run("evaluations.py", *files, "--output-dir", folder / "three").returncode == 0
+    tab = browser.new_page()
+    tab.goto((folder / "three" / "evaluation.html").as_uri())
+    first = tab.locator("#examples tr.open").first
+    assert tab.locator("#examples thead th").count() == 6 and "no tea" in first.inner_text()
+    assert tab.locator("#examples thead th").all_inner_texts()[2:5] == ["base", "tuned", "a"]
+    tab.select_option("#other", "a")
+    assert first.locator("td").all_inner_texts()[4:] == ["100.0", "+100.0"]
+    tab.close()
+
+
+def test_markup_in_a_prediction_prompt_id_or_setting_stays_text(tab):
+    search(tab, "needle", "of 1")
+    assert shown(tab)[0][1] == f"needle {NASTY}"
+    tab.locator("#examples tr.open").click()
+    detail = tab.locator("#examples tr.detail").inner_text()
+    assert detail.count(NASTY) >= 5  # id, prompt, references, base, tuned
+    assert tab.title() == "Evaluation"
+    assert tab.locator("script").count() == 2 and tab.locator("img").count() == 0
+    assert NASTY in tab.locator("main").inner_text()  # the model
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_and_text_stands_out_in_both_colour_schemes(browser, folder, scheme):
+    context = browser.new_context(color_scheme=scheme, viewport={"width": 360, "height": 740})
+    tab = context.new_page()
+    tab.goto((folder / "evaluation.html").as_uri())
+    assert tab.evaluate("document.documentElement.scrollWidth") == 360
+    contrast = """() => {
+      const light = c => {
+        const v = c.match(/[0-9.]+/g).slice(0, 3).map(x => x / 255);
+        const [r, g, b] = v.map(x => x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+      };
+      const page = light(getComputedStyle(document.body).backgroundColor);
+      const parts = ["h1", ".soft", ".better", ".worse, .none", "figure svg text", "summary"];
+      return parts.map(s => document.querySelector(s)).filter(e => e).map(e => {
+        const s = getComputedStyle(e), t = light(e.tagName === "text" ? s.fill : s.color);
+        return (Math.max(t, page) + 0.05) / (Math.min(t, page) + 0.05);
+      });
+    }"""
+    ratios = tab.evaluate(contrast)
+    assert len(ratios) == 6 and min(ratios) > 4.5  # WCAG AA
+    context.close()
+
+
+def test_every_number_of_the_tables_is_in_evaluation_json(tab, folder):
+    report = json.loads((folder / "evaluation.json").read_text())
+    cells = tab.locator("main > .wide").nth(1).locator("tbody tr").first.locator("td").all_inner_texts()
+    test, task = report["trivia_qa"]["comparisons"]["tuned"]["exact_match"], report["trivia_qa"]
+    assert cells[0].split("\n")[0] == f"{task['base']['exact_match']:.2f}"
+    assert cells[1].split("\n")[0] == f"{task['tuned']['exact_match']:.2f}"
+    low, high = test["interval"]
+    assert cells[2].split("\n") == [f"{test['difference']:+.2f}", f"{low:+.2f} to {high:+.2f}"]
+    assert cells[4] == f"{test['wins']} / {test['ties']} / {test['losses']}"
+    assert report["training"]["loss"] == {"loss": [[1, 2.0], [2, 1.0]], "eval_loss": [[2, 1.5]]}
+    assert "1.25" in tab.locator("main").inner_text() and report["training"]["facts"]["train_loss"] == 1.25
+
+
+def test_the_file_needs_no_network_and_is_whole_without_a_browser(folder):
+    page = (folder / "evaluation.html").read_text()
+    assert page.rstrip().endswith("</html>") and NASTY not in page
+    for outside in ("src=", "@import", "url(http", "<link", "fetch("):
+        assert outside not in page.replace("img src=x", "")
+
+
+@pytest.mark.parametrize("broken", ["", "[]", '{"settings": 3, "tasks": [1]}', "\x00"])
+def test_notes_of_other_scripts_that_cannot_be_read_are_left_out(tmp_path, broken):
+    rows = [{"references": ["a"], "prediction": "a"}]
+    (tmp_path / "samsum_predictions.json").write_text(json.dumps({"task": "samsum", "examples": rows}))
+    (tmp_path / "adapter").mkdir()
+    for name in ("adapter/run.json", "adapter/log.jsonl", "dataset_report.json"):
+        (tmp_path / name).write_text(broken)
+    (tmp_path / "dataset" / "test").mkdir(parents=True)
+    (tmp_path / "dataset" / "test" / "data-00000-of-00001.arrow").write_text(broken)
+    result = run("evaluations.py", "--output-dir", tmp_path, "--resamples", "50")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert "What was trained" not in (tmp_path / "evaluation.html").read_text()
+
+
+def test_prompts_come_from_the_data_set_where_the_predictions_have_none(dataset, tmp_path):
+    from datasets import load_from_disk
+
+    shutil.copytree(dataset / "dataset", tmp_path / "dataset")
+    rows = [row for row in load_from_disk(str(dataset / "dataset"))["test"] if row["task"] == "trivia_qa"]
+    examples = [{"id": row["id"], "references": row["references"], "prediction": "x"} for row in rows]
+    path = tmp_path / "trivia_qa_predictions.json"
+    for references, expected in ((rows[0]["references"], True), (["of another data set"], False)):
+        examples[0]["references"] = references
+        path.write_text(json.dumps({"task": "trivia_qa", "examples": examples}))
+        assert run("evaluations.py", "--output-dir", tmp_path, "--resamples", "50").returncode == 0
+        page = (tmp_path / "evaluation.html").read_text()
+        assert ("Answer the question from the context" in page) == expected
+
+
+def test_the_template_stands_beside_the_script():
+    assert (ROOT / "evaluation.html.jinja").is_file()
