@@ -523,21 +523,24 @@ def describe(rows):
 
 def save(offsets, report, spool, seed, fresh, target, old):
     """Write the data set from the spool into `fresh`, then put it in the place of the one at `target`."""
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
 
-    data, report["splits"] = {}, {}
+    report["splits"] = {}
     for split in SPLITS:
         order = [offset for task in offsets for offset in task[split]]
         if not order:
             fail(f"no usable row for {split}: check the sources and the example counts")
         random.Random(seed).shuffle(order)
         report["splits"][split] = describe(read_rows(spool, order))
-        data[split] = Dataset.from_generator(
-            lambda order=order: read_rows(spool, order),
-            cache_dir=str(fresh / "cache"),
-            fingerprint=report["splits"][split]["sha256"][:32],
-        )
-    DatasetDict(data).save_to_disk(fresh / "dataset")
+        rows = Dataset.from_generator(lambda order=order: read_rows(spool, order), cache_dir=str(fresh / split))
+        # save_to_disk would copy the rows through memory: one row shows it where they go, then their file goes there
+        folder, (written,) = fresh / "dataset" / split, [Path(file["filename"]) for file in rows.cache_files]
+        rows.select(range(1)).save_to_disk(folder)
+        state = json.loads((folder / "state.json").read_text())
+        os.replace(written, folder / state["_data_files"][0]["filename"])
+        fingerprint = {"_fingerprint": report["splits"][split]["sha256"][:32]}
+        (folder / "state.json").write_text(json.dumps(state | fingerprint, indent=2) + "\n")
+    (fresh / "dataset" / "dataset_dict.json").write_text(json.dumps({"splits": list(SPLITS)}) + "\n")
     (fresh / "dataset" / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     if target.exists():
         target.rename(old)
