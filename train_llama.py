@@ -820,8 +820,7 @@ def refuse_another_run(where, old, new):
 
 
 def sha256(path):
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_manifest(folder, content):
