@@ -1,0 +1,375 @@
+"""test_llama.py: perplexity is the textbook's, predictions are each row's own, nothing is lost when it is killed."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import FIXTURES, ROOT, assert_refused, run, snapshot
+from datasets import load_from_disk
+from safetensors.torch import load_file, save_file
+
+import test_llama as tester
+import train_llama
+
+TASKS = ("samsum", "trivia_qa")
+BOTH = pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
+ONE = pytest.mark.parametrize("chain", ["tiny_llama3"], indirect=True)
+SHORT = ["--samsum-max-new-tokens", "8"]
+
+
+def read(folder, task, name=""):
+    return json.loads((folder / f"{task}_predictions{name}.json").read_text(encoding="utf-8"))
+
+
+def column(folder, task, key, name=""):
+    return [example[key] for example in read(folder, task, name)["examples"]]
+
+
+def copied(chain, tmp_path, predictions=False):
+    """A copy of the chain's output dir, without its predictions unless asked for."""
+    shutil.copytree(chain, tmp_path / "out")
+    for path in [] if predictions else (tmp_path / "out").glob("*_predictions.json"):
+        path.unlink()
+    return tmp_path / "out"
+
+
+def test(out, *arguments):
+    """test_llama.py in this process; its exit code."""
+    try:
+        tester.main(["--output-dir", str(out), *map(str, arguments)])
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+test.__test__ = False
+
+
+def prompts_of(model_folder, out):
+    tokenizer = train_llama.load_tokenizer(str(model_folder))
+    return tokenizer, load_from_disk(str(out / "dataset"))["test"]
+
+
+def test_perplexity_is_that_of_transformers_own_loss_row_by_row_whatever_the_batch_budget(chain, tmp_path):
+    out = copied(chain, tmp_path, predictions=True)
+    for budget in (1, 700):
+        assert test(out, *SHORT, "--max-batch-tokens", budget, "--name", budget) == 0
+    base = json.loads((chain / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = tester.load_adapter(train_llama.load_model(base, load_in_4bit=True), chain / "adapter")
+    tokenizer, data = prompts_of(base, chain)
+    for task in TASKS:
+        losses, bases, counts, text = [], [], [], ""
+        for row in (row for row in data if row["task"] == task):
+            prompt = tokenizer(row["prompt"]).input_ids
+            ids = tokenizer(row["prompt"] + row["completion"]).input_ids + [tokenizer.eos_token_id]
+            inputs = {"input_ids": torch.tensor([ids])}
+            inputs["labels"] = torch.tensor([[-100] * len(prompt) + ids[len(prompt) :]])
+            counts.append(len(ids) - len(prompt))
+            text += row["completion"]
+            with torch.inference_mode():
+                losses.append(model(**inputs).loss.item() * counts[-1])
+                with model.disable_adapter():
+                    bases.append(model(**inputs).loss.item() * counts[-1])
+        for name in ("", "_1", "_700"):
+            figures = read(out, task, name)["perplexity"]
+            for system, prefix, expected in (("tuned", "", losses), ("base", "base_", bases)):
+                assert column(out, task, prefix + "nll", name) == pytest.approx(expected, rel=1e-5)
+                assert figures[system]["perplexity"] == pytest.approx(math.exp(sum(expected) / sum(counts)), rel=1e-4)
+                bits = sum(expected) / math.log(2) / len(text.encode())
+                assert figures[system]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+                assert figures[system]["tokens"] == sum(counts) and figures[system]["examples"] == len(counts)
+            assert figures["tuned"]["perplexity"] != figures["base"]["perplexity"]
+            assert column(out, task, "tokens", name) == counts
+            assert column(out, task, "prediction", name) == column(out, task, "prediction")
+
+
+def test_figures_of_a_case_done_by_hand():
+    figures = tester.perplexity([6 * math.log(2), 2 * math.log(2)], [3, 1], [" two words", " one"])
+    assert figures["perplexity"] == pytest.approx(4)
+    assert figures["bits_per_byte"] == pytest.approx(8 / 14)
+    assert figures["word_perplexity"] == pytest.approx(2 ** (8 / 3))
+
+
+@BOTH
+def test_a_model_that_knows_nothing_has_the_vocabulary_size_as_perplexity(name):
+    model = train_llama.load_model(str(FIXTURES / name), load_in_4bit=False)
+    model.get_output_embeddings().weight.data.zero_()
+    model.set_attn_implementation(train_llama.choose_attention("packed"))
+    with torch.inference_mode():
+        nll, _, _ = tester.read(model, [[1, 5, 6], [1]], [[7, 8], list(range(3, 1003))])
+    figures = tester.perplexity(nll, [2, 1000], ["a", "b"])
+    assert figures["perplexity"] == pytest.approx(model.config.vocab_size, rel=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["packed", "sdpa"])
+def test_a_row_in_a_batch_is_predicted_and_scored_as_alone_and_as_by_generate(attention, chain):
+    base = json.loads((chain / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = tester.load_system(base, chain / "adapter", in_4bit=True).get_base_model()
+    tokenizer, data = prompts_of(base, chain)
+    train_llama.choose_attention("packed")  # registers it
+    prompts = tokenizer(data["prompt"]).input_ids
+    prompts += [sum(prompts[:6], []), prompts[0][:3], prompts[1][:1]]
+    completions = [prompts[(i + 1) % 12][1 : 2 + 3 * i] for i in range(len(prompts))]
+    ends = {tokenizer.eos_token_id, *tokenizer("a e s. , ? and the Tom").input_ids[1:]}  # else random models go on
+    assert len({len(p) for p in prompts}) > 10 and max(map(len, prompts)) > 100 * min(map(len, prompts))
+    with torch.inference_mode():
+        together = tester.test_rows(model, prompts, completions, ends, 40, attention)
+        alone = [
+            tester.test_rows(model, [p], [c], ends, 40, attention)[0]
+            for p, c in zip(prompts, completions, strict=True)
+        ]
+        options = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": sorted(ends), "pad_token_id": 0}
+        generated = [
+            model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), **options)[0, len(p) :].tolist()
+            for p in prompts
+        ]
+    assert len({len(ids) for ids in generated}) > 3  # rows leave the batch at different times
+    assert [ids for _, ids in together] == [ids for _, ids in alone] == generated
+    assert [nll for nll, _ in together] == pytest.approx([nll for nll, _ in alone], rel=1e-5)
+
+
+def test_the_prediction_files_follow_the_contract_in_the_order_of_the_dataset(chain):
+    data = load_from_disk(str(chain / "dataset"))["test"]
+    for task in TASKS:
+        file = read(chain, task)
+        assert [e["id"] for e in file["examples"]] == [row["id"] for row in data if row["task"] == task]
+        assert file["task"] == task and file["adapter"] == str(chain / "adapter")
+        for example in file["examples"]:
+            assert {"references", "answer_in_context", "prediction", "base_prediction", "tokens"} <= set(example)
+            assert "<|" not in example["prediction"] and "</s>" not in example["prediction"]
+        for system, prefix in (("tuned", ""), ("base", "base_")):
+            assert file["perplexity"][system]["hit_max_new_tokens"] == sum(
+                example[prefix + "hit_max_new_tokens"] for example in file["examples"]
+            )
+    assert not list(chain.glob(".*"))
+
+
+def test_batches_hold_every_row_once_and_no_more_than_their_budget():
+    lengths = [random.Random(0).randint(1, 400) for _ in range(200)] + [5000]
+    found = list(tester.batches(lengths, 2000))
+    assert sorted(i for batch in found for i in batch) == list(range(201))
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 2000 for batch in found if len(batch) > 1)
+    assert len(found) < 40
+
+
+@ONE
+def test_an_answer_ends_at_the_line_and_keeps_what_shares_its_last_token(chain, tmp_path, monkeypatch):
+    tokenizer = train_llama.load_tokenizer(str(chain / "adapter"))
+    ends, line_ends = tester.end_tokens(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=1)), tokenizer,
+                                        "trivia_qa")  # fmt: skip
+    assert {tokenizer.convert_tokens_to_ids(t) for t in ("<|end_of_text|>", "<|eot_id|>")} <= ends
+    last = next(i for i in sorted(line_ends) if tokenizer.decode([i]).startswith(".\n"))
+    ids = [*tokenizer(" Lydbrook", add_special_tokens=False).input_ids, last]
+    monkeypatch.setattr(tester, "test_rows", lambda model, prompts, *rest: [(1.0, ids) for _ in prompts])
+    out = copied(chain, tmp_path)
+    assert test(out) == 0
+    assert set(column(out, "trivia_qa", "prediction")) == {"Lydbrook."}
+    assert not any(column(out, "trivia_qa", "hit_max_new_tokens"))
+
+
+@ONE
+def test_a_batch_too_large_for_memory_is_halved_and_a_row_too_large_is_said(chain, tmp_path, monkeypatch, capsys):
+    test_rows, sizes = tester.test_rows, []
+
+    def small(model, prompts, *rest, limit=2):
+        sizes.append(len(prompts))
+        if len(prompts) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return test_rows(model, prompts, *rest)
+
+    monkeypatch.setattr(tester, "test_rows", small)
+    out = copied(chain, tmp_path)
+    assert test(out, *SHORT) == 0
+    assert max(sizes) == 6 and sizes.count(2) + sizes.count(1) > 6
+    for task in TASKS:
+        assert column(out, task, "prediction") == column(chain, task, "prediction")
+        assert column(out, task, "nll") == pytest.approx(column(chain, task, "nll"), rel=1e-5)
+    monkeypatch.setattr(tester, "test_rows", lambda *rest: small(*rest, limit=0))
+    assert test(out, *SHORT, "--overwrite") == 2
+    assert "one row is too much for the GPU's memory" in capsys.readouterr().err
+
+
+@ONE
+def test_killed_three_times_it_goes_on_and_writes_the_same_bytes(chain, tmp_path):
+    out = copied(chain, tmp_path)
+    arguments = ["--max-batch-tokens", "1", "--samsum-max-new-tokens", "40", "--output-dir", out]
+    command = [sys.executable, str(ROOT / "test_llama.py"), *map(str, arguments)]
+    moments, seen = random.Random(time.time_ns()), []
+
+    def lines():
+        """Lines written so far, work files' and, counted as such, those that finished files took over."""
+        files = [out / f"{task}_predictions.json" for task in TASKS]
+        work = [path.read_bytes().count(b"\n") for path in out.glob(".*.jsonl") if path.exists()]
+        return sum(work) + sum(7 for path in files if path.exists())
+
+    for _ in range(3):
+        goal, before = moments.randint(1, 3), lines()
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.DEVNULL)
+        while lines() < before + goal:
+            assert process.poll() is None
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        seen.append(lines())
+    assert sorted(set(seen)) == seen  # each time it had come further
+    part = sorted(out.glob(".*.part0.jsonl"))[-1]
+    part.write_bytes(part.read_bytes()[:-20])  # a line half-written
+    result = run("test_llama.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert not list(out.glob(".*"))
+    (tmp_path / "kept").mkdir()
+    for task in TASKS:
+        (out / f"{task}_predictions.json").rename(tmp_path / "kept" / f"{task}_predictions.json")
+    assert run("test_llama.py", *arguments).returncode == 0
+    for task in TASKS:
+        name = f"{task}_predictions.json"
+        assert (out / name).read_bytes() == (tmp_path / "kept" / name).read_bytes()
+
+
+@ONE
+def test_two_processes_write_the_same_files_as_one(chain, tmp_path):
+    out = copied(chain, tmp_path)
+    arguments = [*SHORT, "--max-batch-tokens", "400", "--output-dir", str(out)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "test_llama.py"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*launch, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "first process" in result.stdout and result.stdout.count("samsum perplexity") == 1
+    for task in TASKS:
+        (out / f"{task}_predictions.json").rename(out / f"{task}_two.json")
+    assert test(out, *arguments) == 0
+    for task in TASKS:
+        assert (out / f"{task}_predictions.json").read_bytes() == (out / f"{task}_two.json").read_bytes()
+
+
+@ONE
+def test_work_that_another_number_of_processes_left_is_used(chain, tmp_path, monkeypatch, capsys):
+    out = copied(chain, tmp_path)
+    monkeypatch.setattr(tester, "write", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        test(out, *SHORT, "--max-batch-tokens", "1")
+    monkeypatch.undo()
+    part = out / ".samsum_predictions.part0.jsonl"
+    part.rename(out / ".samsum_predictions.part3.jsonl")
+    capsys.readouterr()
+    assert test(out, *SHORT, "--max-batch-tokens", "1") == 0
+    assert "samsum: 6 examples, 6 of them from before" in capsys.readouterr().out
+    assert column(out, "samsum", "prediction") == column(chain, "samsum", "prediction")
+
+
+@ONE
+def test_a_finished_run_is_not_repeated_and_another_one_needs_overwrite(chain, tmp_path, capsys):
+    out = copied(chain, tmp_path, predictions=True)
+    before = snapshot(out)
+    assert test(out, *SHORT) == 0
+    assert "nothing to do" in capsys.readouterr().out and snapshot(out) == before
+    assert test(out, "--samsum-max-new-tokens", "9") == 2
+    assert "samsum max new tokens 8 there, 9 now" in capsys.readouterr().err and snapshot(out) == before
+    path = out / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor * 0.5 for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    assert test(out, *SHORT) == 2
+    assert "adapter" in capsys.readouterr().err
+    (out / "samsum_predictions.json").write_text('{"task": "samsum", "examples": []}')  # another system's
+    assert test(out, *SHORT) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert test(out, *SHORT, "--overwrite") == 0
+    assert column(out, "samsum", "base_nll") == column(chain, "samsum", "base_nll")
+    assert column(out, "samsum", "nll") != column(chain, "samsum", "nll")
+
+
+@ONE
+def test_work_of_another_run_is_named_and_goes_only_with_overwrite(chain, tmp_path, capsys):
+    out = copied(chain, tmp_path)
+    part = out / ".samsum_predictions.part0.jsonl"
+    part.write_text(json.dumps({"settings": {"model": "another"}}) + "\n")
+    assert test(out, *SHORT) == 2
+    assert "model another there" in capsys.readouterr().err and part.exists()
+    assert test(out, *SHORT, "--overwrite") == 0
+    assert not part.exists() and len(column(out, "samsum", "nll")) == 6
+
+
+@ONE
+def test_the_base_alone_and_the_merged_model_beside_the_adapter(chain, tmp_path):
+    out = copied(chain, tmp_path, predictions=True)
+    assert test(out, *SHORT, "--adapter", "none", "--name", "base") == 0
+    base = json.loads((chain / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    merged = tester.load_adapter(train_llama.load_model(base, load_in_4bit=False), chain / "adapter")
+    merged.merge_and_unload().save_pretrained(tmp_path / "merged")
+    train_llama.load_tokenizer(base).save_pretrained(tmp_path / "merged")
+    assert test(out, *SHORT, "--model", tmp_path / "merged", "--name", "merged") == 0
+    other = ["--adapter", chain / "adapter", "--no-load-in-4bit", "--no-compare-with-base", "--name", "sixteen"]
+    assert test(out, *SHORT, *other) == 0
+    for task in TASKS:
+        assert column(out, task, "prediction", "_base") == column(out, task, "base_prediction")
+        assert column(out, task, "nll", "_base") == column(out, task, "base_nll")
+        assert column(out, task, "prediction", "_merged") == column(out, task, "prediction", "_sixteen")
+        assert column(out, task, "nll", "_merged") == pytest.approx(column(out, task, "nll", "_sixteen"), rel=1e-4)
+        assert read(out, task, "_merged")["adapter"] is None
+        assert set(read(out, task, "_sixteen")["perplexity"]) == {"tuned"}
+
+
+def test_unpacking_the_4_bit_weights_once_changes_no_number(chain):
+    base = json.loads((chain / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    packed = tester.load_adapter(train_llama.load_model(base, load_in_4bit=True), chain / "adapter")
+    unpacked = tester.load_system(base, chain / "adapter", in_4bit=True)
+    assert not any("4bit" in type(module).__name__ for module in unpacked.modules())
+    ids = torch.arange(20, 120)[None]
+    with torch.inference_mode():
+        assert torch.equal(packed(input_ids=ids).logits, unpacked(input_ids=ids).logits)
+
+
+@ONE
+def test_what_is_missing_or_of_another_model_is_said_in_one_sentence(chain, dataset, tmp_path):
+    assert_refused(run("test_llama.py", "--output-dir", tmp_path), "no dataset at", "run build_dataset.py first")
+    assert_refused(run("test_llama.py", "--output-dir", dataset), "no adapter at", "run train_llama.py first")
+    out = copied(chain, tmp_path)
+    result = run(
+        "test_llama.py", "--model", FIXTURES / "tiny_llama2", "--adapter", chain / "adapter", "--output-dir", out
+    )
+    assert_refused(result, "does not load onto its base", "size mismatch")
+    assert result.stderr.count("\n") == 1
+    path = out / "adapter" / "adapter_model.safetensors"
+    save_file(dict(list(load_file(path).items())[4:]), path, metadata={"format": "pt"})
+    assert_refused(run("test_llama.py", "--output-dir", out), "tensors are not those", "run train_llama.py again")
+    data = load_from_disk(str(dataset / "dataset"))
+    data["test"] = data["test"].map(lambda row: {"task": "xsum"})
+    data.save_to_disk(str(tmp_path / "other" / "dataset"))
+    assert_refused(run("test_llama.py", "--output-dir", tmp_path / "other"), "unknown task xsum")
+
+
+@ONE
+def test_a_prompt_that_does_not_fit_names_the_row_and_the_setting(chain, tmp_path, capsys):
+    out = copied(chain, tmp_path)
+    shutil.copytree(FIXTURES / "tiny_llama3", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
+    assert test(out, "--model", tmp_path / "model", "--adapter", chain / "adapter") == 2
+    error = capsys.readouterr().err
+    assert "samsum:" in error and "do not fit the model's 100" in error and "--samsum-max-new-tokens" in error
+    assert not list(out.glob("*predictions*"))
+
+
+@ONE
+def test_an_adapter_that_diverged_is_named_instead_of_writing_nan(chain, tmp_path, capsys):
+    out = copied(chain, tmp_path)
+    path = out / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor * math.nan for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    assert test(out, *SHORT) == 2
+    assert "diverged" in capsys.readouterr().err
+    assert not list(out.glob("*_predictions.json"))
+
+
+@pytest.mark.parametrize("flag", ["--max-batch-tokens=0", "--samsum-max-new-tokens=0", "--name=../x"])
+def test_a_flag_out_of_range(flag, tmp_path):
+    assert_refused(run("test_llama.py", flag, "--output-dir", tmp_path), flag.split("=")[0])
