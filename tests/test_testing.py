@@ -116,7 +116,7 @@ def test_a_row_in_a_batch_is_predicted_and_scored_as_alone_and_as_by_generate(at
     model = tester.load_system(base, chain / "adapter", in_4bit=True).get_base_model()
     tokenizer, data = prompts_of(base, chain)
     train_llama.choose_attention("packed")  # registers it
-    prompts = tokenizer(data["prompt"]).input_ids
+    prompts = tokenizer(list(data["prompt"])).input_ids
     prompts += [sum(prompts[:6], []), prompts[0][:3], prompts[1][:1]]
     completions = [prompts[(i + 1) % 12][1 : 2 + 3 * i] for i in range(len(prompts))]
     ends = {tokenizer.eos_token_id, *tokenizer("a e s. , ? and the Tom").input_ids[1:]}  # else random models go on
@@ -132,7 +132,7 @@ def test_a_row_in_a_batch_is_predicted_and_scored_as_alone_and_as_by_generate(at
             model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), **options)[0, len(p) :].tolist()
             for p in prompts
         ]
-    assert len({len(ids) for ids in generated}) > 3  # rows leave the batch at different times
+    assert len({len(ids) for ids in generated}) > 2  # rows leave the batch at different times
     assert [ids for _, ids in together] == [ids for _, ids in alone] == generated
     assert [nll for nll, _ in together] == pytest.approx([nll for nll, _ in alone], rel=1e-5)
 
@@ -230,7 +230,7 @@ def test_killed_three_times_it_goes_on_and_writes_the_same_bytes(chain, tmp_path
     (tmp_path / "kept").mkdir()
     for task in TASKS:
         (out / f"{task}_predictions.json").rename(tmp_path / "kept" / f"{task}_predictions.json")
-    assert run("test_llama.py", *arguments).returncode == 0
+    assert test(out, *arguments[:4]) == 0  # undisturbed
     for task in TASKS:
         name = f"{task}_predictions.json"
         assert (out / name).read_bytes() == (tmp_path / "kept" / name).read_bytes()
@@ -330,22 +330,27 @@ def test_unpacking_the_4_bit_weights_once_changes_no_number(chain):
 
 
 @ONE
-def test_what_is_missing_or_of_another_model_is_said_in_one_sentence(chain, dataset, tmp_path):
+def test_what_is_missing_or_of_another_model_is_said_in_one_sentence(chain, dataset, tmp_path, capsys):
+    def refused(*arguments):
+        assert test(*arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+
     assert_refused(run("test_llama.py", "--output-dir", tmp_path), "no dataset at", "run build_dataset.py first")
-    assert_refused(run("test_llama.py", "--output-dir", dataset), "no adapter at", "run train_llama.py first")
+    assert "run train_llama.py first" in refused(dataset)
     out = copied(chain, tmp_path)
-    result = run(
-        "test_llama.py", "--model", FIXTURES / "tiny_llama2", "--adapter", chain / "adapter", "--output-dir", out
-    )
-    assert_refused(result, "does not load onto its base", "size mismatch")
-    assert result.stderr.count("\n") == 1
+    error = refused(out, "--model", FIXTURES / "tiny_llama2", "--adapter", chain / "adapter")
+    assert "does not load onto its base" in error and "size mismatch" in error
     path = out / "adapter" / "adapter_model.safetensors"
     save_file(dict(list(load_file(path).items())[4:]), path, metadata={"format": "pt"})
-    assert_refused(run("test_llama.py", "--output-dir", out), "tensors are not those", "run train_llama.py again")
+    error = refused(out)
+    assert "tensors are not those" in error and "run train_llama.py again" in error
     data = load_from_disk(str(dataset / "dataset"))
     data["test"] = data["test"].map(lambda row: {"task": "xsum"})
     data.save_to_disk(str(tmp_path / "other" / "dataset"))
-    assert_refused(run("test_llama.py", "--output-dir", tmp_path / "other"), "unknown task xsum")
+    assert "unknown task xsum" in refused(tmp_path / "other")
+    assert not list(out.glob("*predictions*"))
 
 
 @ONE
