@@ -1,9 +1,12 @@
 """Shared by the tests: no network, a runner for the scripts, and one small chain of artifacts per tiny Llama."""
 
+import multiprocessing
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,10 +19,47 @@ SMALL = ["--train-examples-per-task", "12", "--validation-examples-per-task", "4
 SMALL += ["--max-context-words", "60"]
 
 
+# Most of a short run is importing these: the runs are forked from a process that has done so, and done nothing else.
+FORKED = ("train_llama.py", "test_llama.py", "merge_llama.py")
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["transformers.models.llama.modeling_llama", "trl.trainer.sft_trainer", "bitsandbytes", "peft", "datasets"]
+)
+
+
 def run(script, *arguments, cwd=ROOT, **environment):
     """Run a script as a user would; the CompletedProcess, with text output."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=600)
+    if script not in FORKED or environment:
+        environment = os.environ | environment
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = start(script, *arguments, streams=streams, cwd=cwd)
+        process.join(600)
+        assert process.exitcode is not None, f"{command} takes longer than 600 s"
+        return subprocess.CompletedProcess(command, process.exitcode, *(path.read_text() for path in streams))
+
+
+def start(script, *arguments, streams, cwd=ROOT):
+    """Start one of FORKED, its stdout and stderr into the two files `streams`; the multiprocessing.Process."""
+    for path in streams:
+        path.touch()
+    command = [str(ROOT / script), *map(str, arguments)]
+    process = PROCESSES.Process(target=run_forked, args=(command, str(cwd), dict(os.environ), streams))
+    process.start()
+    return process
+
+
+def run_forked(command, cwd, environment, streams):
+    """In the forked process: become the command."""
+    for number, path in enumerate(streams, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv, sys.path[0] = command, str(ROOT)
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def assert_refused(result, *words):

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, assert_refused, run, snapshot
+from conftest import FIXTURES, ROOT, assert_refused, run, snapshot, start
 from safetensors.torch import load_file
 
 STEPS = 30
@@ -35,17 +35,16 @@ def assert_same_adapter(output, expected):
 
 def interrupt(output, number, step, delay=0.0):
     """Start the run, send it a signal `delay` seconds after it logged `step`; (exit code, what it printed)."""
-    command = [sys.executable, "-u", str(ROOT / "train_llama.py"), *COMMAND, "--output-dir", str(output)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    printed = ""
-    for line in process.stdout:
-        printed += line
-        if re.match(rf"step +{step}/", line):
-            time.sleep(delay)
-            process.send_signal(number)
-            break
-    printed += process.communicate()[0]
-    return process.returncode, printed
+    printed = output / "printed"
+    printed.unlink(missing_ok=True)
+    process = start("train_llama.py", *COMMAND, "--output-dir", output, streams=[printed, printed])
+    while not re.search(rf"^step +{step}/", printed.read_text(), re.MULTILINE):
+        assert process.is_alive(), printed.read_text()
+        time.sleep(0.002)
+    time.sleep(delay)
+    os.kill(process.pid, number)
+    process.join(600)
+    return process.exitcode, printed.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, assert_refused, run, snapshot
+from conftest import FIXTURES, ROOT, assert_refused, run, snapshot, start
 from datasets import load_from_disk
 from safetensors.torch import load_file, save_file
 
@@ -202,7 +202,6 @@ def test_a_batch_too_large_for_memory_is_halved_and_a_row_too_large_is_said(chai
 def test_killed_three_times_it_goes_on_and_writes_the_same_bytes(chain, tmp_path):
     out = copied(chain, tmp_path)
     arguments = ["--max-batch-tokens", "1", "--samsum-max-new-tokens", "40", "--output-dir", out]
-    command = [sys.executable, str(ROOT / "test_llama.py"), *map(str, arguments)]
     moments, seen = random.Random(time.time_ns()), []
 
     def lines():
@@ -213,13 +212,14 @@ def test_killed_three_times_it_goes_on_and_writes_the_same_bytes(chain, tmp_path
 
     for _ in range(3):
         goal, before = moments.randint(1, 3), lines()
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.DEVNULL)
+        process = start("test_llama.py", *arguments, streams=[tmp_path / "printed"] * 2)
         while lines() < before + goal:
-            assert process.poll() is None
+            assert process.is_alive(), (tmp_path / "printed").read_text()
             time.sleep(0.002)
         time.sleep(moments.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         seen.append(lines())
     assert sorted(set(seen)) == seen  # each time it had come further
     part = sorted(out.glob(".*.part0.jsonl"))[-1]
