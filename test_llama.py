@@ -462,22 +462,26 @@ def write(base, folder, rows, task, path, run):
 
 
 def show(results, prompts):
-    """Print the first examples of each task, then the table."""
+    """Print the first examples of each task, then the table, base before tuned."""
+    systems = {"base": "base_", "tuned": ""}
+    if not next(iter(results.values()))["adapter"]:
+        systems = {"model": ""}
     for content in results.values():
         for example in content["examples"][:SHOWN]:
             lines = {"prompt": prompts[example["id"]], "reference": " | ".join(example["references"][:3])}
-            lines["tuned" if content["adapter"] else "model"] = example["prediction"]
-            lines |= {"base": example["base_prediction"]} if "base_prediction" in example else {}
+            lines |= {name: example.get(prefix + "prediction") for name, prefix in systems.items()}
             print(f"\n{example['id']}")
             for label, text in lines.items():
-                text = " ".join(text.split())
-                short = text if len(text) <= 100 else "..." + text[-97:] if label == "prompt" else text[:97] + "..."
-                print(f"  {label:<10} {short}")
-    print(f"\n{'':<30}{'tuned':>18}{'base':>18}\n" + "-" * 66)
-    for task, content in results.items():
+                if text is not None:
+                    text = " ".join(text.split())
+                    short = text if len(text) <= 67 else "..." + text[-64:] if label == "prompt" else text[:64] + "..."
+                    print(f"  {label:<10} {short}")
+    figures = {task: dict(reversed(content["perplexity"].items())) for task, content in results.items()}
+    names = next(iter(figures.values())) if "tuned" in systems else systems
+    print(f"\n{'':<30}" + "".join(f"{name:>18}" for name in names))
+    for task, columns in figures.items():
         for key in ("perplexity", "bits_per_byte", "word_perplexity", "hit_max_new_tokens"):
-            cells = [figures[key] for figures in content["perplexity"].values()]
-            print(f"{task + ' ' + key:<30}" + "".join(f"{cell:>18,.5g}" for cell in cells))
+            print(f"{task + ' ' + key:<30}" + "".join(f"{column[key]:>18,.5g}" for column in columns.values()))
 
 
 def main(argv=None):
