@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -91,7 +92,7 @@ def choose_system(args):
     if alone and args.model != "auto":
         return None, train_llama.find_model(args.model), bool(args.load_in_4bit)
     folder, base = read_adapter(args.output_dir, None if args.adapter in ("auto", "none") else args.adapter)
-    base = base if args.model == "auto" else train_llama.find_model(args.model)
+    base = train_llama.find_model(base if args.model == "auto" else args.model)
     in_4bit = args.load_in_4bit
     if in_4bit is None:
         try:
@@ -525,6 +526,9 @@ def main(argv=None):
                 write(base, folder, parts[task], task, path, run)
         except OSError as error:
             die(f"cannot write {path} ({first_line(error)}): make room, then give the same command again")
+        except KeyboardInterrupt:
+            print("\nstopped: the same command goes on after the last finished batch", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None
     if is_main():
         show({task: json.loads(paths[task].read_text(encoding="utf-8")) for task in tasks},
              dict(zip(rows["id"], rows["prompt"], strict=True)))  # fmt: skip

@@ -237,6 +237,19 @@ def test_killed_three_times_it_goes_on_and_writes_the_same_bytes(chain, tmp_path
 
 
 @ONE
+def test_stopped_by_ctrl_c_it_says_how_to_go_on(chain, tmp_path):
+    out, printed = copied(chain, tmp_path), tmp_path / "printed"
+    process = start("test_llama.py", "--max-batch-tokens", 1, "--output-dir", out, streams=[tmp_path / "x", printed])
+    while not list(out.glob(".*.part0.jsonl")):
+        assert process.is_alive(), printed.read_text()
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130 and "the same command goes on" in printed.read_text()
+    assert "Traceback" not in printed.read_text()
+
+
+@ONE
 def test_two_processes_write_the_same_files_as_one(chain, tmp_path):
     out = copied(chain, tmp_path)
     arguments = [*SHORT, "--max-batch-tokens", "400", "--output-dir", str(out)]
