@@ -222,8 +222,6 @@ def test_killed_three_times_it_goes_on_and_writes_the_same_bytes(chain, tmp_path
         assert process.exitcode == -signal.SIGKILL
         seen.append(lines())
     assert sorted(set(seen)) == seen  # each time it had come further
-    part = sorted(out.glob(".*.part0.jsonl"))[-1]
-    part.write_bytes(part.read_bytes()[:-20])  # a line half-written
     result = run("test_llama.py", *arguments)
     assert result.returncode == 0, result.stderr
     assert not list(out.glob(".*"))
@@ -266,18 +264,22 @@ def test_two_processes_write_the_same_files_as_one(chain, tmp_path):
 
 
 @ONE
-def test_work_that_another_number_of_processes_left_is_used(chain, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("cut, healed", [(0, 6), (1, 5), (20, 5)])
+def test_work_left_behind_is_used_and_a_cut_off_line_healed(cut, healed, chain, tmp_path, monkeypatch, capsys):
     out = copied(chain, tmp_path)
-    monkeypatch.setattr(tester, "write", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(tester, "write", lambda *rest: (_ for _ in ()).throw(RuntimeError))
+    with pytest.raises(RuntimeError):
         test(out, *SHORT, "--max-batch-tokens", "1")
     monkeypatch.undo()
     part = out / ".samsum_predictions.part0.jsonl"
-    part.rename(out / ".samsum_predictions.part3.jsonl")
+    part.write_bytes(part.read_bytes()[: -cut or None])
+    if not cut:
+        part.rename(out / ".samsum_predictions.part3.jsonl")
     capsys.readouterr()
     assert test(out, *SHORT, "--max-batch-tokens", "1") == 0
-    assert "samsum: 6 examples, 6 of them from before" in capsys.readouterr().out
+    assert f"samsum: 6 examples, {healed} of them from before" in capsys.readouterr().out
     assert column(out, "samsum", "prediction") == column(chain, "samsum", "prediction")
+    assert not list(out.glob(".*"))
 
 
 @ONE
