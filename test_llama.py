@@ -316,13 +316,13 @@ def read_work(path):
     run, done, size = None, {}, 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
+            if not line.endswith(b"\n"):
+                raise ValueError
             item = json.loads(line)
             if run is None:
                 run = item["settings"]
             else:
                 done[item["batch"]] = item["examples"]
-            if not line.endswith(b"\n"):
-                raise ValueError
         except (ValueError, KeyError, TypeError):
             break
         size += len(line)

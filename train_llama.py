@@ -572,6 +572,12 @@ def trainer_class():
             of all of them would be the largest tensors there are.
             """
             labels = inputs.pop("labels")[0, 1:]
+            if "cu_seq_lens_q" not in inputs:  # trl 1.14, for Python 3.10, marks the rows by their positions alone
+                starts = (inputs["position_ids"][0] == 0).nonzero()[:, 0].int()
+                bounds = torch.cat([starts, starts.new_tensor([len(labels) + 1])])
+                longest = int(bounds.diff().max())
+                inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+                inputs |= {"max_length_q": longest, "max_length_k": longest}
             kept = (labels != -100).nonzero()[:, 0]
             logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits[0]
             total = logits.new_zeros((), dtype=torch.float32)
