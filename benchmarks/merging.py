@@ -1,0 +1,166 @@
+"""Measure merge_llama.py beside PEFT's merge_and_unload + save_pretrained: peak memory and seconds.
+
+A random Llama of 1.1 B parameters (bf16, TinyLlama's shape) in 300 MB shards, with a random adapter of rank 8 on all
+linear layers, merged by both in turn, each in a process of its own; then one three times as deep, by merge_llama.py
+alone. Peak memory is the largest resident set, mapped files included. merge_llama.py's seconds are those of the
+command less verification, and of verification.
+
+    python benchmarks/merging.py
+    python benchmarks/merging.py --layers 4 --folder /tmp/merging_benchmark
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+LAYERS = 22
+RUNS = 3
+CHECK_ROWS = 4
+FOLDER = "/tmp/merging_benchmark"
+SHARD = 300e6  # bytes
+TOKENIZER = ROOT / "tests" / "fixtures" / "tiny_llama2"
+SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
+PEFT = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base, adapter, target = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+model.save_pretrained(target, max_shard_size="300MB")
+AutoTokenizer.from_pretrained(base).save_pretrained(target)
+"""
+
+
+def prepare(folder, layers):
+    """Base and adapter under `folder`, written shard by shard: the model is never in memory."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    base, adapter = folder / "base", folder / "out" / "adapter"
+    for path in (base, adapter):
+        path.mkdir(parents=True)
+    for path in TOKENIZER.glob("tokenizer*"):
+        shutil.copy(path, base)
+    config = LlamaConfig(**SHAPE, num_hidden_layers=layers, vocab_size=32000, bos_token_id=1, eos_token_id=2,
+                         dtype="bfloat16", architectures=["LlamaForCausalLM"])  # fmt: skip
+    config.save_pretrained(base)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        adapted = get_peft_model(model, lora, low_cpu_mem_usage=True)
+    shards, size = [[]], 0
+    for name, shape in shapes.items():
+        number = 2 * torch.Size(shape).numel()
+        if size + number > SHARD and shards[-1]:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += number
+    random = torch.Generator().manual_seed(0)
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        tensors = {name: torch.empty(shapes[name]).normal_(0, 0.02, generator=random).bfloat16() for name in names}
+        tensors |= {name: torch.ones(shapes[name], dtype=torch.bfloat16) for name in names if "norm" in name}
+        save_file(tensors, base / file, metadata={"format": "pt"})
+    parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+    index = {"metadata": {"total_size": 2 * parameters}, "weight_map": weight_map}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    content = {
+        name.replace(".default", ""): torch.empty(tensor.shape).normal_(0, 0.01, generator=random)
+        for name, tensor in adapted.state_dict().items()
+        if "lora_" in name
+    }
+    save_file(content, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    lora.base_model_name_or_path, lora.target_modules = (
+        str(base),
+        sorted(adapted.peft_config["default"].target_modules),
+    )
+    lora.save_pretrained(adapter)
+    return parameters
+
+
+def measure(command):
+    """Seconds and peak memory (GB) of a process that ends well."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    start = time.time()
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+    )
+    error = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{command} failed:\n{error.decode()[-3000:]}")
+    return time.time() - start, usage.ru_maxrss * 1024 / 1e9
+
+
+def ours(folder, args):
+    """Seconds without verification, of verification, and peak memory (GB)."""
+    command = [sys.executable, ROOT / "merge_llama.py", "--output-dir", folder / "out"]
+    seconds, peak = measure([*command, "--merge-base", args.merge_base, "--check-rows", args.check_rows])
+    report = json.loads((folder / "out" / "merged" / "merge.json").read_text())
+    shutil.rmtree(folder / "out" / "merged")
+    return seconds - report["seconds_verifying"], report["seconds_verifying"], peak
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("--check-rows", type=int, default=CHECK_ROWS)
+    parser.add_argument("--merge-base", choices=["16bit", "4bit"], default="16bit")
+    parser.add_argument("--folder", default=FOLDER, help="some 8 GB at a time; is removed")
+    args = parser.parse_args()
+    root = Path(args.folder)
+    shutil.rmtree(root, ignore_errors=True)
+    sources = ["--samsum", ROOT / "tests/fixtures/samsum", "--trivia-qa", ROOT / "tests/fixtures/trivia_qa"]
+    measure([sys.executable, ROOT / "build_dataset.py", *sources, "--max-context-words", 120, "--output-dir", root])
+    results, peaks = {"merge_llama.py": [], "PEFT": []}, []
+    for factor in (1, 3):
+        folder = root / str(factor)
+        parameters = prepare(folder, factor * args.layers)
+        (folder / "out" / "dataset").symlink_to(root / "dataset")
+        print(f"{factor * args.layers} layers, {parameters / 1e9:.2f} B parameters", flush=True)
+        for _ in range(args.runs if factor == 1 else 1):
+            results["merge_llama.py"].append(ours(folder, args))
+            peaks.append(results["merge_llama.py"][-1][2])
+            print("merge_llama.py ", *(f"{value:.2f}" for value in results["merge_llama.py"][-1]), flush=True)
+            if factor == 1:
+                command = [sys.executable, "-c", PEFT, folder / "base", folder / "out" / "adapter", folder / "peft"]
+                seconds, peak = measure(command)
+                shutil.rmtree(folder / "peft")
+                results["PEFT"].append((seconds, 0, peak))
+                print("PEFT           ", f"{seconds:.2f} - {peak:.2f}", flush=True)
+        shutil.rmtree(folder)
+    shutil.rmtree(root)
+    single, deep = results["merge_llama.py"][:-1], results["merge_llama.py"][-1]
+    print("\n| | merging, s | verification, s | peak GB |\n|---|---|---|---|")
+    rows = {
+        "merge_llama.py": single,
+        "PEFT, not verified": results["PEFT"],
+        "merge_llama.py, three times as deep": [deep],
+    }
+    middle = {
+        name: [sorted(values)[len(values) // 2] for values in zip(*runs, strict=True)] for name, runs in rows.items()
+    }
+    for name, (merging, verifying, peak) in middle.items():
+        print(f"| {name} | {merging:.1f} | {verifying:.1f} | {peak:.2f} |")
+    mine, peft, deeper = middle.values()
+    print(f"\nmemory {mine[2] / peft[2]:.2f} of PEFT's, time {mine[0] / peft[0]:.2f} of PEFT's; "
+          f"three times as deep: {deeper[2] / mine[2]:.2f} times the memory")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
