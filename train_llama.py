@@ -731,7 +731,7 @@ def peak_memory():
 def make_trainer(args, base, model, tokenizer, train, validation, run):
     """A QLoRATrainer of packed sequences `train` and {task: sequences} `validation`."""
     import torch
-    from transformers import EarlyStoppingCallback
+    from transformers import EarlyStoppingCallback, set_seed
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -771,6 +771,7 @@ def make_trainer(args, base, model, tokenizer, train, validation, run):
     config.load_best_model_at_end = True  # set late: at once it would ask that SAVE_STEPS be a multiple of EVAL_STEPS
     flatten = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=True)  # no pass holds padding
     trainer_type, watch_type = trainer_class()
+    set_seed(args.seed)  # the adapter is drawn at random below; trl 1.14 would seed only after that
     try:
         trainer = trainer_type(
             model,
