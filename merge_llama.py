@@ -270,7 +270,6 @@ def merge_shard(source, target, scales, nf4, adapter, bar):
                 write(weight.view(torch.uint8).numpy())
         new.flush()
         os.fsync(new.fileno())
-    trim()
     return [digest.hexdigest() for digest in digests]
 
 
@@ -300,12 +299,20 @@ def check_rows(args, tokenizer, limit):
 
 
 def read_tensor(where, name):
-    """A tensor out of the files {name: path}, copied in float32; each is opened anew, for mapped files count as memory."""
+    """A tensor out of the files {name: path}, copied in float32; opened anew: mapped files count as memory."""
     import torch
     from safetensors import safe_open
 
     with safe_open(where[name], "pt") as file:
         return file.get_tensor(name).to(device(), torch.float32, copy=True)
+
+
+def mapped_tensor(where, name):
+    """A tensor as it lies in the file: only the rows that are used are read."""
+    from safetensors import safe_open
+
+    with safe_open(where[name], "pt") as file:
+        return file.get_tensor(name)
 
 
 def fill(module, prefix, where, nf4=()):
@@ -315,8 +322,6 @@ def fill(module, prefix, where, nf4=()):
         name = (prefix + key).replace(".base_layer", "")
         if "lora_" in name:
             name = "base_model.model." + name.replace(".default", "")
-        if name == "lm_head.weight" and name not in where:  # tied
-            name = "model.embed_tokens.weight"
         state[key] = read_tensor(where, name)
         if name in nf4:
             state[key] = through_nf4(state[key])
@@ -342,13 +347,6 @@ def release(module):
         if isinstance(part, LoraLayer):
             part.merged_adapters.clear()
     module.to("meta")
-    trim()
-
-
-def trim():
-    """Give freed memory back to the system: glibc keeps it, in pieces that grow with every layer."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def stored_as(name, where):
@@ -378,7 +376,7 @@ def differing(expected, where, changed):
 
 
 def differing_outside_layers(where, merged, changed):
-    """The same for unchanged tensors outside the layers, block by block: embeddings and head are the largest of all."""
+    """The same for unchanged tensors outside the layers, block by block: embeddings and head are the largest."""
     from safetensors import safe_open
 
     for name in where:
@@ -402,17 +400,15 @@ def compare_models(args, rows, where, merged, lora, plain, adapted, scales, trai
     Returns what `figures` does, and sentences on what is wrong with the files.
     """
     import torch
-    from safetensors import safe_open
     from tqdm import tqdm
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     llama, nf4 = adapted.get_base_model(), quantised_weights(plain)
     kinds = [kind for kind in ("16bit", "4bit") if kind in ("16bit", trained, args.merge_base)]
     ids = [torch.tensor(prompt + completion) for prompt, completion in rows]
-    with safe_open(merged["model.embed_tokens.weight"], "pt") as file:
-        table = file.get_tensor("model.embed_tokens.weight")  # a map of the file: only the rows in use are read
-        inputs = [table[row].to(device(), torch.float32)[None] for row in ids]
-        del table
+    table = mapped_tensor(merged, "model.embed_tokens.weight")
+    inputs = [table[row].to(device(), torch.float32)[None] for row in ids]
+    del table
     states = {(kind, how): list(inputs) for kind in kinds for how in ("adapter", "merged")}
     rotary = LlamaRotaryEmbedding(config=plain.config).to(device())
     problems = list(differing_outside_layers(where, merged, scales))
@@ -441,8 +437,12 @@ def compare_models(args, rows, where, merged, lora, plain, adapted, scales, trai
         run(plain.model.layers[number], (args.merge_base, "merged"))
         release(plain.model.layers[number])
     fill(plain.model.norm, "model.norm.", merged)
-    fill(plain.lm_head, "lm_head.", merged)
-    heads = {"merged": plain.lm_head, "adapter": plain.lm_head}
+    head = mapped_tensor(merged, "lm_head.weight" if "lm_head.weight" in merged else "model.embed_tokens.weight")
+
+    def plain_head(x):
+        return torch.cat([x @ rows.to(x).T for rows in head.split(4096)], dim=-1)  # all of it in float32 is too much
+
+    heads = {"merged": plain_head, "adapter": plain_head}
     if "lm_head.weight" in scales:
         fill(llama.lm_head, "lm_head.", where | lora)
         heads["adapter"] = llama.lm_head
@@ -694,6 +694,12 @@ def push(args, folder):
              "that you may not: hf auth login")  # fmt: skip
 
 
+def keep_no_freed_memory():
+    """Tell glibc to give freed tensors back at once: it would keep them in pieces, more with every layer."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD, in bytes
+
+
 def main(argv=None):
     args = parse_args(argv)
     output = Path(args.output_dir)
@@ -701,6 +707,7 @@ def main(argv=None):
     folder, base = read_adapter(output)
     lora_config = read_lora_config(folder)
     quiet()
+    keep_no_freed_memory()
     base = train_llama.find_model(base)
     config = train_llama.load_config(base)
     if getattr(config, "quantization_config", None):

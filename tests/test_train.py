@@ -112,36 +112,10 @@ def test_the_prediction_files_follow_the_contract(chain):
             assert "<|" not in example["prediction"] and "</s>" not in example["prediction"]
 
 
-def test_merged_equals_adapter_and_scores_are_written(chain):
-    result = run("merge_llama.py", "--output-dir", chain)
-    assert result.returncode == 0, result.stderr
-    assert json.loads((chain / "merged" / "merge.json").read_text())["verified"]
-    assert (chain / "merged" / "generation_config.json").is_file()
+def test_scores_are_written(chain):
     result = run("evaluations.py", "--output-dir", chain)
     assert result.returncode == 0, result.stderr
     assert (chain / "evaluation.json").is_file()
-
-
-def test_a_merge_that_differs_is_refused_and_the_old_one_stays(chain, tmp_path):
-    import merge_llama
-
-    with pytest.MonkeyPatch.context() as patch:
-        load = merge_llama.load_16bit
-
-        def damaged(model):
-            loaded = load(model)
-            if ".merged.new" in model:
-                loaded.model.layers[0].mlp.up_proj.weight.data.neg_()
-            return loaded
-
-        patch.setattr(merge_llama, "load_16bit", damaged)
-        shutil.copytree(chain, tmp_path / "out")
-        (tmp_path / "out" / "merged").mkdir(exist_ok=True)
-        before = snapshot(tmp_path / "out" / "merged")
-        with pytest.raises(SystemExit) as refused:
-            merge_llama.main(["--output-dir", str(tmp_path / "out")])
-    assert refused.value.code == 1
-    assert snapshot(tmp_path / "out" / "merged") == before
 
 
 TINY = ["--model", FIXTURES / "tiny_llama3"]
