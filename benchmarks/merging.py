@@ -11,6 +11,7 @@ command less verification, and of verification.
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -130,7 +131,8 @@ def main():
     results, peaks = {"merge_llama.py": [], "PEFT": []}, []
     for factor in (1, 3):
         folder = root / str(factor)
-        parameters = prepare(folder, factor * args.layers)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a child's peak counts its parent's memory
+            parameters = pool.apply(prepare, (folder, factor * args.layers))
         (folder / "out" / "dataset").symlink_to(root / "dataset")
         print(f"{factor * args.layers} layers, {parameters / 1e9:.2f} B parameters", flush=True)
         for _ in range(args.runs if factor == 1 else 1):
