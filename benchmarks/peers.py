@@ -1,0 +1,457 @@
+"""Measure this project beside its peers: training, merging, scoring, and how soon each script answers.
+
+Each peer has a virtual environment of its own, made from benchmarks/peers/NAME.txt where it is not there yet. Every
+result goes to benchmarks/results/ with a description of the machine, and is printed as a Markdown table.
+
+Training is the same job for all: tests/fixtures/tiny_llama3 in NF4 with double quantisation, float32 arithmetic, the
+demo's training rows as the same token ids and labels (checked for LLaMA-Factory row by row, for trl by their number),
+LoRA with r = 8 and alpha = 16 on all linear layers without dropout, AdamW, the same peak learning rate, 10 warm-up
+steps and a cosine, nothing longer than 1024 tokens, one epoch. What differs is what each of them is: how rows are
+batched, and so the number of optimizer steps, attention, loss and checkpointing. Without a remark the batch size (8)
+and activation checkpointing (on) are the peer's own; with one they are its documented flags for speed.
+train_llama.py alone also validates, once at the end, within its loop.
+
+Seconds in the loop are each trainer's own figure; seconds of the command, from its start to the adapter on disk, and
+peak memory are taken from outside. Quality is test_llama.py's perplexity of every adapter on the test split: a faster
+loop with a higher one is no better.
+
+    python benchmarks/peers.py
+    python benchmarks/peers.py --stages training --only train_llama.py "trl sft" --rows 100 --runs 1
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+RUNS = 3
+ROWS = 0  # training rows; 0: all
+EPOCHS = 1
+MAX_LENGTH = 1024
+LEARNING_RATE = 4e-3
+WARMUP_STEPS = 10
+FOLDER = Path(tempfile.gettempdir()) / "llama_peers"
+STAGES = ("training", "merging", "scoring", "startup")
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENTS = ROOT / "benchmarks" / "peers"
+RESULTS = ROOT / "benchmarks" / "results"
+MODEL = ROOT / "tests" / "fixtures" / "tiny_llama3"
+DEMO = ROOT / "outputs" / "demo"
+SCRIPTS = ("build_dataset.py", "train_llama.py", "test_llama.py", "evaluations.py", "merge_llama.py")
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+
+PEFT_MERGE = """
+import sys
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+adapter, output = sys.argv[1:]
+model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype="auto").merge_and_unload()
+model.save_pretrained(output)
+AutoTokenizer.from_pretrained(adapter).save_pretrained(output)
+"""
+
+# The log-likelihood of each completion and of the EOS that test_llama.py scores too; per row, in nats.
+LM_EVAL = """
+import json, sys, time
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+model, rows, output, eos = sys.argv[1:]
+rows = [json.loads(line) for line in open(rows)]
+lm = HFLM(pretrained=model, device="cpu", dtype="float32", batch_size=8, add_bos_token=True)
+pairs = [(row["prompt"], row["completion"] + eos) for row in rows]
+start = time.time()
+scores = lm.loglikelihood([Instance("loglikelihood", row, pair, i) for i, (row, pair) in enumerate(zip(rows, pairs))])
+seconds = time.time() - start
+tokens = [len(lm._encode_pair(*pair)[1]) for pair in pairs]
+json.dump({"seconds": seconds, "nll": [-score for score, _ in scores], "tokens": tokens}, open(output, "w"))
+"""
+
+
+def machine():
+    """What a result was measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    names = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+        "load_at_start": round(os.getloadavg()[0], 2),
+        "commit": commit.strip(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def save(name, result):
+    """results/NAME.json, whole or not at all."""
+    RESULTS.mkdir(exist_ok=True)
+    beside = RESULTS / f".{name}.new"
+    beside.write_text(json.dumps(result, indent=1) + "\n")
+    beside.replace(RESULTS / f"{name}.json")
+
+
+def table(head, rows):
+    """A Markdown table."""
+    print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    print(flush=True)
+
+
+def spread(values, form=".1f"):
+    """Median with the range behind it."""
+    middle = format(statistics.median(values), form)
+    return f"{middle} ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else middle
+
+
+def timed(command, log, more=None):
+    """Seconds and peak resident memory (GB, of the largest process) of a command; exits where it fails."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    environment, words = environment | (more or {}), [str(word) for word in command]
+    start = time.time()
+    with open(log, "w") as file:
+        process = subprocess.Popen(words, stdout=file, stderr=file, env=environment, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.time() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(words)} failed, see {log}:\n{Path(log).read_text()[-3000:]}")
+    return seconds, usage.ru_maxrss * 1024 / 1e9
+
+
+def environment_of(peer, folder):
+    """The bin folder of the peer's virtual environment, made from its requirements where it does not stand yet."""
+    requirements = REQUIREMENTS / f"{peer}.txt"
+    home = folder / "environments" / peer
+    stamp = hashlib.sha256(requirements.read_bytes()).hexdigest()
+    if not (home / "stamp").exists() or (home / "stamp").read_text() != stamp:
+        print(f"making the environment of {peer}", flush=True)
+        start = time.time()
+        subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True)
+        log = folder / f"{peer}_install.txt"
+        timed([home / "bin" / "pip", "install", "--disable-pip-version-check", "-r", requirements], log)
+        if peer == "llamafactory":
+            mend_llamafactory(home / "bin", log)
+        (home / "stamp").write_text(stamp)
+        print(f"  {time.time() - start:.0f} s", flush=True)
+    return home / "bin"
+
+
+def mend_llamafactory(binaries, log):
+    """It requires torchvision and torchaudio, which text does not use and which may be built for another torch."""
+    timed([binaries / "pip", "uninstall", "-y", "torchvision", "torchaudio"], log)
+    site = subprocess.run([binaries / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+                          check=True, capture_output=True, text=True).stdout.strip()  # fmt: skip
+    (Path(site) / "torchaudio.py").touch()
+
+
+def prepare(folder, count):
+    """The demo's data set with `count` training rows, rows and base for the peers; returns the rows' token ids."""
+    import datasets
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    sys.path.insert(0, str(ROOT))
+    import train_llama
+
+    train_llama.quiet()
+    data = folder / "data"
+    shutil.rmtree(data, ignore_errors=True)
+    sources = ["--samsum", ROOT / "tests/fixtures/samsum", "--trivia-qa", ROOT / "tests/fixtures/trivia_qa"]
+    sizes = ["--max-context-words", 120, "--test-examples-per-task", 100]
+    timed([sys.executable, "build_dataset.py", *sources, *sizes, "--output-dir", data], folder / "build.txt")
+    if count:
+        parts = datasets.load_from_disk(str(data / "dataset"))
+        parts["train"] = parts["train"].select(range(min(count, len(parts["train"]))))
+        parts.save_to_disk(str(data / "fewer"))
+        shutil.rmtree(data / "dataset")
+        (data / "fewer").rename(data / "dataset")
+    rows = train_llama.load_rows(data, "train")
+    rows.select_columns(["prompt", "completion"]).to_parquet(str(data / "rows" / "train.parquet"))
+    pairs = [{"instruction": BOS + row["prompt"], "input": "", "output": row["completion"] + EOS} for row in rows]
+    (data / "alpaca").mkdir()
+    (data / "alpaca" / "train.json").write_text(json.dumps(pairs))
+    (data / "alpaca" / "dataset_info.json").write_text(json.dumps({"train": {"file_name": "train.json"}}))
+    # LLaMA-Factory computes in the dtype of the files: the same numbers, in float32
+    AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).save_pretrained(data / "float32")
+    for path in MODEL.glob("*token*.json"):
+        shutil.copy(path, data / "float32")
+    return train_llama.tokenize(rows, train_llama.load_tokenizer(str(MODEL)), MAX_LENGTH, "train")
+
+
+def ours(folder, output, *more):
+    output.mkdir()
+    shutil.copytree(folder / "data" / "dataset", output / "dataset")
+    command = [sys.executable, "train_llama.py", "--model", MODEL, "--output-dir", output, "--max-length", MAX_LENGTH]
+    command += ["--num-train-epochs", EPOCHS, "--learning-rate", LEARNING_RATE, "--warmup-steps", WARMUP_STEPS]
+    command += ["--gradient-accumulation-steps", 1, "--eval-steps", 10**6, "--save-steps", 10**6]
+    return [*command, *more], output / "adapter"
+
+
+def trl(folder, output, *more):
+    command = [environment_of("trl", folder) / "trl", "sft", "--model_name_or_path", MODEL, "--output_dir", output]
+    command += ["--dataset_name", folder / "data" / "rows", "--load_in_4bit", "--use_bnb_nested_quant", "--use_peft"]
+    command += ["--lora_r", 8, "--lora_alpha", 16, "--lora_dropout", 0.0, "--lora_target_modules", "all-linear"]
+    command += ["--use_cpu", "--bf16", "false", "--max_length", MAX_LENGTH, "--num_train_epochs", EPOCHS]
+    command += ["--learning_rate", LEARNING_RATE, "--lr_scheduler_type", "cosine", "--warmup_steps", WARMUP_STEPS]
+    return [*command, "--report_to", "none", *more], output
+
+
+def llamafactory(folder, output, *more):
+    settings = {
+        "stage": "sft", "do_train": True, "finetuning_type": "lora",
+        "model_name_or_path": str(folder / "data" / "float32"), "quantization_bit": 4, "double_quantization": True,
+        "lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.0, "lora_target": "all", "template": "empty",
+        "dataset_dir": str(folder / "data" / "alpaca"), "dataset": "train", "cutoff_len": MAX_LENGTH,
+        "output_dir": str(output), "num_train_epochs": EPOCHS, "use_cpu": True, "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "cosine", "warmup_steps": WARMUP_STEPS, "report_to": "none", "overwrite_cache": True,
+    }  # fmt: skip
+    settings |= dict(more)
+    file = output.with_suffix(".yaml")  # JSON is YAML
+    file.write_text(json.dumps(settings, indent=1))
+    return [environment_of("llamafactory", folder) / "llamafactory-cli", "train", file], output
+
+
+NO_CHECKPOINTING = ("disable_gradient_checkpointing", True)
+TRAINERS = {
+    "train_llama.py": ours,
+    "trl sft": trl,
+    "trl sft, packing": lambda folder, output: trl(
+        folder, output, "--packing", "--per_device_train_batch_size", 1, "--activation_checkpointing", "false"
+    ),
+    "LLaMA-Factory": llamafactory,
+    "LLaMA-Factory, neat_packing": lambda folder, output: llamafactory(
+        folder, output, ("packing", True), ("neat_packing", True), ("per_device_train_batch_size", 1), NO_CHECKPOINTING
+    ),
+}
+NOT_RUN = {  # what came of trying them on a CPU
+    "Unsloth": 'needs a GPU: "Unsloth cannot find any torch accelerator? You need a GPU." (its source; not tried)',
+    "LitGPT 0.5.13": '`litgpt finetune_lora --quantize bnb.nf4-dq`: "Bitsandbytes is only supported on CUDA GPUs."',
+}
+
+
+def same_tokens(folder, tokens):
+    """Whether LLaMA-Factory trains on the same ids and labels, row by row; it is asked to store them."""
+    from datasets import load_from_disk
+
+    where = folder / "tokenized"
+    shutil.rmtree(where, ignore_errors=True)
+    command, _ = llamafactory(folder, folder / "tokenize", ("tokenized_path", str(where)))
+    timed(command, folder / "tokenize.txt")
+    theirs = load_from_disk(str(where))["train"]
+    pairs = zip(tokens, theirs, strict=True)
+    return all(a["input_ids"] == b["input_ids"] and a["labels"] == b["labels"] for a, b in pairs)
+
+
+def perplexities(folder, system, name):
+    """test_llama.py's perplexity of the system (its flags), by task and together, its seconds, and each row's nll."""
+    command = [sys.executable, "test_llama.py", *system, "--output-dir", folder / "data", "--name", name]
+    command += ["--overwrite", "--no-compare-with-base"]
+    command += ["--samsum-max-new-tokens", 1, "--trivia-qa-max-new-tokens", 1]
+    log = folder / f"test_{name}.txt"
+    seconds, _ = timed(command, log)
+    inner = sum(float(number) for number in re.findall(r" tokens in ([\d.]+) s", log.read_text()))
+    result, nll = {"command_seconds": seconds, "scoring_seconds": inner}, {}
+    for task in ("samsum", "trivia_qa"):
+        content = json.loads((folder / "data" / f"{task}_predictions_{name}.json").read_text())
+        result[task] = content["perplexity"]["tuned"]["perplexity"]
+        nll |= {example["id"]: (example["nll"], example["tokens"]) for example in content["examples"]}
+    result["together"] = math.exp(math.fsum(n for n, _ in nll.values()) / sum(t for _, t in nll.values()))
+    return result, nll
+
+
+def train(name, folder, number):
+    """One run: seconds in the loop and of the command, peak GB, optimizer steps; and the adapter's folder."""
+    output = folder / f"{name.replace(' ', '_').replace(',', '')}_{number}"
+    shutil.rmtree(output, ignore_errors=True)
+    log = output.with_suffix(".txt")
+    command, adapter = TRAINERS[name](folder, output)
+    seconds, peak = timed(command, log)
+    if (adapter / "run.json").exists():
+        run = json.loads((adapter / "run.json").read_text())
+        loop, steps = run["seconds"], run["steps"]
+    elif (adapter / "train_results.json").exists():
+        loop = json.loads((adapter / "train_results.json").read_text())["train_runtime"]
+        steps = json.loads((adapter / "trainer_state.json").read_text())["global_step"]
+    else:
+        loop = float(log.read_text().split("'train_runtime': ")[1].split(",")[0].strip("' "))
+        states = adapter.glob("checkpoint-*/trainer_state.json")
+        steps = max(json.loads(path.read_text())["global_step"] for path in states)
+    return {"loop_seconds": loop, "command_seconds": seconds, "peak_gb": peak, "steps": steps}, adapter
+
+
+def training(args, folder):
+    tokens = prepare(folder, args.rows)
+    total = sum(map(len, tokens["labels"])) * EPOCHS
+    completions = sum(label != -100 for labels in tokens["labels"] for label in labels) * EPOCHS
+    print(f"{len(tokens)} rows, {total:,} tokens, {completions:,} of them with a loss", flush=True)
+    result = {"machine": machine(), "rows": len(tokens), "tokens": total, "completion_tokens": completions}
+    names = args.only or list(TRAINERS)
+    result |= {"learning_rate": LEARNING_RATE, "epochs": EPOCHS, "trainers": {name: [] for name in names}}
+    if any("LLaMA-Factory" in name for name in names):
+        result["llamafactory_tokens_are_ours"] = same_tokens(folder, tokens)
+        print(f"LLaMA-Factory has the same ids and labels: {result['llamafactory_tokens_are_ours']}", flush=True)
+    measured = {}  # perplexity by the adapter's hash: the same weights are not tested again
+    for number in range(args.runs):
+        for name in names:
+            run, adapter = train(name, folder, number)
+            digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+            if digest not in measured:
+                system = ["--adapter", adapter, "--model", MODEL, "--load-in-4bit"]
+                measured[digest], _ = perplexities(folder, system, "peer")
+            run |= {"tokens_per_second": total / run["loop_seconds"], "perplexity": measured[digest]}
+            result["trainers"][name].append(run)
+            print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in run.items() if key != "perplexity")
+                  + f", perplexity {run['perplexity']['together']:.4f}", flush=True)  # fmt: skip
+            result["not_run"] = NOT_RUN
+            if not args.rows and not args.only:
+                save("training", result)
+    head = ["", "useful tokens/s", "loop, s", "command, s", "peak GB", "steps", "perplexity", "samsum", "trivia_qa"]
+    rows = []
+    for name, runs in result["trainers"].items():
+        column = {key: [run[key] for run in runs] for key in runs[0]}
+        row = [name, spread(column["tokens_per_second"], ",.0f"), spread(column["loop_seconds"])]
+        row += [spread(column["command_seconds"]), f"{max(column['peak_gb']):.2f}", str(column["steps"][0])]
+        row += [f"{statistics.median(p[key] for p in column['perplexity']):.3f}"
+                for key in ("together", "samsum", "trivia_qa")]  # fmt: skip
+        rows.append(row)
+    table(head, rows)
+    for name, reason in NOT_RUN.items():
+        print(f"{name}: {reason}")
+
+
+def merging(args, folder):
+    """merge_llama.py, PEFT's own merge and LLaMA-Factory's export of the demo's adapter."""
+    peft, factory = environment_of("trl", folder) / "python", environment_of("llamafactory", folder)
+    work = folder / "merge"
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "ours").mkdir(parents=True)
+    for name in ("adapter", "dataset"):
+        (work / "ours" / name).symlink_to(DEMO / name)
+    export = {"model_name_or_path": str(MODEL), "adapter_name_or_path": str(DEMO / "adapter"), "template": "empty",
+              "finetuning_type": "lora", "export_dir": str(work / "factory"), "export_device": "cpu"}  # fmt: skip
+    (work / "export.yaml").write_text(json.dumps(export))
+    commands = {
+        "merge_llama.py": ([sys.executable, "merge_llama.py", "--output-dir", work / "ours"], work / "ours/merged"),
+        "PEFT merge_and_unload": ([peft, "-c", PEFT_MERGE, DEMO / "adapter", work / "peft"], work / "peft"),
+        "LLaMA-Factory export": ([factory / "llamafactory-cli", "export", work / "export.yaml"], work / "factory"),
+    }
+    result = {"machine": machine(), "mergers": {name: [] for name in commands}}
+    for _ in range(args.runs):
+        for name, (command, output) in commands.items():
+            shutil.rmtree(output, ignore_errors=True)
+            seconds, peak = timed(command, work / "log.txt")
+            result["mergers"][name].append({"command_seconds": seconds, "peak_gb": peak})
+    rows = []
+    for name, runs in result["mergers"].items():
+        output = commands[name][1]
+        quality, _ = perplexities(folder, ["--model", output, "--no-load-in-4bit"], "merged")
+        dtype = json.loads((output / "config.json").read_text())["dtype"]
+        result["mergers"][name] = {"runs": runs, "perplexity": quality, "dtype": dtype}
+        seconds, peaks = ([run[key] for run in runs] for key in ("command_seconds", "peak_gb"))
+        rows.append([name, spread(seconds), f"{max(peaks):.2f}", dtype, f"{quality['together']:.4f}"])
+    save("merging", result)
+    table(["", "command, s", "peak GB", "dtype", "perplexity"], rows)
+
+
+def scoring(args, folder):
+    """Log-likelihood of the test rows' completions: lm-evaluation-harness beside test_llama.py, both in float32."""
+    import datasets
+
+    python, work = environment_of("lm_eval", folder) / "python", folder / "scoring.json"
+    rows = datasets.load_from_disk(str(folder / "data" / "dataset" / "test"))
+    lines = folder / "test_rows.jsonl"
+    pairs = [{key: row[key] for key in ("prompt", "completion")} for row in rows]
+    lines.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    model = DEMO / "merged"
+    seconds, inner = ({"lm_eval": [], "test_llama.py": []} for _ in range(2))
+    for _ in range(args.runs):
+        seconds["lm_eval"].append(timed([python, "-c", LM_EVAL, model, lines, work, EOS], folder / "lm_eval.txt")[0])
+        theirs = json.loads(work.read_text())
+        inner["lm_eval"].append(theirs["seconds"])
+        quality, nll = perplexities(folder, ["--model", model, "--no-load-in-4bit"], "scored")
+        seconds["test_llama.py"].append(quality["command_seconds"])
+        inner["test_llama.py"].append(quality["scoring_seconds"])
+    ids = rows["id"]
+    totals = math.fsum(theirs["nll"]), math.fsum(nll[i][0] for i in ids)
+    tokens = sum(theirs["tokens"]), sum(nll[i][1] for i in ids)
+    worst = max(abs(a - nll[i][0]) for i, a in zip(ids, theirs["nll"], strict=True))
+    result = {"machine": machine(), "rows": len(ids), "command_seconds": seconds, "scoring_seconds": inner}
+    result["largest_difference_of_a_row"] = worst
+    result |= {"nll_sum": dict(zip(seconds, totals, strict=True)), "tokens": dict(zip(seconds, tokens, strict=True))}
+    result["relative_difference"] = abs(totals[0] / totals[1] - 1)
+    save("scoring", result)
+    head = ["", "summed log-likelihood, nats", "tokens", "scoring, s", "command, s"]
+    cells = zip(seconds, totals, tokens, strict=True)
+    rows = [[name, f"{-total:.4f}", str(n), spread(inner[name]), spread(seconds[name])] for name, total, n in cells]
+    table(head, rows)
+    print(f"they differ by {result['relative_difference']:.1e} of the sum, and by {worst:.1e} nats in the worst row")
+    if tokens[0] != tokens[1] or result["relative_difference"] > 1e-3:
+        sys.exit("error: the two do not score the same completions alike: see results/scoring.json")
+
+
+def startup(args, folder):
+    """Seconds of each script's --help, and from train_llama.py's command to its first optimizer step on the demo."""
+    result = {"machine": machine(), "help_seconds": {}, "first_step_seconds": []}
+    for script in SCRIPTS:
+        runs = [timed([sys.executable, script, "--help"], folder / "help.txt")[0] for _ in range(args.runs + 1)]
+        result["help_seconds"][script] = runs[1:]  # the first one fills the disk's cache
+    for _ in range(args.runs):
+        output = folder / "first_step"
+        shutil.rmtree(output, ignore_errors=True)
+        command, _ = ours(folder, output, "--logging-steps", 1)
+        start = time.time()
+        process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                                   stderr=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"})  # fmt: skip
+        for line in process.stdout:
+            if line.startswith("step"):
+                result["first_step_seconds"].append(time.time() - start)
+                break
+        process.kill()
+        process.communicate()
+    if len(result["first_step_seconds"]) < args.runs:
+        sys.exit("error: train_llama.py made no step")
+    save("startup", result)
+    rows = [[f"{script} --help", spread(runs, ".2f")] for script, runs in result["help_seconds"].items()]
+    table(["", "s"], [*rows, ["train_llama.py to its first step", spread(result["first_step_seconds"])]])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--runs", type=int, default=RUNS, help="of each, in turn")
+    parser.add_argument("--only", nargs="+", choices=list(TRAINERS), help="of training; its results are not kept")
+    parser.add_argument("--rows", type=int, default=ROWS, help="training rows, 0: all; fewer are not kept")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="for environments, logs and adapters: some 10 GB")
+    args = parser.parse_args(argv)
+    folder = args.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if {"merging", "scoring"} & set(args.stages) and not (DEMO / "merged" / "config.json").is_file():
+        sys.exit("error: outputs/demo is not there: run `bash run.sh demo` first")
+    if "training" not in args.stages:
+        prepare(folder, 0)
+    for stage in args.stages:
+        print(f"\n## {stage}", flush=True)
+        {"training": training, "merging": merging, "scoring": scoring, "startup": startup}[stage](args, folder)
+
+
+if __name__ == "__main__":
+    main()
