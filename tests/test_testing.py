@@ -258,7 +258,8 @@ def test_two_processes_write_the_same_files_as_one(chain, tmp_path):
     assert "first process" in result.stdout and result.stdout.count("samsum perplexity") == 1
     for task in TASKS:
         (out / f"{task}_predictions.json").rename(out / f"{task}_two.json")
-    assert test(out, *arguments) == 0
+    # as many threads: float32 sums depend on how they are split, in the last digit
+    assert run("test_llama.py", *arguments, OMP_NUM_THREADS="1").returncode == 0
     for task in TASKS:
         assert (out / f"{task}_predictions.json").read_bytes() == (out / f"{task}_two.json").read_bytes()
 
