@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -451,8 +452,9 @@ def start(output, *arguments):
         output,
     ]
     command = [*map(str, command), *arguments]
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background ignores Ctrl-C
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)  # fmt: skip
+                               start_new_session=True, preexec_fn=heard)  # fmt: skip
     while not (workers := workers_of(process.pid)):
         assert process.poll() is None, "the build ended too soon"
     return process, workers
