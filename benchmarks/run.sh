@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # bash benchmarks/run.sh          this project beside its peers, and scaling, on the CPU; into benchmarks/results/
 # bash benchmarks/run.sh --joint  one adapter for both tasks beside one for each, too: some ten minutes more
+# RUNS=2 makes fewer runs of each than the 3 by default (the trainings are half of the time).
 # FOLDER=/some/folder keeps the peers' environments (10 GB) and logs there; by default they go to the temporary folder.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
@@ -9,7 +10,7 @@ export HF_HUB_OFFLINE=1
 start=$SECONDS
 bash run.sh setup >/dev/null
 [[ -f outputs/demo/merged/config.json ]] || bash run.sh demo
-.venv/bin/python benchmarks/peers.py --folder "$folder"
+.venv/bin/python benchmarks/peers.py --folder "$folder" --runs "${RUNS:-3}"
 .venv/bin/python benchmarks/scaling.py --folder "$folder"
 if [[ ${1-} == --joint ]]; then .venv/bin/python benchmarks/joint.py --folder "$folder/joint"; fi
 echo "$((SECONDS - start)) s in all; the logs are in $folder"
