@@ -43,7 +43,7 @@ MIN_EQUAL_TOKENS = (
 )
 MAX_PERPLEXITY_RATIO = 1.02  # either way
 SMALL_FILES = 2**26  # bytes of room for all that is not weights
-BLOCK = 2**24  # bytes read at a time
+BLOCK = 2**22  # bytes read at a time
 POSITIONS = 64  # whose logits are in memory at a time
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names and torch's
 # Of adapter_config.json, what this script follows or what has no influence on a merge. Any other is refused where set.
@@ -531,12 +531,19 @@ def merge(args, source, where, folder, scales, plain, fresh):
     return digests, time.time() - start
 
 
+def keep_no_freed_memory():
+    """Tell glibc to give freed tensors back at once: it would keep them in pieces, more with every layer."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD, in bytes
+
+
 def verify(args, base, rows, where, folder, plain, adapted, scales, trained, digests, fresh):
     """What merge.json says of the comparison of `fresh` with base and adapter, and the seconds it took."""
     import torch
     from safetensors import safe_open
 
     start, results, problems = time.time(), None, []
+    keep_no_freed_memory()
     adapter = folder / "adapter_model.safetensors"
     merged = {name: fresh / path.name for name, path in where.items()}
     with safe_open(adapter, "pt") as file:
@@ -694,12 +701,6 @@ def push(args, folder):
              "that you may not: hf auth login")  # fmt: skip
 
 
-def keep_no_freed_memory():
-    """Tell glibc to give freed tensors back at once: it would keep them in pieces, more with every layer."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc
-        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD, in bytes
-
-
 def main(argv=None):
     args = parse_args(argv)
     output = Path(args.output_dir)
@@ -707,7 +708,6 @@ def main(argv=None):
     folder, base = read_adapter(output)
     lora_config = read_lora_config(folder)
     quiet()
-    keep_no_freed_memory()
     base = train_llama.find_model(base)
     config = train_llama.load_config(base)
     if getattr(config, "quantization_config", None):
