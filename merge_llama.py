@@ -27,7 +27,7 @@ from pathlib import Path
 import train_llama
 from build_dataset import LICENCES, PROMPTS
 from test_llama import END_TOKENS, read_adapter
-from train_llama import TASKS, encode, explain_load_error, fail, first_line, load_rows, load_tokenizer, quiet
+from train_llama import TASKS, encode, explain_load_error, fail, first_line, load_rows, load_tokenizer, quiet, sha256
 
 # Settings: edit here, or override for one run on the command line.
 MERGE_BASE = "auto"  # 16bit: weights as stored; 4bit: quantised to NF4 and back; auto: what the adapter was trained on
@@ -38,9 +38,7 @@ OUTPUT_DIR = "outputs"
 
 # Fixed
 MAX_RELATIVE_DIFFERENCE = 0.02  # mean logit difference over the logits' standard deviation; bf16 gives some 0.005
-MIN_EQUAL_TOKENS = (
-    0.85  # share of greedy tokens; at the difference above a random model's flat logits change one in ten
-)
+MIN_EQUAL_TOKENS = 0.85  # share of greedy tokens; of a random model, whose logits are flat, bf16 changes one in 20
 MAX_PERPLEXITY_RATIO = 1.02  # either way
 SMALL_FILES = 2**26  # bytes of room for all that is not weights
 BLOCK = 2**22  # bytes read at a time
@@ -66,12 +64,8 @@ def parse_args(argv=None):
         description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--merge-base",
-        choices=["auto", "16bit", "4bit"],
-        default=MERGE_BASE,
-        help="weights as stored, or NF4 and back",
-    )
+    bases = ["auto", "16bit", "4bit"]
+    add("--merge-base", choices=bases, default=MERGE_BASE, help="weights as stored, or NF4 and back")
     add("--check-rows", type=int, default=CHECK_ROWS, help="validation rows to compare on")
     add("--push-to-hub", default=PUSH_TO_HUB, help="OWNER/NAME of a hub repository, or none")
     add("--private", action=argparse.BooleanOptionalAction, default=PRIVATE, help="whether that repository is")
@@ -268,17 +262,7 @@ def merge_shard(source, target, scales, nf4, adapter, bar):
                     fail(f"merged, {name} is not finite in {DTYPES[entry['dtype']]}: run train_llama.py again, with a "
                          "lower learning rate")  # fmt: skip
                 write(weight.view(torch.uint8).numpy())
-        new.flush()
-        os.fsync(new.fileno())
     return [digest.hexdigest() for digest in digests]
-
-
-def sha256(path):
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(BLOCK):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 def check_rows(args, tokenizer, limit):
@@ -565,12 +549,15 @@ def finish(args, base, run, report, digests, fresh):
     """Write model card and merge.json, the latter last: with it the folder is whole."""
     from importlib.metadata import version
 
-    write_text(fresh / "README.md", model_card(args, base, run, report))
+    (fresh / "README.md").write_text(model_card(args, base, run, report), encoding="utf-8")
     files = {path.name: digests.get(path) or sha256(path) for path in sorted(fresh.iterdir())}
     read = {str(path): digest for path, digest in digests.items() if path.parent != fresh}
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "safetensors")}
     report |= {"read_sha256": read, "sha256": files, "versions": versions, "git_commit": train_llama.git_commit()}
-    write_text(fresh / "merge.json", json.dumps(report, indent=2) + "\n")
+    (fresh / "merge.json").write_text(json.dumps(report, indent=2) + "\n")
+    for path in fresh.iterdir():  # on the disk before the folder gets its name; after the check most of it is
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def score_rows(output, run):
@@ -678,13 +665,6 @@ def install(fresh, target):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_text(path, text):
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def push(args, folder):
     """Upload the verified folder; the token is the one of `hf auth login`, or HF_TOKEN."""
     from huggingface_hub import HfApi
@@ -733,7 +713,11 @@ def main(argv=None):
     except OSError as error:
         shutil.rmtree(fresh, ignore_errors=True)
         fail(f"cannot write {target} ({first_line(error)}): make room, then give the same command again")
-    except BaseException:  # a sentence was said, or Ctrl-C
+    except KeyboardInterrupt:
+        shutil.rmtree(fresh, ignore_errors=True)
+        print(f"\ninterrupted; {target} was not touched", file=sys.stderr)
+        raise SystemExit(130) from None
+    except SystemExit:  # a sentence was said
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     show(report)

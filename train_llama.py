@@ -827,7 +827,12 @@ def refuse_another_run(where, old, new):
 
 
 def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Hexadecimal digest of a file, read in pieces: a model's shard need not fit into memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(2**22):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def write_manifest(folder, content):
