@@ -4,7 +4,7 @@ Each peer has a virtual environment of its own, made from benchmarks/peers/NAME.
 result goes to benchmarks/results/ with a description of the machine, and is printed as a Markdown table.
 
 Training is the same job for all: tests/fixtures/tiny_llama3 in NF4 with double quantisation, float32 arithmetic, the
-demo's training rows as the same token ids and labels (checked for LLaMA-Factory row by row, for trl by their number),
+demo's training rows as the same token ids and labels (checked for LLaMA-Factory row by row, not for trl),
 LoRA with r = 8 and alpha = 16 on all linear layers without dropout, AdamW, the same peak learning rate, 10 warm-up
 steps and a cosine, nothing longer than 1024 tokens, one epoch. What differs is what each of them is: how rows are
 batched, and so the number of optimizer steps, attention, loss and checkpointing. Without a remark the batch size (8)
