@@ -57,6 +57,7 @@ def run_forked(command, cwd, environment, streams):
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
+    multiprocessing.set_start_method("fork", force=True)  # a command of its own has not inherited another
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
