@@ -47,8 +47,9 @@ def test_trainable_parameters_and_nf4_bytes_by_hand(tmp_path):
     assert parts["weights"] == pytest.approx(0.516 * shape["linear"] + 2 * (2 * 128256 * 4096 + 65 * 4096), rel=1e-3)
 
 
-@pytest.mark.parametrize("dropout, factor", [(0.0, 1), (0.05, 4 / 3)])  # a mask is 2 bytes in bf16 here, 1 with CUDA
-def test_the_activations_are_those_autograd_keeps(dropout, factor, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dropout, factor, in_4bit", [(0.0, 1, True), (0.0, 1, False), (0.05, 4 / 3, True)])
+def test_the_activations_are_those_autograd_keeps(dropout, factor, in_4bit, tmp_path, monkeypatch):
+    # a mask is 2 bytes in bf16 here, 1 with CUDA: the factor
     from peft import get_peft_model
 
     # PEFT asks, without a word of the device, for CUDA's autocast; with it, 4-bit layers take their input as it is
@@ -63,11 +64,14 @@ def test_the_activations_are_those_autograd_keeps(dropout, factor, tmp_path, mon
         folder = tmp_path / str(layers)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        nf4 = nf4 if in_4bit else None
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=nf4)
         for module in model.modules():
             module.support_avx512bf16_for_cpu = False
         model.set_attn_implementation(attention)
         model = get_peft_model(model, train_llama.lora_config(args)).train()
+        if not dropout:
+            train_llama.fuse_lora(model)
         weights, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
         def keep(tensor, weights=weights, found=found):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import FIXTURES, run
 from datasets import load_from_disk
+from peft import get_peft_model
 from safetensors.torch import load_file
 
 import train_llama
@@ -75,6 +76,40 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_its_rows_alone(attention, 
     assert all(gradient.abs().max() > 0 for gradient in expected_gradients.values())
     assert largest_difference(gradients, expected_gradients) < 1e-4
     assert largest_difference(contaminated, expected_gradients) > 1e-2  # it would notice lost boundaries
+
+
+def lora_step(in_4bit, fused, half):
+    """Loss and gradients of one step; half: as mixed precision has it, bf16 weights, float32 adapter, autocast."""
+    ids = torch.randint(0, 2000, (2, 60), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = train_llama.load_model(str(FIXTURES / "tiny_llama3"), in_4bit)
+    args = train_llama.parse_args(["--lora-r", "4", "--lora-alpha", "12"])
+    model = get_peft_model(model, train_llama.lora_config(args)).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+        elif half and not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.bfloat16()
+    if fused:
+        train_llama.fuse_lora(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return loss_and_gradients(model, loss)
+
+
+@pytest.mark.parametrize("in_4bit", [True, False])
+def test_fused_lora_has_the_loss_and_gradients_of_pefts_own(in_4bit):
+    loss, gradients = lora_step(in_4bit, fused=False, half=False)
+    fused_loss, fused_gradients = lora_step(in_4bit, fused=True, half=False)
+    assert fused_loss == pytest.approx(loss, rel=1e-6)
+    assert largest_difference(fused_gradients, gradients) < 1e-5
+    off = []
+    for fused in (False, True):  # in bf16 as far from float32 as PEFT's, not further
+        half_loss, found = lora_step(in_4bit, fused, half=True)
+        assert half_loss == pytest.approx(loss, rel=0.01)
+        assert all(gradient.dtype == torch.float32 for gradient in found.values())
+        off.append(sum(((found[key] - grad).norm() / grad.norm()).item() for key, grad in gradients.items()))
+    assert off[1] < 1.1 * off[0] < 0.1 * len(gradients)
 
 
 def trainer_args(**changes):

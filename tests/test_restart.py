@@ -27,10 +27,10 @@ def adapter_of(output):
     return load_file(output / "adapter" / "adapter_model.safetensors")
 
 
-def assert_same_adapter(output, expected):
+def assert_same_adapter(output, expected, atol=1e-6):
     actual = adapter_of(output)
     assert actual.keys() == expected.keys()
-    assert all(torch.allclose(actual[key], expected[key], rtol=0, atol=1e-6) for key in expected)
+    assert all(torch.allclose(actual[key], expected[key], rtol=0, atol=atol) for key in expected)
 
 
 def interrupt(output, number, step, delay=0.0):
@@ -207,4 +207,4 @@ def test_two_processes_follow_the_curve_of_one(kind, one_process, tmp_path):
     for one, two in zip(*logs, strict=True):
         for key in ("loss", "eval_loss", "tokens"):
             assert (key in one) == (key in two) and one.get(key, 0) == pytest.approx(two.get(key, 0), rel=0.02)
-    assert_same_adapter(output, adapter_of(one_process))
+    assert_same_adapter(output, adapter_of(one_process), atol=1e-5)  # sums in another order
