@@ -19,8 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from peers import ROOT, machine, save
+
 LAYERS = 22
 RUNS = 3
 CHECK_ROWS = 4
@@ -128,7 +128,7 @@ def main():
     shutil.rmtree(root, ignore_errors=True)
     sources = ["--samsum", ROOT / "tests/fixtures/samsum", "--trivia-qa", ROOT / "tests/fixtures/trivia_qa"]
     measure([sys.executable, ROOT / "build_dataset.py", *sources, "--max-context-words", 120, "--output-dir", root])
-    results, peaks = {"merge_llama.py": [], "PEFT": []}, []
+    described, results = machine(), {"merge_llama.py": [], "PEFT": []}
     for factor in (1, 3):
         folder = root / str(factor)
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # a child's peak counts its parent's memory
@@ -137,7 +137,6 @@ def main():
         print(f"{factor * args.layers} layers, {parameters / 1e9:.2f} B parameters", flush=True)
         for _ in range(args.runs if factor == 1 else 1):
             results["merge_llama.py"].append(ours(folder, args))
-            peaks.append(results["merge_llama.py"][-1][2])
             print("merge_llama.py ", *(f"{value:.2f}" for value in results["merge_llama.py"][-1]), flush=True)
             if factor == 1:
                 command = [sys.executable, "-c", PEFT, folder / "base", folder / "out" / "adapter", folder / "peft"]
@@ -148,6 +147,9 @@ def main():
         shutil.rmtree(folder)
     shutil.rmtree(root)
     single, deep = results["merge_llama.py"][:-1], results["merge_llama.py"][-1]
+    if args.layers == LAYERS and args.check_rows == CHECK_ROWS and args.merge_base == "16bit":
+        runs = {"merge_llama.py": single, "PEFT": results["PEFT"], "deep": [deep]}
+        save("merging_large", {"machine": described, **runs})
     print("\n| | merging, s | verification, s | peak GB |\n|---|---|---|---|")
     rows = {
         "merge_llama.py": single,
