@@ -87,7 +87,8 @@ def assert_within_a_rounding_step(actual, expected):
         assert (actual - expected).abs().max() <= 1e-6
         return
     limits = torch.finfo(actual.dtype)
-    step = limits.eps * expected.abs() + limits.smallest_normal * limits.eps
+    float32_sums = 1e-7 * expected.abs().max()  # whose order is free, and shows where base and update cancel
+    step = limits.eps * expected.abs() + limits.smallest_normal * limits.eps + float32_sums
     assert ((actual.float() - expected).abs() <= step).all()
     assert (actual == expected.to(actual.dtype)).float().mean() > 0.999
 
@@ -103,7 +104,10 @@ ADAPTERS = [
 
 
 @pytest.mark.parametrize("name, dtype, shard, options", ADAPTERS)
-def test_every_tensor_is_that_of_pefts_merge_and_the_others_are_the_bases(name, dtype, shard, options, out, tmp_path):
+def test_every_tensor_is_that_of_pefts_merge_and_the_others_are_the_bases(
+    name, dtype, shard, options, out, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(merge_llama, "BLOCK", 3000)  # or these tensors were one piece each
     base = make_base(tmp_path / "model", name, dtype, shard)
     make_adapter(out / "adapter", base, **options)
     assert merge(out) == 0 and report(out / "merged")["merge_base"] == "16bit"
@@ -125,7 +129,8 @@ def test_every_tensor_is_that_of_pefts_merge_and_the_others_are_the_bases(name, 
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["v_proj"]])
-def test_4bit_is_pefts_merge_into_the_base_as_loaded_in_4_bits(targets, out, tmp_path):
+def test_4bit_is_pefts_merge_into_the_base_as_loaded_in_4_bits(targets, out, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge_llama, "BLOCK", 3000)
     make_adapter(out / "adapter", tmp_path / "base", trained_in_4bit=True, target_modules=targets)
     assert merge(out) == 0 and report(out / "merged")["merge_base"] == "4bit"
     model = train_llama.load_model(str(tmp_path / "base"), load_in_4bit=True).dequantize()

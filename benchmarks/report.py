@@ -1,0 +1,68 @@
+"""Fill in benchmarks/RESULTS.md from the JSON files of benchmarks/results/.
+
+python benchmarks/report.py
+"""
+
+import json
+import statistics
+
+import jinja2
+from peers import RESULTS, ROOT
+
+HERE = ROOT / "benchmarks"
+
+
+def load(name):
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def middle(name, runs):
+    """A trainer's medians."""
+    values = {"tokens": "tokens_per_second", "command": "command_seconds", "peak": "peak_gb"}
+    medians = {key: statistics.median(run[value] for run in runs) for key, value in values.items()}
+    perplexity = statistics.median(run["perplexity"]["together"] for run in runs)
+    return {"name": name, "perplexity": perplexity, **medians}
+
+
+def behind(ours, peers):
+    """A sentence on every peer that is ahead in something."""
+    said = []
+    for peer in peers:
+        ahead = []
+        if peer["tokens"] > ours["tokens"]:
+            ahead.append(f"{peer['tokens'] / ours['tokens'] - 1:.0%} faster in the loop")
+        if peer["command"] < ours["command"]:
+            ahead.append(f"{1 - peer['command'] / ours['command']:.0%} less time for the command")
+        if peer["peak"] < ours["peak"]:
+            ahead.append(f"{1 - peer['peak'] / ours['peak']:.0%} less memory")
+        if peer["perplexity"] < ours["perplexity"]:
+            ahead.append(f"a perplexity {1 - peer['perplexity'] / ours['perplexity']:.1%} lower")
+        if ahead:
+            said.append(f"{peer['name']}: {', '.join(ahead)}")
+    return "; ".join(said) + "." if said else "In none of these columns."
+
+
+def main():
+    results = {name: load(name) for name in ("training", "startup", "scaling", "joint", "scoring", "merging", "gpu")}
+    trainers = [middle(name, runs) for name, runs in results["training"]["trainers"].items()]
+    ours, larger = trainers[:2]
+    peers = sorted(trainers[2:], key=lambda peer: -peer["tokens"])
+    more = {"large": load("merging_large"), "ours": ours, "larger": larger, "peers": peers,
+            "behind": behind(ours, peers)}  # fmt: skip
+    if results["joint"]:
+        seconds = {name: statistics.mean(run["command_seconds"] for run in runs)
+                   for name, runs in results["joint"]["training"].items()}  # fmt: skip
+        more["joint_seconds"] = seconds.pop("joint")
+        more["alone_seconds"] = sum(seconds.values())
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
+    environment.filters["median"] = statistics.median
+    environment.globals["score"] = lambda part: "{:.2f} [{:.2f}, {:.2f}]".format(part["score"], *part["interval"])
+    template = environment.from_string((HERE / "RESULTS.md.jinja").read_text(encoding="utf-8"))
+    text = template.render(**results, **more)
+    (HERE / "RESULTS.md").write_text(text, encoding="utf-8")
+    print(f"wrote {HERE / 'RESULTS.md'}")
+
+
+if __name__ == "__main__":
+    main()
