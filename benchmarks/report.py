@@ -26,17 +26,17 @@ def middle(name, runs):
 
 
 def behind(ours, peers):
-    """A sentence on every peer that is ahead in something."""
+    """A sentence on every peer that is ahead in something, by half a percent or more."""
     said = []
     for peer in peers:
         ahead = []
-        if peer["tokens"] > ours["tokens"]:
+        if peer["tokens"] > 1.005 * ours["tokens"]:
             ahead.append(f"{peer['tokens'] / ours['tokens'] - 1:.0%} faster in the loop")
-        if peer["command"] < ours["command"]:
+        if peer["command"] < 0.995 * ours["command"]:
             ahead.append(f"{1 - peer['command'] / ours['command']:.0%} less time for the command")
-        if peer["peak"] < ours["peak"]:
+        if peer["peak"] < 0.995 * ours["peak"]:
             ahead.append(f"{1 - peer['peak'] / ours['peak']:.0%} less memory")
-        if peer["perplexity"] < ours["perplexity"]:
+        if peer["perplexity"] < 0.995 * ours["perplexity"]:
             ahead.append(f"a perplexity {1 - peer['perplexity'] / ours['perplexity']:.1%} lower")
         if ahead:
             said.append(f"{peer['name']}: {', '.join(ahead)}")
