@@ -40,7 +40,7 @@ def behind(ours, peers):
             ahead.append(f"a perplexity {1 - peer['perplexity'] / ours['perplexity']:.1%} lower")
         if ahead:
             said.append(f"{peer['name']}: {', '.join(ahead)}")
-    return "; ".join(said) + "." if said else "In none of these columns."
+    return ("; ".join(said) or "of none") + "."
 
 
 def main():
