@@ -42,6 +42,7 @@ MAX_RELATIVE_DIFFERENCE = 0.02  # mean logit difference over the logits' standar
 MIN_EQUAL_TOKENS = 0.85  # share of greedy tokens; of a random model, whose logits are flat, bf16 changes one in 20
 MAX_PERPLEXITY_RATIO = 1.02  # either way
 SMALL_FILES = 2**26  # bytes of room for all that is not weights
+KEPT = ("model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 BLOCK = 2**22  # bytes read at a time
 POSITIONS = 64  # whose logits are in memory at a time
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names and torch's
@@ -482,14 +483,13 @@ def beyond(comparison, perplexities):
         yield f"the perplexity is {ratio:.3g} times base and adapter's"
 
 
-def write_small_files(source, folder, target):
+def write_small_files(source, tokenizer, target):
     """Index, config, tokenizer and generation config; the last ends at every end token and is greedy, as tested."""
-    for path in [*source.glob("model.safetensors.index.json"), *source.glob("tokenizer.model")]:
-        shutil.copyfile(path, target / path.name)
+    for pattern in KEPT:  # as they are: saved again, an older transformers, or vLLM with one, could not read them
+        for path in source.glob(pattern):
+            shutil.copyfile(path, target / path.name)
     config = json.loads((source / "config.json").read_text())
     config = {key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path")}
-    tokenizer = load_tokenizer(str(folder) if (folder / "tokenizer_config.json").is_file() else str(source))
-    tokenizer.save_pretrained(target)
     path, vocabulary = source / "generation_config.json", tokenizer.get_vocab()
     generation = json.loads(path.read_text()) if path.is_file() else {}
     ends = [tokenizer.eos_token_id, *(vocabulary[token] for token in END_TOKENS if token in vocabulary)]
@@ -558,7 +558,9 @@ def finish(args, base, run, report, digests, fresh):
 
     (fresh / "README.md").write_text(model_card(args, base, run, report), encoding="utf-8")
     files = {path.name: digests.get(path) or sha256(path) for path in sorted(fresh.iterdir())}
-    read = {str(path): digest for path, digest in digests.items() if path.parent != fresh}
+    # no path of this machine: the file may be published
+    read = {f"{'adapter' if path.name == 'adapter_model.safetensors' else 'base'}/{path.name}": digest
+            for path, digest in digests.items() if path.parent != fresh}  # fmt: skip
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "safetensors")}
     report |= {"read_sha256": read, "sha256": files, "versions": versions, "git_commit": train_llama.git_commit()}
     (fresh / "merge.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -588,29 +590,43 @@ def score_rows(output, run):
 
 
 def licence_of(base):
-    """The hub's name of the licence of Meta's model `base`; `other` where its name does not tell."""
-    found = re.search(r"llama-?(2|3(\.\d)?)(?!\d)", Path(base).name.lower())
-    return f"llama{found[1]}" if found else "other"
+    """The hub's name of the licence of Meta's model `base`, a hub id; `other` for any other model or a folder."""
+    found = re.search(r"^meta-llama/.*llama-?(2|3(\.\d)?)(?!\d)", base.lower())
+    return f"llama{found[1]}" if found and not Path(base).is_dir() else "other"
+
+
+def public_name(base):
+    """A hub id as it is, of a folder its name: the whole path is nobody's business."""
+    return Path(base).resolve().name if Path(base).is_dir() else base
 
 
 def model_card(args, base, run, report):
     """README.md of the merged folder: model_card.md.jinja, filled in."""
+    from importlib.metadata import version
+
     import jinja2
     from huggingface_hub import ModelCardData
 
-    hub, settings = not Path(base).is_dir(), run.get("settings", {})
-    name = base if hub else Path(base).resolve().name
-    data = ModelCardData(base_model=base if hub else None, datasets=["knkarthick/samsum", "mandarjoshi/trivia_qa"],
-                         language="en", library_name="transformers", license=licence_of(name),
+    settings, output, built = run.get("settings", {}), Path(args.output_dir), {}
+    with contextlib.suppress(OSError, ValueError):
+        built = json.loads((output / "dataset_report.json").read_text())
+    sources = {task: source["source"] if source["revision"] else None  # a folder has no revision
+               for task, source in built.get("sources", {}).items()}  # fmt: skip
+    data = ModelCardData(base_model=None if Path(base).is_dir() else base, language="en",
+                         datasets=[source for source in sources.values() if source] or None,
+                         library_name="transformers", license=licence_of(base),
                          pipeline_tag="text-generation")  # fmt: skip
     facts = [(key, " ".join(settings[key]) if isinstance(settings[key], list) else settings[key])
              for key in FACTS if key in settings]  # fmt: skip
     facts += [(key, f"{run[key]:,}") for key in ("train_rows", "steps", "tokens") if key in run]
+    facts += [("weights kept from step", f"{run['best_step']:,}")] if run.get("best_step") else []
     example = PROMPTS["trivia_qa"].format(context=EXAMPLE[0], question=EXAMPLE[1])
     template = jinja2.Template(Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8"))
     return template.render(
-        metadata=data.to_yaml(), name=name, report=report, licences=LICENCES, facts=facts, example=example,
-        example_json=json.dumps(example), scores=score_rows(Path(args.output_dir), run),
+        metadata=data.to_yaml(), name=public_name(base), report=report, licences=LICENCES, facts=facts,
+        example=example, example_json=json.dumps(example), scores=score_rows(output, run), sources=sources,
+        transformers=version("transformers"), words=built.get("settings", {}).get("max_context_words"),
+        licence=licence_of(base),
         here="." if args.push_to_hub == "none" else args.push_to_hub,
         samsum=PROMPTS["samsum"].format(dialogue="Nora: ...\nPaul: ..."),
         trivia_qa=PROMPTS["trivia_qa"].format(context="...", question="..."),
@@ -632,8 +648,8 @@ def report_of(args, base, trained, dtypes, rows, results, problems):
         }  # fmt: skip
     thresholds = {"relative_difference": MAX_RELATIVE_DIFFERENCE, "equal_greedy_tokens": MIN_EQUAL_TOKENS,
                   "perplexity_ratio": MAX_PERPLEXITY_RATIO, "tensors": "one rounding step"}  # fmt: skip
-    return {"verified": not problems, "problems": problems, "base_model": base, "merge_base": args.merge_base,
-            "trained_on": trained, "dtypes": dtypes, "check_rows": len(rows),
+    return {"verified": not problems, "problems": problems, "base_model": public_name(base),
+            "merge_base": args.merge_base, "trained_on": trained, "dtypes": dtypes, "check_rows": len(rows),
             "answer_tokens": sum(len(completion) for _, completion in rows), "computed_in": f"float32 on {device()}",
             "thresholds": thresholds, "comparison": comparison}  # fmt: skip
 
@@ -716,7 +732,7 @@ def main(argv=None):
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         digests, seconds = merge(args, source, where, folder, scales, plain, fresh)
-        write_small_files(source, folder, fresh)
+        write_small_files(source, tokenizer, fresh)
         report, took = verify(args, base, rows, where, folder, plain, adapted, scales, trained, digests, fresh)
         finish(args, base, run, report | {"seconds_merging": seconds, "seconds_verifying": took}, digests, fresh)
     except OSError as error:

@@ -226,7 +226,7 @@ def test_a_tensor_that_was_merged_wrong_is_named(name, out, tmp_path, capsys, mo
         for path in (out / ".merged.new").glob("*.safetensors"):
             content = load_file(path)
             if name in content:
-                content[name].view(-1)[-1] += 2e-6
+                content[name].view(-1)[content[name].view(-1).abs().argmax()] += 2e-6
                 save_file(content, path, metadata={"format": "pt"})
             digests[path] = train_llama.sha256(path)
         return digests, seconds
@@ -320,7 +320,7 @@ BROKEN = {
     "a quantised base": (change_json("config.json", lambda c: c.update(quantization_config={"quant_method": "gptq"})),
                          "is quantised"),
     "a config of another shape": (change_json("config.json", lambda c: c.update(intermediate_size=9)), "config asks"),
-    "a short context": (change_json("config.json", lambda c: c.update(max_position_embeddings=9)), "no validation row"),
+    "a short context": (change_json("config.json", lambda c: c.update(max_position_embeddings=9)), "no validation"),
     "more layers": (change_json("config.json", lambda c: c.update(num_hidden_layers=3)), "has no for model.layers.2."),
     "another model": (change_json("config.json", lambda c: c.update(model_type="gpt2")), "is a gpt2 model"),
     "a tensor of another shape": (change_adapter(lambda c: c.update({UP: c[UP][:, :9].clone()})), "of another base"),
@@ -468,6 +468,8 @@ def test_the_folder_ends_at_every_end_token_holds_no_code_and_its_cards_example_
     assert set(generation["eos_token_id"]) >= {vocabulary[t] for t in tester.END_TOKENS if t in vocabulary}
     assert generation["do_sample"] is False and "temperature" not in generation
     card = (merged / "README.md").read_text()
+    assert not any(str(path) in card + json.dumps(content) for path in (FIXTURES, chain, Path.home()))
+    assert "license: other" in card and "local folder" in card and "datasets:" not in card  # the rows are invented
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     monkeypatch.chdir(merged)
     capsys.readouterr()
@@ -630,3 +632,21 @@ def test_the_verified_folder_goes_to_a_private_repository_and_to_no_public_one(o
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_the_card_of_a_hub_model_and_hub_data_names_both_and_their_licences(out, tmp_path):
+    source = {"source": "knkarthick/samsum", "revision": "1" * 40}
+    built = {"sources": {"samsum": source}, "settings": {"max_context_words": 77}}
+    (out / "dataset_report.json").write_text(json.dumps(built))
+    arguments = merge_llama.parse_args(["--output-dir", str(out)])
+    one = {"equal_greedy_tokens": 0.99}
+    given = {"verified": True, "trained_on": "4bit", "merge_base": "4bit", "dtypes": ["bfloat16"], "check_rows": 2,
+             "answer_tokens": 9, "comparison": {"merged_to_adapter": one}, "problems": []}  # fmt: skip
+    licences = {"meta-llama/Meta-Llama-3-8B": "llama3", "meta-llama/Llama-2-7b-hf": "llama2",
+                "meta-llama/Llama-3.1-8B": "llama3.1", "someone/Llama-3-8B": "other"}  # fmt: skip
+    for base, licence in licences.items():
+        card = merge_llama.model_card(arguments, base, {"best_step": 5}, given)
+        assert f"license: {licence}\n" in card and f"base_model: {base}\n" in card
+        assert ("begins with" in card) == licence.startswith("llama3")
+    assert "- knkarthick/samsum\n" in card and "datasets/knkarthick/samsum)" in card and "trivia_qa]" not in card
+    assert "at most 77 words" in card and "weights kept from step | 5 |" in card and "local folder" not in card
