@@ -211,6 +211,25 @@ def test_one_bit_changed_between_merge_and_verification_is_found(what, out, tmp_
     assert_unverified(out, capsys, path.name, "has changed since")
 
 
+def test_a_merged_file_that_cannot_be_read_is_unverified(out, tmp_path, capsys, monkeypatch):
+    make_adapter(out / "adapter", tmp_path / "base")
+    path, verify = out / ".merged.new" / shards(tmp_path / "base")[1].name, merge_llama.verify
+    monkeypatch.setattr(merge_llama, "verify", lambda *a: (os.truncate(path, 3000), verify(*a))[1])
+    assert merge(out) == 1
+    assert_unverified(out, capsys, "cannot be loaded")
+
+
+def test_ctrl_c_is_one_line_and_leaves_the_old_folder(out, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        assert (out / ".merged.new" / "config.json").is_file()
+        raise KeyboardInterrupt
+
+    make_adapter(out / "adapter", tmp_path / "base")
+    monkeypatch.setattr(merge_llama, "verify", interrupted)
+    assert merge(out) == 130
+    assert "interrupted; " in capsys.readouterr().err and stands(out)
+
+
 WRONG = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight", "model.norm.weight",
          "model.embed_tokens.weight", "lm_head.weight"]  # fmt: skip
 
@@ -486,7 +505,9 @@ def test_chat_template_tokenizer_model_and_the_bases_own_settings_are_kept(out, 
         '{"do_sample": true, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 77}'
     )
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "code.X"}, "rms_norm_eps": 1e-4}))
+    (base / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoModel": "code.X"}, "rms_norm_eps": 1e-4, "eos_token_id": [2, 66]})
+    )
     make_adapter(out / "adapter", base)
     assert merge(out) == 0
     merged = out / "merged"
@@ -495,7 +516,7 @@ def test_chat_template_tokenizer_model_and_the_bases_own_settings_are_kept(out, 
     written = json.loads((merged / "config.json").read_text())
     assert "auto_map" not in written and written["rms_norm_eps"] == 1e-4
     generation = json.loads((merged / "generation_config.json").read_text())
-    assert 77 in generation["eos_token_id"] and 2 in generation["eos_token_id"]
+    assert generation["eos_token_id"] == [2, 66, 77]
     assert not {"temperature", "top_p"} & generation.keys() and generation["do_sample"] is False
 
 
@@ -648,5 +669,14 @@ def test_the_card_of_a_hub_model_and_hub_data_names_both_and_their_licences(out,
         card = merge_llama.model_card(arguments, base, {"best_step": 5}, given)
         assert f"license: {licence}\n" in card and f"base_model: {base}\n" in card
         assert ("begins with" in card) == licence.startswith("llama3")
+    assert "Not measured" in card
+    part = {"examples": 6, "base": {"exact_match": 1, "f1": 2}, "tuned": {"exact_match": 33.3, "f1": 4},
+            "perplexity": {name: {"perplexity": 5} for name in ("base", "tuned")},
+            "intervals": {name: dict.fromkeys(merge_llama.SHOWN["trivia_qa"], [0, 9])
+                          for name in ("base", "tuned")}}  # fmt: skip
+    for seconds, found in {7: True, 8: False}.items():  # scores of another training are not this model's
+        scores = {"trivia_qa": part, "training": {"facts": {"seconds": seconds}}}
+        (out / "evaluation.json").write_text(json.dumps(scores))
+        assert ("33.30 [0.00, 9.00]" in merge_llama.model_card(arguments, base, {"seconds": 7}, given)) == found
     assert "- knkarthick/samsum\n" in card and "datasets/knkarthick/samsum)" in card and "trivia_qa]" not in card
     assert "at most 77 words" in card and "weights kept from step | 5 |" in card and "local folder" not in card
