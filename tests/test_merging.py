@@ -680,3 +680,13 @@ def test_the_card_of_a_hub_model_and_hub_data_names_both_and_their_licences(out,
         assert ("33.30 [0.00, 9.00]" in merge_llama.model_card(arguments, base, {"seconds": 7}, given)) == found
     assert "- knkarthick/samsum\n" in card and "datasets/knkarthick/samsum)" in card and "trivia_qa]" not in card
     assert "at most 77 words" in card and "weights kept from step | 5 |" in card and "local folder" not in card
+
+
+def test_llama3_ends_at_each_of_its_end_tokens_whatever_the_base_says(tmp_path):
+    source = shutil.copytree(FIXTURES / "tiny_llama3", tmp_path / "base")
+    (source / "generation_config.json").unlink()
+    (target := tmp_path / "merged").mkdir()
+    tokenizer = train_llama.load_tokenizer(str(source))
+    merge_llama.write_small_files(source, tokenizer, target)
+    ids = json.loads((target / "generation_config.json").read_text())["eos_token_id"]
+    assert set(tokenizer.convert_ids_to_tokens(ids)) >= {"<|end_of_text|>", "<|eot_id|>"}
