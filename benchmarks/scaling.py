@@ -1,9 +1,10 @@
 """Measure how time and memory of train_llama.py grow with rows, sequence length, model size and processes.
 
 Everything runs on the CPU in NF4, one epoch, no validation to speak of. Rows are the demo's; for sequence length each
-row fills its sequence and the number of tokens stays the same; models are random Llamas with the tiny one's tokenizer.
-Seconds are those of the training loop, memory is the peak of the first process, some 0.5 GB of it libraries. The
-exponent is the slope of log(seconds or GB) over log(size), by least squares: 1 means linear.
+row fills its sequence and the number of tokens stays the same; models are random Llamas of 1 M to 1 B parameters with
+the tiny one's tokenizer, the large ones on fewer rows: theirs are the seconds of 1,000 tokens. Seconds are of the
+training loop, memory is the peak of the first process, some 0.5 GB of it libraries. The exponent is the slope of
+log(seconds or GB) over log(size), by least squares: 1 means linear.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --only rows processes --shrink 4
@@ -22,8 +23,7 @@ from peers import FOLDER, LEARNING_RATE, MODEL, RESULTS, machine, prepare, save,
 ROWS = (100, 200, 400, 800)
 LENGTHS = (256, 512, 1024, 2048)  # tokens of a row and of a sequence
 TOKENS = 65_536  # of a run over lengths
-SIZES = ((128, 4), (256, 6), (384, 8), (512, 10))  # hidden size, layers: 1 to 32 M parameters
-SIZE_ROWS = 60  # of a run over sizes
+SIZES = ((128, 4, 60), (256, 6, 60), (512, 10, 60), (1024, 12, 24), (2048, 20, 24))  # hidden size, layers, rows
 PROCESS_ROWS = 400
 AXES = {"rows": "training rows", "lengths": "tokens of a sequence", "sizes": "parameters", "processes": "processes"}
 
@@ -121,9 +121,9 @@ def measure(axis, folder, shrink):
             some = long_rows(rows, length, TOKENS // length // shrink, folder)
             run(length, some, length=length)
     elif axis == "sizes":
-        for hidden, layers in SIZES:
+        for hidden, layers, count in SIZES:
             model, parameters = random_model(hidden, layers, folder)
-            run(parameters, rows.select(range(SIZE_ROWS // shrink)), model=model)
+            run(parameters, rows.select(range(count // shrink)), model=model)
             shutil.rmtree(model)
     else:
         some = rows.select(range(PROCESS_ROWS // shrink))
@@ -131,6 +131,11 @@ def measure(axis, folder, shrink):
             run(processes, some, processes=processes, threads=threads, accumulation=2 // processes,
                 note={"threads": threads})  # fmt: skip
     return runs
+
+
+def values_of(axis, key, runs):
+    """The peak GB or seconds of runs; over sizes, the seconds of 1,000 tokens."""
+    return [1000 * run[key] / run["tokens"] if (axis, key) == ("sizes", "seconds") else run[key] for run in runs]
 
 
 def draw(result, path):
@@ -145,7 +150,8 @@ def draw(result, path):
         runs = result["axes"][axis]
         sizes = [run["size"] for run in runs]
         for row, (key, label) in enumerate({"seconds": "training loop, s", "peak_gb": "peak memory, GB"}.items()):
-            plot, values = plots[row][column], [run[key] for run in runs]
+            plot, values = plots[row][column], values_of(axis, key, runs)
+            label = "s for 1,000 tokens" if (axis, key) == ("sizes", "seconds") else label
             plot.loglog(sizes, values, marker="o")
             plot.set(xlabel=AXES[axis], ylabel=label, title=f"exponent {result['exponents'][axis][key]:.2f}")
             plot.set_xticks(sizes, [f"{size / 1e6:.0f} M" if size >= 1e6 else str(size) for size in sizes])
@@ -172,7 +178,7 @@ def main(argv=None):
         if axis != "processes":
             keys = ("seconds", "peak_gb")
             sizes = [run["size"] for run in runs]
-            result["exponents"][axis] = {key: exponent(sizes, [run[key] for run in runs]) for key in keys}
+            result["exponents"][axis] = {key: exponent(sizes, values_of(axis, key, runs)) for key in keys}
     kept = args.shrink == 1 and args.only == list(AXES)
     if kept:
         save("scaling", result)
