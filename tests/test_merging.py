@@ -179,6 +179,20 @@ def test_the_figures_are_those_of_the_whole_models(out, tmp_path):
     assert comparison["merged_to_adapter"]["largest_logit_difference"] < 1e-3
 
 
+def test_the_other_base_is_reported_as_if_it_had_been_merged_into(out, tmp_path):
+    base = make_base(tmp_path / "half", "tiny_llama2", torch.bfloat16)
+    make_adapter(out / "adapter", base)
+    (out / "adapter" / "run.json").unlink()  # an adapter from elsewhere: taken for one of QLoRA
+    found = {}
+    for kind in ("16bit", "4bit"):
+        assert merge(out, "--merge-base", kind, "--check-rows", 4) == 0
+        assert report(out / "merged")["trained_on"] == "4bit"
+        found[kind] = report(out / "merged")["comparison"]
+    other, own = found["16bit"]["to_the_model_trained"]["merged 4bit"], found["4bit"]["merged_to_adapter"]
+    assert own["mean_logit_difference"] > 1e-4  # bf16 rounds
+    assert other == pytest.approx(own, rel=0.02)
+
+
 def flip(path, tensor=None):
     """Flip the lowest bit of one number of a tensor in a safetensors file."""
     header, start = merge_llama.header_of(path)
