@@ -379,10 +379,10 @@ def test_task(args, model, tokenizer, rows, task, path, run, state):
     for part in work_files(path):
         done |= read_work(part)[1]
     state.wait_for_everyone()  # all have read what is done before any adds to it
-    todo = [number for number in range(len(plan)) if number not in done][state.process_index :: state.num_processes]
+    undone = [number for number in range(len(plan)) if number not in done][state.process_index :: state.num_processes]
     systems = ["", "base_"] if adapted and args.compare_with_base else [""]
     started, tokens = time.time(), 0
-    total = len(systems) * sum(lengths[i] for number in todo for i in plan[number])
+    total = len(systems) * sum(lengths[i] for number in undone for i in plan[number])
     form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
     bar = tqdm(total=total, desc=task, disable=None if is_main() else True, leave=False, bar_format=form)
 
@@ -402,7 +402,7 @@ def test_task(args, model, tokenizer, rows, task, path, run, state):
         return results
 
     with open_work(path, run, state) as file, bar, torch.inference_mode():
-        for number in todo:
+        for number in undone:
             examples = {i: {"tokens": len(completions[i])} for i in plan[number]}
             for system in systems:
                 with model.disable_adapter() if system else contextlib.nullcontext():
@@ -500,10 +500,10 @@ def main(argv=None):
     run = run_identity(args, base, folder, in_4bit, rows)
     tasks = sorted(set(rows["task"]))
     paths = {task: output_path(args, task) for task in TASKS}
-    todo = {task: path for task, path in paths.items() if not finished(args, path, run)}
+    undone = {task: path for task, path in paths.items() if not finished(args, path, run)}
     state.wait_for_everyone()  # all have looked before any changes a file
     if is_main():
-        for task, path in todo.items():
+        for task, path in undone.items():
             if task not in tasks:  # else evaluations.py would score another run's predictions
                 path.unlink(missing_ok=True)
             for part in work_files(path):
@@ -511,12 +511,12 @@ def main(argv=None):
                     part.unlink()
     state.wait_for_everyone()
     parts = {task: rows.filter(lambda name, task=task: name == task, input_columns="task") for task in tasks}
-    if set(tasks) & set(todo):
+    if set(tasks) & set(undone):
         tokenizer = load_tokenizer(str(folder or base))
         model = load_system(base, folder, in_4bit)
     for task in tasks:
         path = paths[task]
-        if task not in todo:
+        if task not in undone:
             say(f"{path} is finished, by the same settings on the same rows: nothing to do")
             continue
         try:

@@ -42,7 +42,7 @@ MODEL = "llama3"  # a key of MODELS, a hub id or a local folder
 LOAD_IN_4BIT = True  # NF4 with double quantisation; False loads 16-bit weights
 LORA_R = 8  # rank of the update
 LORA_ALPHA = 16  # the update is scaled by LORA_ALPHA / LORA_R
-LORA_DROPOUT = 0.0  # fraction, 0 to below 1; costs a copy and a mask of each adapted layer's input, and fuse_lora
+LORA_DROPOUT = 0.0  # fraction, 0 to below 1; costs a copy and a mask of each adapted layer's input, and some speed
 TARGET_MODULES = ["all-linear"]  # or names: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj
 NUM_TRAIN_EPOCHS = 1.0  # passes over the training rows
 MAX_STEPS = 0  # optimizer steps; 0 = NUM_TRAIN_EPOCHS decides

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from peers import FOLDER, MODEL, ROOT, machine, save, table, timed
+from scaling import random_model
 
 STEPS = 12  # optimizer steps of a training, the first two of which are not counted
 BUILD = ("--max-context-words", 300, "--test-examples-per-task", 60)
@@ -25,11 +26,11 @@ SHAPES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 2048},
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "vocab_size": 128256},
+           "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False},
     "llama3-8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-                  "num_key_value_heads": 8, "vocab_size": 128256},
+                  "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False},
     "llama2-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-                  "num_key_value_heads": 32, "vocab_size": 32000},
+                  "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False},
 }  # fmt: skip
 
 
@@ -88,29 +89,8 @@ def packing_difference(rows):
     return {"attention": attention, "packed_loss_difference": abs(loss(pairs, **more) / apart - 1)}
 
 
-def random_model(shape, folder):
-    """A folder with a random bf16 Llama, made on the GPU where there is one, and the tiny model's tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for path in MODEL.glob("*token*.json"):
-        shutil.copy(path, folder)
-    own = LlamaConfig.from_pretrained(MODEL)
-    heads = SHAPES[shape]["hidden_size"] // SHAPES[shape]["num_attention_heads"]
-    config = LlamaConfig(**SHAPES[shape], head_dim=heads, bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id,
-                         max_position_embeddings=8192, dtype="bfloat16")  # fmt: skip
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(config)
-        torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder, max_shard_size="4GB")
-    return folder
-
-
 def train(model, folder, length, extra=()):
-    """Tokens/s and peak GB of train_llama.py, and the GB and TFLOP/token that its dry run says."""
+    """Tokens/s and peak GB of train_llama.py, and the GB that its dry run says."""
     output = folder / "out"
     shutil.rmtree(output / "adapter", ignore_errors=True)
     command = [sys.executable, "train_llama.py", "--model", model, "--output-dir", output, "--max-length", length]
@@ -182,7 +162,8 @@ def main(argv=None):
     rows = datasets.load_from_disk(str(folder / "out" / "dataset" / "train")).select(range(12)).to_dict()
     note(packing=packing_difference(rows))
     for shape in args.shapes:
-        model = random_model(shape, folder / "model")
+        model = folder / "model"
+        random_model(SHAPES[shape], model)
         if cuda:
             torch.cuda.empty_cache()
         for extra in ((), ("--activation-checkpointing", "on")):

@@ -77,22 +77,23 @@ def long_rows(rows, length, count, folder):
     return datasets.Dataset.from_list(made, features=rows.features)
 
 
-def random_model(hidden, layers, folder):
-    """A folder with a random Llama and the tiny model's tokenizer, and its number of parameters."""
+def random_model(sizes, folder):
+    """Write a random bf16 Llama of these sizes and the tiny model's tokenizer; returns its number of parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    path = folder / f"random_{hidden}_{layers}"
-    shutil.rmtree(path, ignore_errors=True)
-    shutil.copytree(MODEL, path, ignore=shutil.ignore_patterns("*.safetensors"))
-    config = LlamaConfig.from_pretrained(path)
-    config.update({"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers,
-                   "num_attention_heads": hidden // 32, "num_key_value_heads": hidden // 64})  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = LlamaConfig.from_pretrained(folder)
+    config.update(sizes | {"head_dim": sizes["hidden_size"] // sizes["num_attention_heads"]})
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
     model.generation_config.do_sample = True  # or its temperature would be refused
-    model.save_pretrained(path)
-    return path, model.num_parameters()
+    model.save_pretrained(folder, max_shard_size="4GB")
+    return model.num_parameters()
 
 
 def exponent(sizes, values):
@@ -122,7 +123,10 @@ def measure(axis, folder, shrink):
             run(length, some, length=length)
     elif axis == "sizes":
         for hidden, layers, count in SIZES:
-            model, parameters = random_model(hidden, layers, folder)
+            model = folder / "random_model"
+            parameters = random_model({"hidden_size": hidden, "intermediate_size": 3 * hidden,
+                                       "num_hidden_layers": layers, "num_attention_heads": hidden // 32,
+                                       "num_key_value_heads": hidden // 64}, model)  # fmt: skip
             run(parameters, rows.select(range(count // shrink)), model=model)
             shutil.rmtree(model)
     else:
