@@ -1,0 +1,243 @@
+"""What every script does the same way.
+
+Settings become flags, bad input ends in one sentence, files and folders appear whole or not at all, two runs never
+write into one folder, and an artifact of another run is refused with each difference named. Also the one official
+normaliser of answers. Imports nothing heavy.
+"""
+
+import argparse
+import errno
+import fcntl
+import functools
+import hashlib
+import inspect
+import json
+import os
+import re
+import shutil
+import string
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TASKS = ("samsum", "trivia_qa")
+PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
+
+
+def settings_parser(module):
+    """An ArgumentParser with a flag for each constant between `# Settings` and `# Fixed` of a script.
+
+    The constant's value is the default, its trailing comment the help.
+    """
+    block = inspect.getsource(module).split("# Settings", 1)[1].split("# Fixed", 1)[0]
+    parser = argparse.ArgumentParser(
+        description=module.__doc__.split("\n")[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for name, comment in re.findall(r"^([A-Z]\w+) = .*?(?:  # (.*))?$", block, re.MULTILINE):
+        value = getattr(module, name)
+        options = {"default": value, "help": (comment or " ").replace("%", "%%")}
+        if isinstance(value, bool) or value is None:
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(value, list | tuple):
+            options["nargs"] = "+"
+        else:
+            options["type"] = type(value)
+        parser.add_argument(f"--{name.lower().replace('_', '-')}", **options)
+    return parser
+
+
+def parse_settings(module, argv=None, choices=None, above_zero=()):
+    """The settings of a script as a namespace, by its constants block and the command line; exits 2 on a bad value.
+
+    choices: {setting: its values}; above_zero: settings that must not be 0. All other numbers are 0 or more.
+    """
+    parser = settings_parser(module)
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        flag, setting = f"--{name.replace('_', '-')}", name.upper()
+        if type(value) in (int, float) and not (0 <= value < 2**31 and (value or setting not in above_zero)):
+            parser.error(f"{flag} must be {'above 0' if setting in above_zero else '0 or more'} and below 2**31")
+        values = value if isinstance(value, list | tuple) else [value]
+        if choices and setting in choices and not set(values) <= set(choices[setting]):
+            parser.error(f"{flag} must be one of {', '.join(choices[setting])}")
+    return args
+
+
+def is_main():
+    """Whether this process is the only one or the first of several: it alone prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(message=""):
+    """Print on the main process; a reader of the pipe that went away (`| head`) does not end the run."""
+    if is_main():
+        try:
+            print(message, flush=True)
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def fail(message, in_any_process=False):
+    """Print one sentence on stderr and exit with code 2.
+
+    in_any_process: for what only one of several processes may have met.
+    """
+    if is_main() or in_any_process:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def script(main):
+    """Decorator of a script's main: what the machine does to it (Ctrl-C, a full disk) ends in one sentence, too."""
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError, ValueError):  # a stream that a test or a notebook put there
+                stream.reconfigure(errors="replace", line_buffering=True)  # a terminal that is not UTF-8
+        try:
+            return main(argv)
+        except KeyboardInterrupt:
+            print("\ninterrupted: what stood there before still stands; the same command goes on", file=sys.stderr)
+            raise SystemExit(130) from None
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            remedy = "make room" if error.errno in FULL else "see to that, or give another --output-dir"
+            reason = f"{where}{error.strerror or first_line(error)}"
+            fail(f"cannot go on ({reason}): {remedy}, then give the same command again", in_any_process=True)
+
+    return wrapped
+
+
+def sha256(path):
+    """Hexadecimal digest of a file, read in pieces: a model's shard need not fit into memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path):
+    """The JSON object in a file; {} where there is none, or a broken one."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write_whole(path, text):
+    """Write a text file beside its place, then rename it: it appears whole or not at all."""
+    path = Path(path).resolve()
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path):
+    """A new folder beside `path` that takes its place when the block ends well, and goes when it does not.
+
+    Where `path` is a link to another disk, what it points to is replaced. A kill leaves the old folder in its place,
+    or, between the last two renames, beside it: the next call puts it back.
+    """
+    path = Path(path).resolve()
+    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        old.rename(path)
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
+        for file in filter(Path.is_file, fresh.rglob("*")):  # on the disk before the folder gets its name
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        if path.exists():
+            path.rename(old)
+        fresh.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextmanager
+def only_run_in(folder):
+    """Make `folder` if need be and hold it for this run; exits 2 where another run holds it.
+
+    The lock is the operating system's, on the folder itself: nothing is left behind, even by a kill.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        fail(f"cannot write to {folder}")
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            if is_main():
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"{folder} is in use by {holder_of(handle)}: wait for it, or give another --output-dir")
+        yield
+    finally:
+        os.close(handle)
+
+
+def holder_of(handle):
+    """The command that holds the lock on an open file, as Linux tells it."""
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            process, inode = line.split()[4], line.split()[5].split(":")[-1]
+            if int(inode) == os.fstat(handle).st_ino:
+                command = Path(f"/proc/{process}/cmdline").read_text().split("\0")
+                name = next((Path(word).name for word in command if word.endswith(".py")), command[0])
+                return f"{name} (process {process})"
+    return "another run"
+
+
+def refuse_another(what, old, new, remedy):
+    """Exit 2 where two identities (flat dicts) differ, with every difference by name."""
+    differences = [
+        f"{name.replace('_', ' ')} {old.get(name, 'unknown')} there, {value} now"
+        for name, value in new.items()
+        if old.get(name) != value
+    ]
+    if differences:
+        fail(f"{what} is of another run ({'; '.join(differences)}): {remedy}")
+
+
+def versions(*packages):
+    return {name: version(name) for name in packages} | {"python": sys.version.split()[0]}
+
+
+def git_commit():
+    """The commit of the scripts' repository, or None where there is none."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@functools.cache  # every metric asks for the same texts
+def normalize_answer(text):
+    """The official TriviaQA normalisation: `_` and punctuation become blanks, lower case, no a/an/the, single blanks.
+
+    Source: github.com/mandarjoshi90/triviaqa, evaluation/triviaqa_evaluation.py. Punctuation is ASCII's and ‘ ’ ´ `:
+    “ ” and dashes stay. SQuAD's rules differ: they delete punctuation ("Spider-Man" is "spider man" here).
+    """
+    text = text.replace("_", " ").lower().translate(PUNCTUATION)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())

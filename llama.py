@@ -1,0 +1,359 @@
+"""What the scripts know of Llamas: finding, loading, encoding, attention within packed rows, one pass that reads."""
+
+import json
+import logging
+import os
+import re
+import resource
+import warnings
+from pathlib import Path
+
+from common import TASKS, fail, first_line, say, sha256
+
+MODELS = {
+    "llama2": "meta-llama/Llama-2-7b-hf",
+    "llama2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama3": "meta-llama/Meta-Llama-3-8B",
+    "llama3.1": "meta-llama/Llama-3.1-8B",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B",
+}
+MODEL_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")  # what is fetched of a hub repository
+END_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "</s>")  # Llama 3 has more than one
+ATTENTIONS = ("auto", "packed", "flash_attention_2", "sdpa", "eager")
+
+
+def quiet():
+    """Turn the libraries' noise down: progress bars, deprecations of their own calls; their warnings stay."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|bitsandbytes")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says that its optional CPU kernels are not installed
+
+
+def load_rows(output_dir, split):
+    """One split of OUTPUT_DIR/dataset as a datasets.Dataset; exits 2 where it is missing, broken, empty or foreign."""
+    from datasets import List, Value, disable_caching, disable_progress_bars, load_from_disk
+
+    disable_progress_bars()
+    disable_caching()  # else the tokens of every run stay behind in dataset/
+    text, folder = Value("string"), Path(output_dir) / "dataset"
+    columns = {"id": text, "task": text, "prompt": text, "completion": text, "references": List(text)}
+    if not folder.is_dir():
+        fail(f"no dataset at {folder}: run build_dataset.py first")
+    try:
+        rows = load_from_disk(str(folder / split))
+        missing = [name for name, kind in columns.items() if rows.features.get(name) != kind]
+        missing = missing or [name for name in columns if rows.data.column(name).null_count]
+    except IndexError:  # how datasets reads back a split that was saved without rows
+        rows, missing = [], []
+    except Exception as error:  # whatever the libraries raise, the folder is not a whole data set
+        fail(f"cannot read {split} of {folder} ({first_line(error)}): run build_dataset.py again")
+    if missing:
+        fail(f"{split} of {folder} has no column {', '.join(missing)}, or not as text: run build_dataset.py again")
+    if len(rows) == 0:
+        fail(f"{split} of {folder} is empty: run build_dataset.py with more examples")
+    if unknown := set(rows.unique("task")) - set(TASKS):
+        fail(f"{split} of {folder} holds an unknown task {min(unknown)}: run build_dataset.py again")
+    return rows
+
+
+def rows_of(rows, task):
+    return rows.filter(lambda name: name == task, input_columns="task")
+
+
+def find_model(model):
+    """The hub id, or the absolute path of the local folder, that `model` names; exits 2 where it can be neither."""
+    model = MODELS.get(model, model)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            fail(f"{model} has no config.json: give a folder laid out like a model's hub repository")
+        return os.path.abspath(folder)
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        fail(f"unknown model {model}: neither one of {', '.join(MODELS)}, nor a hub id (owner/name), nor a folder")
+    return model
+
+
+def fetch(model):
+    """The local folder with a model's files: its own, or of a hub id the hub cache's, downloaded where need be."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=MODEL_FILES))
+    except GatedRepoError:  # before the next one: it is one of its kind
+        fail(f"{model} is gated: accept its licence at https://huggingface.co/{model}, then run: hf auth login")
+    except RepositoryNotFoundError:
+        fail(f"there is no model {model} on the hub, or it is private: check the name, or run: hf auth login")
+    except LocalEntryNotFoundError as error:
+        fail(f"cannot load {model} ({first_line(error)}): it is not in the hub's cache and the hub cannot be reached; "
+             "check the network, or give a local folder")  # fmt: skip
+    except Exception as error:  # a dozen kinds, from a full disk to a proxy
+        fail(f"cannot load {model} ({first_line(error)}): check the name and the network, or give a local folder")
+
+
+def weight_files(model):
+    """The safetensors files that transformers loads of a model, sorted: a whole one goes before an index."""
+    folder = fetch(model)
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        pickles = [*folder.glob("*.bin"), *folder.glob("*.pth")]
+        fail(f"{model} has no model.safetensors" + (f", only {pickles[0].name}, a pickle: convert it to safetensors"
+             if pickles else ": get the missing file"))  # fmt: skip
+    try:
+        shards = sorted({folder / Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"{model} has a broken {index.name} ({first_line(error)}): get it again")
+    for path in shards:
+        if not path.is_file():
+            fail(f"{model} has no {path.name}: get the missing file")
+    return shards
+
+
+def weights_identity(model):
+    """What a model's weights are, by content: the commit of a hub model, one digest of a local folder's files."""
+    files = weight_files(model)
+    if not Path(model).is_dir():
+        return files[0].parent.name  # the hub's cache names a snapshot by its commit
+    return "+".join(sha256(path)[:16] for path in files)
+
+
+def load_failed(model, error):
+    where = "in " if Path(model).is_dir() else ""
+    fail(f"cannot load the model {where}{model} ({first_line(error)}): a file of it is missing or broken")
+
+
+def load_config(model):
+    """The model's config; exits 2 where it is no Llama's, or one of weights that are quantised already."""
+    from transformers import AutoConfig
+
+    fetch(model)
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except Exception as error:
+        load_failed(model, error)
+    if config.model_type != "llama":
+        fail(f"{model} is a {config.model_type} model: these scripts train Llamas")
+    if getattr(config, "quantization_config", None):
+        fail(f"{model} is quantised: take the 16-bit model it was made from")
+    return config
+
+
+def load_tokenizer(model):
+    """The model's tokenizer; a missing pad token is set to an existing one, nothing is added."""
+    from transformers import AutoTokenizer
+
+    fetch(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:
+        load_failed(model, error)
+    if tokenizer.pad_token is None:  # labels and attention are masked by length, so EOS is still learned
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer("a").input_ids[:2].count(tokenizer.bos_token_id) != 1:
+        fail(f"the tokenizer of {model} does not put exactly one BOS in front: this is no Llama tokenizer")
+    return tokenizer
+
+
+def compute_dtype():
+    """bfloat16 where the GPU has it, float16 on older ones, float32 on the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def under_fsdp():
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def load_model(model, load_in_4bit, **options):
+    """The base model: NF4 with double quantisation, or unquantised; by default in compute_dtype on the own device.
+
+    options go to from_pretrained. Exits 2 unless every weight comes from the model's files.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    load_config(model)
+    weight_files(model)
+    dtype = compute_dtype()
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if under_fsdp() else torch.uint8,  # FSDP shards only tensors of one dtype
+    )
+    device = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
+    options = {"dtype": dtype, "device_map": None if under_fsdp() else device} | options
+    options["quantization_config"] = nf4 if load_in_4bit else None
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **options)
+    except Exception as error:
+        load_failed(model, error)
+    if info["missing_keys"]:  # transformers only warns, and draws them at random
+        fail(f"{model} lacks weights ({min(info['missing_keys'])}, {len(info['missing_keys'])} in all): get it again")
+    for module in loaded.modules():
+        # bitsandbytes 0.50.2 repacks the weights in a CPU's first evaluation, for a bf16 kernel without a backward:
+        # what is trained after that gets no gradient through the base. Keep the float32 path, which has one.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return loaded
+
+
+def read_adapter(folder):
+    """The base model that a PEFT adapter's folder names; exits 2 where the adapter is missing or broken."""
+    config = Path(folder) / "adapter_config.json"
+    if not config.is_file():
+        fail(f"no adapter at {folder}: run train_llama.py first")
+    try:
+        base = json.loads(config.read_text())["base_model_name_or_path"]
+        if not isinstance(base, str) or not base:
+            raise ValueError("it names no base model")
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"cannot read {config} ({first_line(error)}): run train_llama.py again")
+    if not (Path(folder) / "adapter_model.safetensors").is_file():
+        fail(f"no adapter_model.safetensors in {folder}: run train_llama.py again")
+    return base
+
+
+def load_adapter(model, folder):
+    """`model` with the LoRA adapter of `folder` on it, ready for inference."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    try:
+        model = PeftModel.from_pretrained(model, str(folder)).eval()
+        expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+        with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+            if set(file.keys()) != expected:  # PEFT only warns, and leaves such layers as in the base
+                raise ValueError("its tensors are not those that its config names")
+        return model
+    except Exception as error:  # a cut-off file, or shapes of another base
+        reason = re.sub(r"\s+", " ", str(error)).strip()[:300] or type(error).__name__  # PEFT's are of many lines
+        fail(f"the adapter in {folder} does not load onto its base ({reason}): run train_llama.py again")
+
+
+def end_tokens(model, tokenizer):
+    """Ids that end a text: the tokenizer's EOS, those of the generation config, and the family's others."""
+    ends = model.generation_config.eos_token_id
+    vocabulary = tokenizer.get_vocab()
+    named = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
+    return ({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} | named) - {None}
+
+
+def encode(tokenizer, rows):
+    """Token ids of a batch of rows: {"prompt_ids", "completion_ids"}, lists of lists; the completion ends with EOS.
+
+    The prompt is encoded as in generation, with its one BOS; the completion is what follows it when both are encoded
+    together. A row whose prompt would be split otherwise in the two encodings raises ValueError.
+    """
+    texts = [prompt + completion for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True)]
+    prompts = tokenizer(rows["prompt"], verbose=False).input_ids
+    wholes = tokenizer(texts, verbose=False).input_ids
+    completions = []
+    for row_id, prompt, whole in zip(rows["id"], prompts, wholes, strict=True):
+        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+            raise ValueError(f"{row_id}: the tokens of the prompt are not those of prompt and completion together")
+        completions.append(whole[len(prompt) :] + [tokenizer.eos_token_id])
+    return {"prompt_ids": prompts, "completion_ids": completions}
+
+
+def packed_attention(
+    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_
+):
+    """Causal attention within each row of a packed sequence, for transformers' AttentionInterface.
+
+    A dense mask over the sequence, as sdpa needs it, costs its square; this costs the sum of the rows' squares.
+    query [1, heads, tokens, head_dim], key and value the same with fewer heads, cu_seq_lens_q [rows + 1]: where each
+    row begins, and the end (TRL's collator passes it). Returns [1, tokens, heads, head_dim] and None.
+    """
+    import torch
+
+    if cu_seq_lens_q is None:  # never guess: plain causal attention would let the rows see one another
+        raise ValueError("packed attention was not told where the rows begin (cu_seq_lens_q)")
+    if query.is_cuda and query.dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn
+
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        out = varlen_attn(query, key, value, *bounds, scale=scaling, window_size=(-1, 0), enable_gqa=True)
+        return out[None], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    rows = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    out = [attend(q, k, v, is_causal=True, scale=scaling, enable_gqa=True) for q, k, v in rows]
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+def choose_attention(name):
+    """Register packed_attention and resolve "auto": flash attention where it is installed, else packed attention.
+
+    On CUDA packed attention runs torch's varlen kernel, which needs an Ampere GPU or newer: it is compared with plain
+    attention on random numbers first, and sdpa taken where it fails.
+    """
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.utils import is_flash_attn_2_available
+
+    AttentionInterface.register("packed", packed_attention)
+    AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)  # the rows' bounds say it all
+    if name == "auto" and is_flash_attn_2_available():
+        return "flash_attention_2"
+    if name not in ("auto", "packed") or not torch.cuda.is_available():
+        return "packed" if name == "auto" else name
+    q, k, v = torch.randn(3, 1, 2, 96, 64, device="cuda", dtype=torch.float16)
+    bounds = torch.tensor([0, 33, 96], device="cuda", dtype=torch.int32)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    alone = [attend(*(x[:, :, a:b] for x in (q, k, v)), is_causal=True) for a, b in ((0, 33), (33, 96))]
+    try:
+        out = packed_attention(None, q, k, v, None, scaling=64**-0.5, cu_seq_lens_q=bounds, max_length_q=63)[0]
+        if torch.allclose(out.transpose(1, 2), torch.cat(alone, 2), atol=1e-2):
+            return "packed"
+        problem = "differs from plain attention"
+    except RuntimeError as error:
+        problem = first_line(error)
+    say(f"packed attention does not run on this GPU ({problem}): taking sdpa, which is slower with long sequences")
+    return "sdpa"
+
+
+def read(model, prompts, completions, cache=None):
+    """One pass over whole rows (lists of ids), flattened: nothing is padded, and no row attends to another.
+
+    Returns the logits [tokens, vocabulary] before each completion token, all rows' in turn, and those tokens' ids.
+    `model` attends by "packed", or by anything where there is one row. `cache` gets the keys and values.
+    """
+    import torch
+
+    ids = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    bounds = torch.tensor([0, *map(len, ids)]).cumsum(0)
+    starts = zip(prompts, bounds.tolist(), bounds.tolist()[1:], strict=False)
+    golds = torch.cat([torch.arange(start + len(prompt), end) for prompt, start, end in starts])
+    flat = torch.tensor(sum(ids, []), device=model.device)
+    logits = model(
+        input_ids=flat[None],
+        position_ids=torch.cat([torch.arange(len(row)) for row in ids]).to(model.device)[None],
+        past_key_values=cache,
+        use_cache=cache is not None,
+        cu_seq_lens_q=bounds.int().to(model.device),
+        max_length_q=max(map(len, ids)),
+        logits_to_keep=golds.to(model.device) - 1,  # of the completions only
+    ).logits[0]
+    return logits, flat[golds]
+
+
+def peak_memory():
+    """Highest memory so far of this process, in GB: on the GPU, or on the host where there is none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
