@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
+MANIFEST = "whole.json"  # makes a folder count
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TASKS = ("samsum", "trivia_qa")
 PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
@@ -206,6 +207,21 @@ def holder_of(handle):
                 name = next((Path(word).name for word in command if word.endswith(".py")), command[0])
                 return f"{name} (process {process})"
     return "another run"
+
+
+def write_manifest(folder, content):
+    """Write MANIFEST into a folder, last: `content`, and the SHA-256 of every file that is there."""
+    files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    write_whole(folder / MANIFEST, json.dumps(content | {"sha256": files}, indent=1) + "\n")
+
+
+def read_manifest(folder):
+    """The manifest of a folder, {} where there is none, and the names of files that are not what it says they are."""
+    manifest = read_json(folder / MANIFEST)
+    try:
+        return manifest, [name for name, digest in manifest["sha256"].items() if sha256(folder / name) != digest]
+    except (OSError, KeyError, TypeError, AttributeError):
+        return {}, ["unfinished"]
 
 
 def refuse_another(what, old, new, remedy):

@@ -18,7 +18,7 @@ MODELS = {
     "llama3.2-1b": "meta-llama/Llama-3.2-1B",
     "llama3.2-3b": "meta-llama/Llama-3.2-3B",
 }
-MODEL_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")  # what is fetched of a hub repository
+SMALL_FILES = ("*.json", "tokenizer*", "*.jinja")  # what is fetched of a hub repository before its weights
 END_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "</s>")  # Llama 3 has more than one
 ATTENTIONS = ("auto", "packed", "flash_attention_2", "sdpa", "eager")
 
@@ -76,7 +76,7 @@ def find_model(model):
     return model
 
 
-def fetch(model):
+def fetch(model, weights=True):
     """The local folder with a model's files: its own, or of a hub id the hub cache's, downloaded where need be."""
     if Path(model).is_dir():
         return Path(model)
@@ -84,7 +84,8 @@ def fetch(model):
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=MODEL_FILES))
+        patterns = (*SMALL_FILES, "*.safetensors") if weights else SMALL_FILES
+        return Path(snapshot_download(model, allow_patterns=patterns))
     except GatedRepoError:  # before the next one: it is one of its kind
         fail(f"{model} is gated: accept its licence at https://huggingface.co/{model}, then run: hf auth login")
     except RepositoryNotFoundError:
@@ -96,16 +97,21 @@ def fetch(model):
         fail(f"cannot load {model} ({first_line(error)}): check the name and the network, or give a local folder")
 
 
+def refuse_pickles(model, folder):
+    pickles = [*folder.glob("*.bin"), *folder.glob("*.pth")]
+    if pickles and not any(folder.glob("*.safetensors")):
+        fail(f"{model} has no model.safetensors, only {pickles[0].name}, a pickle: convert it to safetensors")
+
+
 def weight_files(model):
     """The safetensors files that transformers loads of a model, sorted: a whole one goes before an index."""
     folder = fetch(model)
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
         return [whole]
+    refuse_pickles(model, folder)
     if not index.is_file():
-        pickles = [*folder.glob("*.bin"), *folder.glob("*.pth")]
-        fail(f"{model} has no model.safetensors" + (f", only {pickles[0].name}, a pickle: convert it to safetensors"
-             if pickles else ": get the missing file"))  # fmt: skip
+        fail(f"{model} has no model.safetensors: get the missing file")
     try:
         shards = sorted({folder / Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -133,7 +139,7 @@ def load_config(model):
     """The model's config; exits 2 where it is no Llama's, or one of weights that are quantised already."""
     from transformers import AutoConfig
 
-    fetch(model)
+    refuse_pickles(model, fetch(model, weights=False))
     try:
         config = AutoConfig.from_pretrained(model)
     except Exception as error:
@@ -149,7 +155,7 @@ def load_tokenizer(model):
     """The model's tokenizer; a missing pad token is set to an existing one, nothing is added."""
     from transformers import AutoTokenizer
 
-    fetch(model)
+    fetch(model, weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:

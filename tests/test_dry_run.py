@@ -8,9 +8,12 @@ import pytest
 import torch
 from conftest import FIXTURES, assert_refused, run
 from test_packing import make_trainer
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
+import estimate
+import llama
 import train_llama
+from trainer import fuse_lora
 
 META_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 META_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
@@ -23,6 +26,10 @@ def without_weights(folder, sizes):
     config |= {"vocab_size": 128256, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False} | sizes
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def shape_of(folder, args):
+    return estimate.model_shape(str(folder), llama.load_config(str(folder)), train_llama.lora_config(args))
 
 
 @pytest.mark.parametrize("sizes, parameters", [(META_8B, "8,030,261,248"), (META_70B, "70,553,706,496")])
@@ -38,13 +45,19 @@ def test_it_needs_no_weights_and_counts_meta_s_parameters(sizes, parameters, dat
 
 
 def test_trainable_parameters_and_nf4_bytes_by_hand(tmp_path):
-    shape = train_llama.model_shape(str(without_weights(tmp_path / "model", META_8B)), train_llama.parse_args([]))
+    shape = shape_of(without_weights(tmp_path / "model", META_8B), train_llama.parse_args([]))
     # r (in + out) of q, k, v, o, gate, up, down in 32 layers
     layer = (4096 + 4096) + 2 * (4096 + 1024) + (4096 + 4096) + 2 * (4096 + 14336) + (14336 + 4096)
     assert shape["trainable"] == 8 * layer * 32
     assert shape["linear"] == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
-    parts = train_llama.memory(shape, train_llama.parse_args([]), 2048, 300, checkpointing=True)
+    parts = estimate.memory(shape, train_llama.parse_args([]), 2048, 300, checkpointing=True)
     assert parts["weights"] == pytest.approx(0.516 * shape["linear"] + 2 * (2 * 128256 * 4096 + 65 * 4096), rel=1e-3)
+
+
+def one_row(module, query, key, value, mask, scaling=None, **_):
+    """Causal attention that keeps what CUDA's kernel keeps: its output once, as the next layer reads it."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(query, key, value, is_causal=True, scale=scaling, enable_gqa=True).transpose(1, 2), None
 
 
 @pytest.mark.parametrize("dropout, factor, in_4bit", [(0.0, 1, True), (0.0, 1, False), (0.05, 4 / 3, True)])
@@ -56,7 +69,7 @@ def test_the_activations_are_those_autograd_keeps(dropout, factor, in_4bit, tmp_
     enabled = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: enabled(*device) if device else True)
     args = train_llama.parse_args(["--lora-dropout", str(dropout)])
-    attention = train_llama.choose_attention("packed")
+    AttentionInterface.register("one row", one_row)
     kept = []
     for layers in (1, 3):
         config = LlamaConfig(hidden_size=512, intermediate_size=1792, num_hidden_layers=layers, num_attention_heads=8,
@@ -68,10 +81,10 @@ def test_the_activations_are_those_autograd_keeps(dropout, factor, in_4bit, tmp_
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=nf4)
         for module in model.modules():
             module.support_avx512bf16_for_cpu = False
-        model.set_attn_implementation(attention)
+        model.set_attn_implementation("one row")
         model = get_peft_model(model, train_llama.lora_config(args)).train()
         if not dropout:
-            train_llama.fuse_lora(model)
+            fuse_lora(model)
         weights, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
         def keep(tensor, weights=weights, found=found):
@@ -80,15 +93,16 @@ def test_the_activations_are_those_autograd_keeps(dropout, factor, in_4bit, tmp_
                 found[storage.data_ptr()] = storage  # held, so that no address is used twice
             return tensor
 
-        batch = {"input_ids": torch.ones(1, 384, dtype=torch.long), "position_ids": torch.arange(192).repeat(2)[None]}
-        batch |= {"cu_seq_lens_q": torch.tensor([0, 192, 384]), "max_length_q": 192, "use_cache": False}
+        batch = {"input_ids": torch.ones(1, 384, dtype=torch.long), "use_cache": False}
         with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             model(**batch, logits_to_keep=1)
         kept.append(sum(storage.nbytes() for storage in found.values()))
-    shape = train_llama.model_shape(str(tmp_path / "1"), args)
+    shape = shape_of(tmp_path / "1", args)
     shape["lora_inputs"] *= factor
-    estimate = train_llama.memory(shape, args, 384, 0, checkpointing=False)["activations"]
-    assert estimate == pytest.approx((kept[1] - kept[0]) / 2, rel=0.05)
+    passing = 4 * 384 * shape["mlp"]  # of the backward pass of one layer: not kept
+    assert estimate.memory(shape, args, 384, 0, checkpointing=False)["activations"] - passing == pytest.approx(
+        (kept[1] - kept[0]) / 2, rel=0.05
+    )
 
 
 def test_it_counts_the_steps_that_the_run_then_takes(dataset, tmp_path):
@@ -122,16 +136,30 @@ def test_out_of_gpu_memory_names_what_helps_and_by_how_much(dataset, tmp_path, c
     trainer, _, _ = make_trainer(dataset, tmp_path)
     args = train_llama.parse_args(["--model", str(FIXTURES / "tiny_llama3"), "--lora-dropout", "0.1"])
     trainer.train = lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"))
-    base = str(without_weights(tmp_path / "model", META_8B))
+    shape, rows = shape_of(without_weights(tmp_path / "model", META_8B), args), trainer.train_dataset
     with pytest.raises(SystemExit) as stopped:
-        train_llama.train_until_done(args, base, trainer, None)
+        train_llama.train_until_done(trainer, None, lambda: estimate.memory_advice(shape, rows, args))
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and "out of GPU memory (CUDA out of memory" in message
     for flag in ("--activation-checkpointing on", "--max-length 1024", "--lora-dropout 0"):
         assert f"{flag} saves about " in message
 
 
-def test_modules_that_do_not_exist(dataset):
-    model = ["--model", FIXTURES / "tiny_llama2", "--target-modules", "no_proj"]
+@pytest.mark.parametrize("name", ["no_proj", "lm_head", "embed_tokens", "input_layernorm"])
+def test_modules_that_are_no_linear_layers_are_refused_beside_good_ones(name, dataset):
+    model = ["--model", FIXTURES / "tiny_llama2", "--target-modules", "q_proj", name]
     for arguments in ([], ["--dry-run"]):
-        assert_refused(run("train_llama.py", *model, *arguments, "--output-dir", dataset), "no layer", "no_proj")
+        result = run("train_llama.py", *model, *arguments, "--output-dir", dataset)
+        assert_refused(result, f"--target-modules {name}: no layer to adapt", "q_proj")
+
+
+def test_checkpointing_comes_on_where_the_gpu_is_too_small_without(tmp_path, monkeypatch):
+    args = train_llama.parse_args([])
+    shape = shape_of(without_weights(tmp_path / "model", META_8B), args)
+    packed = {"labels": [[-100] * 1700 + [1] * 348]}
+    without = sum(estimate.memory(shape, args, 2048, 348, checkpointing=False).values())
+    assert not estimate.wants_checkpointing(shape, packed, args)  # no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for room, expected in ((1.4, False), (1.3, True)):
+        monkeypatch.setattr(estimate, "gpu_memory", lambda room=room: room * without)
+        assert estimate.wants_checkpointing(shape, packed, args) == expected

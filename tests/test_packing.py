@@ -10,7 +10,9 @@ from datasets import load_from_disk
 from peft import get_peft_model
 from safetensors.torch import load_file
 
+import llama
 import train_llama
+from trainer import fuse_lora, summed_loss
 
 BOTH = pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
 
@@ -20,21 +22,17 @@ def make_trainer(dataset, output, name="tiny_llama3", arguments=(), attention="a
     arguments = ["--model", str(FIXTURES / name), "--max-length", "700", "--output-dir", str(output), *arguments]
     args = train_llama.parse_args(arguments)
     rows = {split: load_from_disk(str(dataset / "dataset"))[split] for split in ("train", "validation")}
-    tokenizer = train_llama.load_tokenizer(args.model)
+    tokenizer = llama.load_tokenizer(args.model)
     tokens = train_llama.tokenize(rows["train"], tokenizer, args.max_length, "train")
     validation = train_llama.tokenize(rows["validation"], tokenizer, args.max_length, "validation")
-    by_task = {
-        task: train_llama.pack(validation.filter(lambda t, task=task: t == task, input_columns="task"), args)
-        for task in ("samsum", "trivia_qa")
-    }
-    model = train_llama.load_model(args.model, load_in_4bit=True)
-    model.set_attn_implementation(train_llama.choose_attention(attention))
-    train = train_llama.pack(tokens, args)
-    trainer = train_llama.make_trainer(args, args.model, model, tokenizer, train, by_task, {})
-    for parameter_name, parameter in trainer.model.named_parameters():
+    by_task = train_llama.validation_sets(rows["validation"], tokenizer, args)
+    model = llama.load_model(args.model, load_in_4bit=True)
+    args.attn_implementation = attention
+    made = train_llama.make_trainer(args, model, tokenizer, train_llama.pack(tokens, args), by_task)
+    for parameter_name, parameter in made.model.named_parameters():
         if "lora_B" in parameter_name:  # PEFT starts with zeros, and with them lora_A has no gradient
             torch.nn.init.normal_(parameter, std=0.05)
-    return trainer, tokens, validation
+    return made, tokens, validation
 
 
 def loss_and_gradients(model, loss):
@@ -65,11 +63,11 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_its_rows_alone(attention, 
     packed = train_llama.pack(tokens.select(range(7)), trainer_args(max_length=4096))
     assert len(packed) == 1 and sorted(packed[0]["seq_lengths"]) == sorted(len(row["input_ids"]) for row in rows)
     batch = trainer.data_collator([packed[0]])
-    total, count = trainer.summed_loss(model, dict(batch))
+    total, count = summed_loss(model, dict(batch))
     assert count == sum(label != -100 for row in rows for label in row["labels"])
     loss, gradients = loss_and_gradients(model, total)
     without = {"cu_seq_lens_q": torch.tensor([0, batch["input_ids"].shape[1]]), "position_ids": None}
-    _, contaminated = loss_and_gradients(model, trainer.summed_loss(model, dict(batch) | without)[0])
+    _, contaminated = loss_and_gradients(model, summed_loss(model, dict(batch) | without)[0])
     model.set_attn_implementation("eager")
     expected, expected_gradients = loss_and_gradients(model, alone(model, rows))
     assert loss == pytest.approx(expected, rel=1e-4)
@@ -82,7 +80,7 @@ def lora_step(in_4bit, fused, half):
     """Loss and gradients of one step; half: as mixed precision has it, bf16 weights, float32 adapter, autocast."""
     ids = torch.randint(0, 2000, (2, 60), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    model = train_llama.load_model(str(FIXTURES / "tiny_llama3"), in_4bit)
+    model = llama.load_model(str(FIXTURES / "tiny_llama3"), in_4bit)
     args = train_llama.parse_args(["--lora-r", "4", "--lora-alpha", "12"])
     model = get_peft_model(model, train_llama.lora_config(args)).train()
     for name, parameter in model.named_parameters():
@@ -91,7 +89,7 @@ def lora_step(in_4bit, fused, half):
         elif half and not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.bfloat16()
     if fused:
-        train_llama.fuse_lora(model)
+        fuse_lora(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     return loss_and_gradients(model, loss)
@@ -120,11 +118,11 @@ def trainer_args(**changes):
 def test_packed_attention_refuses_to_guess_where_rows_begin():
     query = torch.zeros(1, 2, 5, 4)
     with pytest.raises(ValueError, match="cu_seq_lens_q"):
-        train_llama.packed_attention(None, query, query, query, None)
+        llama.packed_attention(None, query, query, query, None)
 
 
 def test_packing_keeps_every_row_whole(dataset, tmp_path):
-    tokenizer = train_llama.load_tokenizer(str(FIXTURES / "tiny_llama3"))
+    tokenizer = llama.load_tokenizer(str(FIXTURES / "tiny_llama3"))
     rows = load_from_disk(str(dataset / "dataset"))["train"]
     tokens = train_llama.tokenize(rows, tokenizer, 512, "train")
     pieces = []

@@ -10,11 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, assert_refused, run, snapshot, start
 from safetensors.torch import load_file
+
+import train_llama
 
 STEPS = 30
 COMMAND = ["--model", FIXTURES / "tiny_llama2", "--max-steps", STEPS, "--max-length", 256, "--warmup-steps", 0]
@@ -33,11 +36,11 @@ def assert_same_adapter(output, expected, atol=1e-6):
     assert all(torch.allclose(actual[key], expected[key], rtol=0, atol=atol) for key in expected)
 
 
-def interrupt(output, number, step, delay=0.0):
+def interrupt(output, number, step, delay=0.0, arguments=()):
     """Start the run, send it a signal `delay` seconds after it logged `step`; (exit code, what it printed)."""
     printed = output / "printed"
     printed.unlink(missing_ok=True)
-    process = start("train_llama.py", *COMMAND, "--output-dir", output, streams=[printed, printed])
+    process = start("train_llama.py", *COMMAND, *arguments, "--output-dir", output, streams=[printed, printed])
     while not re.search(rf"^step +{step}/", printed.read_text(), re.MULTILINE):
         assert process.is_alive(), printed.read_text()
         time.sleep(0.002)
@@ -122,6 +125,85 @@ def test_a_finished_run_says_so_and_other_settings_are_named(undisturbed, datase
     result = run("train_llama.py", *COMMAND, "--max-steps", 2, "--overwrite", "--output-dir", tmp_path / "out")
     assert result.returncode == 0 and "step     1/2" in result.stdout
     assert json.loads((tmp_path / "out" / "adapter" / "run.json").read_text())["steps"] == 2
+
+
+def test_a_run_stopped_with_overwrite_goes_on_with_it_and_without(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)  # an older adapter, of another run
+    other, before = ["--lora-alpha", 8], snapshot(tmp_path / "adapter")
+    arguments = [*map(str, other), "--overwrite"]
+    for step, going_on in ((9, False), (14, True)):
+        code, printed = interrupt(tmp_path, signal.SIGTERM, step, arguments=arguments)
+        assert code == 128 + signal.SIGTERM and ("going on from" in printed) == going_on
+        assert "the same command goes on from there" in printed
+        assert snapshot(tmp_path / "adapter") == before
+    result = run("train_llama.py", *COMMAND, *other, "--output-dir", tmp_path)
+    assert result.returncode == 0 and "going on from" in result.stdout, result.stderr
+    again = run("train_llama.py", *COMMAND, *other, "--overwrite", "--max-steps", 2, "--output-dir", tmp_path)
+    assert again.returncode == 0 and "going on from" not in again.stdout
+    again = run("train_llama.py", *COMMAND, *other, "--overwrite", "--max-steps", 2, "--output-dir", tmp_path)
+    assert "step     1/2" in again.stdout  # finished: --overwrite means afresh
+
+
+def test_what_a_killed_run_logs_is_what_an_undisturbed_one_logs(dataset, tmp_path):
+    arguments = ["--max-steps", "14", "--logging-steps", "5", "--eval-steps", "4", "--save-steps", "6"]
+    logs = []
+    for name in ("whole", "killed"):
+        output = tmp_path / name
+        shutil.copytree(dataset / "dataset", output / "dataset")
+        if name == "killed":
+            code, _ = interrupt(output, signal.SIGKILL, 8, arguments=arguments)
+            assert code == -signal.SIGKILL
+        assert run("train_llama.py", *COMMAND, *arguments, "--output-dir", output).returncode == 0
+        lines = (output / "adapter" / "log.jsonl").read_text().splitlines()
+        logs.append([entry for entry in map(json.loads, lines) if "loss" in entry])
+    assert [entry["step"] for entry in logs[0]] == [4, 5, 6, 8, 10, 12, 14] == [entry["step"] for entry in logs[1]]
+    for key in ("loss", "grad_norm", "learning_rate", "tokens"):
+        assert [entry[key] for entry in logs[0]] == pytest.approx([entry[key] for entry in logs[1]], rel=1e-5)
+
+
+def test_outputs_checkpoints_and_adapter_may_be_links_to_another_disk(undisturbed, tmp_path):
+    disk = tmp_path / "disk"
+    for name in ("out", "checkpoints", "adapter"):
+        (disk / name).mkdir(parents=True)
+    (tmp_path / "out").symlink_to(disk / "out")
+    shutil.copytree(undisturbed / "dataset", tmp_path / "out" / "dataset")
+    for name in ("checkpoints", "adapter"):
+        (tmp_path / "out" / name).symlink_to(disk / name)
+    for steps in (2, 3):
+        arguments = ["--max-steps", steps, "--overwrite", "--output-dir", tmp_path / "out"]
+        result = run("train_llama.py", *COMMAND, *arguments)
+        assert result.returncode == 0, result.stderr
+        assert json.loads((disk / "adapter" / "run.json").read_text())["steps"] == steps
+        assert [path.name for path in (disk / "checkpoints").iterdir()] == [f"checkpoint-{steps}"]
+    assert all((tmp_path / "out" / name).is_symlink() for name in ("checkpoints", "adapter"))
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_a_kill_leaves_no_lock(undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "dataset", tmp_path / "dataset")
+    printed = tmp_path / "printed"
+    first = start("train_llama.py", *COMMAND, "--output-dir", tmp_path, streams=[printed, printed])
+    while "step" not in printed.read_text():
+        time.sleep(0.01)
+    result = run("train_llama.py", *COMMAND, "--output-dir", tmp_path)
+    assert_refused(result, "is in use by", f"process {first.pid}", "--output-dir")
+    os.kill(first.pid, signal.SIGKILL)
+    first.join(600)
+    assert run("train_llama.py", *COMMAND, "--output-dir", tmp_path).returncode == 0
+    assert_same_adapter(tmp_path, adapter_of(undisturbed))
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_a_best_checkpoint_that_is_no_longer_whole_is_an_error(damage, undisturbed, tmp_path, capsys):
+    best = json.loads((undisturbed / "adapter" / "run.json").read_text())["best_step"]
+    folder = tmp_path / "checkpoints" / f"checkpoint-{best}"
+    if damage == "changed":
+        shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
+        with (folder / "adapter_model.safetensors").open("ab") as file:
+            file.write(b"more")
+    with pytest.raises(SystemExit) as stopped:
+        train_llama.save_adapter(SimpleNamespace(output_dir=tmp_path), None, None, {"best_step": best})
+    assert stopped.value.code == 2 and f"{folder}, the best one, is broken" in capsys.readouterr().err
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(undisturbed, tmp_path):

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from conftest import FIXTURES, assert_refused, run, snapshot
 from datasets import load_from_disk
 
+import llama
 import train_llama
 
 BOTH = pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
@@ -15,7 +18,7 @@ BOTH = pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
 
 @BOTH
 def test_one_bos_in_front_and_eos_as_the_last_label(name, dataset):
-    tokenizer = train_llama.load_tokenizer(str(FIXTURES / name))
+    tokenizer = llama.load_tokenizer(str(FIXTURES / name))
     rows = load_from_disk(str(dataset / "dataset"))["train"]
     for row in train_llama.tokenize(rows, tokenizer, 4096, "train"):
         assert row["input_ids"].count(tokenizer.bos_token_id) == 1 and row["input_ids"][0] == tokenizer.bos_token_id
@@ -25,7 +28,7 @@ def test_one_bos_in_front_and_eos_as_the_last_label(name, dataset):
 
 @BOTH
 def test_the_prompt_has_the_same_tokens_in_training_and_in_generation(name, dataset):
-    tokenizer = train_llama.load_tokenizer(str(FIXTURES / name))
+    tokenizer = llama.load_tokenizer(str(FIXTURES / name))
     rows = load_from_disk(str(dataset / "dataset"))["train"]
     for row, tokens in zip(rows, train_llama.tokenize(rows, tokenizer, 4096, "train"), strict=True):
         masked = [i for i, label in zip(tokens["input_ids"], tokens["labels"], strict=True) if label == -100]
@@ -36,14 +39,14 @@ def test_the_prompt_has_the_same_tokens_in_training_and_in_generation(name, data
 
 @BOTH
 def test_no_token_is_added_and_a_pad_token_is_there(name):
-    tokenizer = train_llama.load_tokenizer(str(FIXTURES / name))
+    tokenizer = llama.load_tokenizer(str(FIXTURES / name))
     config = json.loads((FIXTURES / name / "config.json").read_text())
     assert len(tokenizer) <= config["vocab_size"]
     assert tokenizer.pad_token_id is not None
 
 
 def test_rows_that_are_too_long_are_dropped_and_counted_never_cut(dataset, capsys):
-    tokenizer = train_llama.load_tokenizer(str(FIXTURES / "tiny_llama3"))
+    tokenizer = llama.load_tokenizer(str(FIXTURES / "tiny_llama3"))
     rows = load_from_disk(str(dataset / "dataset"))["train"]
     lengths = sorted(len(row["input_ids"]) for row in train_llama.tokenize(rows, tokenizer, 4096, "train"))
     kept = train_llama.tokenize(rows, tokenizer, lengths[-3], "train")
@@ -52,7 +55,7 @@ def test_rows_that_are_too_long_are_dropped_and_counted_never_cut(dataset, capsy
 
 
 def test_an_evaluation_in_between_does_not_change_the_gradients():
-    model = train_llama.load_model(str(FIXTURES / "tiny_llama3"), load_in_4bit=True)
+    model = llama.load_model(str(FIXTURES / "tiny_llama3"), load_in_4bit=True)
     embeddings = model.get_input_embeddings().weight.requires_grad_(True)
     ids = torch.arange(20, 60)[None]
 
@@ -103,12 +106,61 @@ def test_a_model_that_is_none(dataset, tmp_path):
     assert_refused(result, "cannot load nobody/nothing", "network")
 
 
-def test_a_gated_model_says_where_to_accept_the_licence(capsys):
-    with pytest.raises(SystemExit):
-        train_llama.explain_load_error("meta-llama/X", OSError("You are trying to access a gated repo.\n401 Client"))
-    assert (
-        "accept its licence at https://huggingface.co/meta-llama/X, then run: hf auth login" in capsys.readouterr().err
-    )
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does, by the owner's name: the same status for gated and for missing, told by a header."""
+
+    def do_GET(self):
+        code = "GatedRepo" if "/gated/" in self.path else "RepoNotFound"
+        self.send_response(403 if code == "GatedRepo" else 401)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+GATED = (
+    "gated/401-model is gated: accept its licence at https://huggingface.co/gated/401-model, then run: hf auth login"
+)
+TYPO = "there is no model nobody/gated-typo on the hub"
+
+
+@pytest.mark.parametrize("model, words", [("gated/401-model", GATED), ("nobody/gated-typo", TYPO)])
+def test_a_gated_model_and_a_missing_one_are_told_apart(model, words, dataset, tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        environment = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0"}
+        environment["HF_HUB_CACHE"] = str(tmp_path)
+        result = run("train_llama.py", "--model", model, "--output-dir", dataset, **environment)
+        hub.shutdown()
+    assert_refused(result, words)
+
+
+def test_one_model_has_one_name_and_a_path_with_gated_in_it_is_not_called_gated(dataset, tmp_path, monkeypatch):
+    shutil.copytree(FIXTURES / "tiny_llama3", tmp_path / "aggregated-401")
+    monkeypatch.chdir(tmp_path)
+    names = ["aggregated-401", "./aggregated-401", "aggregated-401/", str(tmp_path / "aggregated-401")]
+    assert {llama.find_model(name) for name in names} == {str(tmp_path / "aggregated-401")}
+    (tmp_path / "aggregated-401" / "model.safetensors").unlink()
+    result = run("train_llama.py", "--model", tmp_path / "aggregated-401", "--output-dir", dataset)
+    assert_refused(result, "aggregated-401 has no model.safetensors", "get the missing file")
+    assert "is gated" not in result.stderr
+
+
+def test_a_base_that_cannot_be_merged_is_refused_at_once(dataset, tmp_path):
+    for folder in ("pickled", "quantised"):
+        shutil.copytree(FIXTURES / "tiny_llama3", tmp_path / folder)
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    config = json.loads((tmp_path / "quantised" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "quantised" / "config.json").write_text(json.dumps(config))
+    for folder, words in (("pickled", "convert it to safetensors"), ("quantised", "take the 16-bit model")):
+        for arguments in ([], ["--dry-run"]):
+            result = run("train_llama.py", "--model", tmp_path / folder, *arguments, "--output-dir", dataset)
+            assert_refused(result, words)
 
 
 def test_a_cut_off_model_and_a_broken_dataset(dataset, tmp_path):

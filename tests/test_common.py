@@ -1,0 +1,163 @@
+"""common.py: what every script does the same way: settings, whole files and folders, sentences, the normaliser."""
+
+import os
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+from conftest import ROOT
+
+import common
+
+BLOCK = '''"""A script.
+
+More of it.
+"""
+
+# Settings: edit here
+LIMIT = 3  # rows; 50 % of them
+RATE = 0.5
+NAMES = ["a"]  # some of a, b
+FLAG = False
+MODE = None  # True, False; None: as it comes
+
+# Fixed
+OTHER = 1
+'''
+
+
+@pytest.fixture
+def module(tmp_path):
+    """The script BLOCK as a module."""
+    path = tmp_path / "block.py"
+    path.write_text(BLOCK)
+    module = ModuleType("block")
+    module.__file__ = str(path)
+    exec(compile(BLOCK, path, "exec"), vars(module))
+    return module
+
+
+def parse(module, *argv):
+    return vars(common.parse_settings(module, argv, choices={"NAMES": ("a", "b")}, above_zero=("LIMIT",)))
+
+
+def test_flags_come_from_the_settings_block_and_nothing_else(module, capsys):
+    assert parse(module) == {"limit": 3, "rate": 0.5, "names": ["a"], "flag": False, "mode": None}
+    argv = ["--limit", "7", "--rate", "1e-3", "--names", "a", "b", "--flag", "--no-mode"]
+    assert parse(module, *argv) == {"limit": 7, "rate": 0.001, "names": ["a", "b"], "flag": True, "mode": False}
+    with pytest.raises(SystemExit):
+        parse(module, "--help")
+    shown = capsys.readouterr().out
+    assert "rows; 50 % of them (default: 3)" in shown and "A script." in shown and "--other" not in shown
+
+
+BAD = [["--limit", "0"], ["--limit", "-1"], ["--limit", "2.5"], ["--limit", "99999999999"], ["--rate", "nan"],
+       ["--rate", "-0.1"], ["--names", "a", "c"], ["--lim", "3"], ["--other", "2"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("argv", BAD)
+def test_values_that_cannot_be_meant_are_refused(argv, module, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(module, *argv)
+    assert stopped.value.code == 2 and argv[0] in capsys.readouterr().err
+
+
+def test_a_constant_edited_to_a_value_that_is_no_choice_is_refused_too(module, capsys):
+    module.NAMES = ["a", "x"]
+    with pytest.raises(SystemExit):
+        parse(module)
+    assert "--names must be one of a, b" in capsys.readouterr().err
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "folder"
+    with common.whole_folder(target) as fresh:
+        (fresh / "a").write_text("first")
+        assert not target.exists()
+    with pytest.raises(KeyError), common.whole_folder(target) as fresh:
+        (fresh / "a").write_text("second")
+        raise KeyError
+    assert (target / "a").read_text() == "first" and os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_kill_between_the_last_two_renames_is_mended_by_the_next_call(tmp_path):
+    (tmp_path / ".folder.old").mkdir()
+    (tmp_path / ".folder.old" / "a").write_text("first")
+    (tmp_path / ".folder.new").mkdir()
+    with pytest.raises(KeyError), common.whole_folder(tmp_path / "folder"):
+        assert (tmp_path / "folder" / "a").read_text() == "first"
+        raise KeyError
+    assert (tmp_path / "folder" / "a").read_text() == "first"
+
+
+def test_what_a_link_points_to_is_replaced(tmp_path):
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    with common.whole_folder(tmp_path / "link") as fresh:
+        assert fresh.parent == tmp_path / "disk"  # a rename does not cross disks
+        (fresh / "a").write_text("new")
+    common.write_whole(tmp_path / "link" / "b", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path / "disk" / "real")) == ["a", "b"] and os.listdir(tmp_path / "disk") == ["real"]
+
+
+def test_a_manifest_knows_every_file(tmp_path):
+    (tmp_path / "a").write_text("one")
+    assert common.read_manifest(tmp_path) == ({}, ["unfinished"])
+    common.write_manifest(tmp_path, {"run": 1})
+    assert common.read_manifest(tmp_path)[1] == []
+    (tmp_path / "a").write_text("two")
+    assert common.read_manifest(tmp_path)[1] == ["a"]
+
+
+SCRIPT = """
+import sys, common
+@common.script
+def main(argv=None):
+    {body}
+main()
+"""
+
+
+def outcome(body, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(body=body)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_full_disk_and_ctrl_c_end_in_one_sentence():
+    full = outcome("open('/dev/full', 'w', buffering=1).write('x\\n')")
+    assert full.returncode == 2 and "No space left on device): make room" in full.stderr
+    stopped = outcome("raise KeyboardInterrupt")
+    assert stopped.returncode == 130 and "interrupted" in stopped.stderr
+    assert all("Traceback" not in result.stderr for result in (full, stopped))
+
+
+def test_a_terminal_that_is_not_utf8_and_a_reader_that_goes_away():
+    assert outcome("print('žluť 😀')", PYTHONIOENCODING="ascii").stdout == "?lu? ?\n"
+    code = SCRIPT.format(body="[common.say('line') for _ in range(99999)]; open(sys.argv[1], 'w').write('done')")
+    command = f'{sys.executable} -c "$CODE" $FILE | head -n 1; cat $FILE'
+    environment = os.environ | {"CODE": code, "FILE": os.path.join(os.environ.get("TMPDIR", "/tmp"), f"{os.getpid()}")}
+    result = subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True)
+    os.unlink(environment["FILE"])
+    assert result.stdout == "line\ndone" and result.stderr == ""
+
+
+OFFICIAL = {  # worked out by hand from the official script's five steps
+    "The  Spider-Man": "spider man",
+    "a–b": "–b",
+    "“The Office”": "“ office”",
+    "it’s an_owl": "it s owl",
+    "A.B.C.": "b c",
+    "Åre, the `Alps´!": "åre alps",
+}
+
+
+@pytest.mark.parametrize("text", OFFICIAL)
+def test_answers_are_normalised_by_the_official_rules(text):
+    assert common.normalize_answer(text) == OFFICIAL[text]

@@ -1,0 +1,255 @@
+"""The training step: TRL's SFTTrainer with this project's loss, validation, log and checkpoints.
+
+What the libraries do is left to them: the loop, gradient accumulation, mixed precision, DDP and FSDP, optimizer,
+schedule, and resuming from a checkpoint.
+"""
+
+import functools
+import math
+import shutil
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTTrainer
+
+from common import fail, first_line, is_main, say, write_manifest
+from llama import peak_memory
+
+
+class QLoRATrainer(SFTTrainer):
+    """Trains on packed sequences, validates on {task: packed sequences}.
+
+    run: what the checkpoints belong to. seconds: what earlier sessions of this run took. patience: validations
+    without a lower loss after which training ends; 0 = never.
+    """
+
+    def __init__(self, *args, run, seconds, patience, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.run, self.seconds, self.patience = run, seconds, patience
+        self.tokens, self.stop_signal = 0, None
+        self.remove_callback(PrinterCallback)
+        self.add_callback(Watch(self))
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:  # TRL makes them bf16, in which small updates are lost
+                parameter.data = parameter.data.float()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The training loss: a mean over the labelled tokens of the whole accumulated batch of all processes."""
+        self.tokens += inputs["input_ids"].numel()
+        total, count = summed_loss(model, inputs)
+        count = count if num_items_in_batch is None else num_items_in_batch
+        return total / count * self.accelerator.num_processes  # DDP divides the gradients by it
+
+    def floating_point_ops(self, inputs):  # the Trainer would walk the model for it at every pass
+        return 0
+
+    def evaluate(self, *args, **kwargs):
+        """Validation loss per task, nats per completion token over all its rows; their mean is eval_loss."""
+        started = time.time()
+        self.model_wrapped.eval()
+        metrics = {f"eval_{task}_loss": self.validation_loss(rows) for task, rows in self.eval_dataset.items()}
+        losses = ", ".join(f"{task} {metrics[f'eval_{task}_loss']:.4f}" for task in self.eval_dataset)
+        metrics["eval_loss"] = sum(metrics.values()) / len(metrics)
+        best = self.state.best_metric is None or metrics["eval_loss"] < self.state.best_metric
+        self.log(metrics)
+        say(f"step {self.state.global_step:>5}  validation loss {losses}{' (best so far)' if best else ''}")
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control.should_save |= best
+        steps = [entry["step"] for entry in self.state.log_history if "eval_loss" in entry]
+        since_best = sum(step > self.state.best_global_step for step in steps) if self.state.best_global_step else 0
+        self.control.should_training_stop |= not best and 0 < self.patience <= since_best
+        self.mark += time.time() - started  # not training time
+        return metrics
+
+    def validation_loss(self, rows):
+        """Mean negative log likelihood over the labelled tokens of `rows`, shared out among the processes."""
+        world, sums = self.accelerator.num_processes, torch.zeros(2, dtype=torch.float64)
+        for start in range(0, len(rows), world):  # every process as many passes, as FSDP needs
+            mine = start + self.accelerator.process_index
+            inputs = self._prepare_inputs(self.data_collator([rows[min(mine, len(rows) - 1)]]))
+            with torch.no_grad(), self.compute_loss_context_manager():
+                total, count = summed_loss(self.model_wrapped, inputs)
+            sums += torch.tensor([total.item(), count], dtype=torch.float64) * (mine < len(rows))
+        total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
+        return total / count
+
+    def probe(self):
+        """One pass over the longest sequences, its gradients thrown away: memory fails now or not at all."""
+        sizes = [(len(row), sum(label != -100 for label in row)) for row in self.train_dataset["labels"]]
+        order = sorted(range(len(sizes)), key=lambda i: sizes[i])
+        rows = [self.train_dataset[i] for i in order[-self.args.per_device_train_batch_size :]]
+        before = self.tokens
+        with torch.random.fork_rng(), self.compute_loss_context_manager():
+            self.model_wrapped.train()
+            inputs = self._prepare_inputs(self.data_collator(rows))
+            self.accelerator.backward(self.compute_loss(self.model_wrapped, inputs))
+        self.model_wrapped.zero_grad()
+        self.tokens = before
+
+    def all_tokens(self):
+        """Tokens trained on so far, by all processes and sessions."""
+        tokens = torch.tensor(self.tokens, device=self.args.device)
+        return self._initial_num_input_tokens_seen + int(self.accelerator.reduce(tokens, "sum"))
+
+    def log(self, logs, start_time=None):
+        """Add tokens, speed and memory to a training entry, print it, and stop a run that learns nothing."""
+        if "loss" not in logs:
+            return super().log(logs, start_time)
+        seen, self.state.num_input_tokens_seen = self.state.num_input_tokens_seen, self.all_tokens()
+        speed = (self.state.num_input_tokens_seen - seen) / (time.time() - self.mark)
+        logs |= {"tokens": self.state.num_input_tokens_seen, "tokens_per_second": speed, "memory_gb": peak_memory()}
+        self.mark = time.time()
+        super().log(logs, start_time)
+        self.watch(logs)
+        step, last = self.state.global_step, self.state.max_steps
+        left = (time.time() - self.started) / (step - self._initial_global_step) * (last - step)
+        say(
+            f"step {step:>5}/{last}  loss {logs['loss']:.4f}  grad {logs['grad_norm']:.2f}  "
+            f"lr {logs['learning_rate']:.1e}  {speed:,.0f} tokens/s  {timedelta(seconds=round(left))} left"
+        )
+
+    def watch(self, logs):
+        """Stop a run that learns nothing, instead of letting it go on for hours."""
+        if not math.isfinite(logs["loss"]) or not math.isfinite(logs["grad_norm"]):
+            self.diverged(f"loss {logs['loss']:g}, gradient norm {logs['grad_norm']:g}")
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry][-3:]
+        if losses == [0, 0, 0]:
+            fail(
+                f"the loss was exactly 0 three times up to step {self.state.global_step}: nothing is learned; look at "
+                "the completions of the data set, or try --no-load-in-4bit"
+            )
+
+    def diverged(self, what):
+        fail(
+            f"training diverged at step {self.state.global_step} ({what}): lower --learning-rate or raise "
+            "--warmup-steps and start again with --overwrite; older checkpoints and adapter stay"
+        )
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Of a model save the adapter alone: the Trainer would add the tokenizer and a pickle of its arguments.
+
+        save_embedding_layers: PEFT's default asks the hub at every save whether the vocabulary has grown.
+        """
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+
+    def _save_checkpoint(self, model, trial):
+        """The Trainer's checkpoint, then the manifest that makes it count."""
+        started = time.time()
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if not all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
+            self.diverged("a weight is no number")
+        self.state.num_input_tokens_seen = self.all_tokens()
+        try:
+            if is_main():
+                shutil.rmtree(folder, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            Trainer._save_checkpoint(self, model, trial)  # TRL's adds a model card
+            self.accelerator.wait_for_everyone()
+            if is_main():
+                write_manifest(folder, {"run": self.run, "seconds": self.seconds + started - self.started})
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' for a full disk
+            shutil.rmtree(folder, ignore_errors=True)
+            fail(
+                f"cannot write {folder} ({first_line(error)}): make room, then give the same command again; the "
+                "checkpoints before it are whole",
+                in_any_process=True,
+            )
+        self.mark += time.time() - started
+
+
+def summed_loss(model, inputs):
+    """Negative log likelihood (nats) of the labelled tokens of a flattened batch, and how many those are.
+
+    Only their logits are computed: they are a tenth of the tokens, and TRL's loss makes those of all on a CPU.
+    """
+    labels = inputs["labels"][0, 1:]
+    kept = (labels != -100).nonzero()[:, 0]
+    inputs = {key: value for key, value in inputs.items() if key != "labels"}
+    logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits[0]
+    return cross_entropy(logits.float(), labels[kept], reduction="sum"), len(kept)
+
+
+class Watch(TrainerCallback):
+    """Where training begins and where a step ends."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.probe()
+        self.trainer.started = self.trainer.mark = time.time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stop = torch.tensor(self.trainer.stop_signal or 0, device=args.device)
+        if args.world_size > 1:  # all of them at the same step
+            stop = self.trainer.accelerator.reduce(stop, "sum")
+        if stop and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+        # The Trainer's sum of losses is in no checkpoint: none may be taken within the span of a log entry.
+        control.should_log |= control.should_save or control.should_evaluate
+
+
+def catch_signals(trainer):
+    """SIGTERM and Ctrl-C end the run after a checkpoint at the next step; a second one ends it at once."""
+
+    def note(number, frame):
+        trainer.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)
+        say(f"{signal.Signals(number).name}: saving a checkpoint first")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+
+
+class FusedLoRA(torch.autograd.Function):
+    """x W' + scale x A' B' with W frozen, in 4 bit or not, summed in place.
+
+    PEFT copies the first product, scales the second and adds the two, forward and backward: some eight passes over
+    the memory of a layer's input and output, a sixth of the time on a CPU (benchmarks/RESULTS.md).
+    """
+
+    @staticmethod
+    def forward(ctx, x, a, b, layer, scale):
+        y = layer(x)
+        a, b = a.to(y.dtype), b.to(y.dtype)
+        inner = x.flatten(0, -2).to(y.dtype) @ a.T
+        y.view(-1, y.shape[-1]).addmm_(inner, b.T, alpha=scale)
+        ctx.save_for_backward(x, inner, a, b)
+        ctx.layer, ctx.scale = layer, scale
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, inner, a, b = ctx.saved_tensors
+        grad, weight, grad_x = grad.flatten(0, -2), ctx.layer.weight, None
+        grad_inner = (grad @ b).mul_(ctx.scale)
+        if ctx.needs_input_grad[0]:
+            if hasattr(weight, "quant_state"):
+                weight = dequantize_4bit(weight, weight.quant_state)
+            grad_x = (grad @ weight.to(grad.dtype)).addmm_(grad_inner, a)
+            grad_x = grad_x.view_as(x).to(x.dtype)
+        grad_a = grad_inner.T @ x.flatten(0, -2).to(grad.dtype)
+        grad_b = (grad.T @ inner).mul_(ctx.scale)
+        return grad_x, grad_a, grad_b, None, None
+
+
+def fuse_lora(model):
+    """Let the adapted layers of a PEFT model without dropout compute by FusedLoRA."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.forward = functools.partial(fused_forward, module)
+
+
+def fused_forward(module, x):
+    a, b, scale = (part["default"] for part in (module.lora_A, module.lora_B, module.scaling))
+    return FusedLoRA.apply(x, a.weight, b.weight, module.get_base_layer(), scale)
