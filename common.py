@@ -28,18 +28,26 @@ TASKS = ("samsum", "trivia_qa")
 PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
 
 
-def settings_parser(module):
-    """An ArgumentParser with a flag for each constant between `# Settings` and `# Fixed` of a script.
-
-    The constant's value is the default, its trailing comment the help.
-    """
+def settings_of(module):
+    """{name: comment} of the constants between `# Settings` and `# Fixed` of a script."""
     block = inspect.getsource(module).split("# Settings", 1)[1].split("# Fixed", 1)[0]
+    return dict(re.findall(r"^([A-Z]\w+) = .*?(?:  # (.*))?$", block, re.MULTILINE))
+
+
+def parse_settings(module, argv=None, choices=None):
+    """A script's settings as a namespace; each is a flag, its value the default, its comment the help.
+
+    choices: {setting: its values}. A number may be 0 where its default is, or its comment tells what `0 =` means.
+    Exits 2 on a value that cannot be meant, also one that stands in the block.
+    """
     parser = argparse.ArgumentParser(
         description=module.__doc__.split("\n")[0],
+        usage="%(prog)s [--setting value ...]",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    for name, comment in re.findall(r"^([A-Z]\w+) = .*?(?:  # (.*))?$", block, re.MULTILINE):
+    settings = settings_of(module)
+    for name, comment in settings.items():
         value = getattr(module, name)
         options = {"default": value, "help": (comment or " ").replace("%", "%%")}
         if isinstance(value, bool) or value is None:
@@ -48,25 +56,22 @@ def settings_parser(module):
             options["nargs"] = "+"
         else:
             options["type"] = type(value)
-        parser.add_argument(f"--{name.lower().replace('_', '-')}", **options)
-    return parser
-
-
-def parse_settings(module, argv=None, choices=None, above_zero=()):
-    """The settings of a script as a namespace, by its constants block and the command line; exits 2 on a bad value.
-
-    choices: {setting: its values}; above_zero: settings that must not be 0. All other numbers are 0 or more.
-    """
-    parser = settings_parser(module)
+        parser.add_argument(flag_of(name), **options)
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        flag, setting = f"--{name.replace('_', '-')}", name.upper()
-        if type(value) in (int, float) and not (0 <= value < 2**31 and (value or setting not in above_zero)):
-            parser.error(f"{flag} must be {'above 0' if setting in above_zero else '0 or more'} and below 2**31")
+    for name, comment in settings.items():
+        value, default = getattr(args, name.lower()), getattr(module, name)
+        may_be_0 = default == 0 or "0 = " in comment
+        if type(value) in (int, float) and not (0 <= value < 2**31 and (value or may_be_0)):
+            parser.error(f"{flag_of(name)} must be {'0 or more' if may_be_0 else 'above 0'} and below 2**31")
         values = value if isinstance(value, list | tuple) else [value]
-        if choices and setting in choices and not set(values) <= set(choices[setting]):
-            parser.error(f"{flag} must be one of {', '.join(choices[setting])}")
+        allowed = (choices or {}).get(name, values)
+        if not set(values) <= set(allowed):
+            parser.error(f"{flag_of(name)} must be one of {', '.join(allowed)}")
     return args
+
+
+def flag_of(name):
+    return f"--{name.lower().replace('_', '-')}"
 
 
 def is_main():

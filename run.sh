@@ -22,13 +22,13 @@ usage() {
 }
 
 check_python() { # $1: an interpreter
-    command -v "$1" >/dev/null || die "no $1 here: install Python 3.10 to 3.13, or set PYTHON to one"
+    command -v "$1" >/dev/null || die "no $1 here: install Python 3.11 to 3.14, or set PYTHON to one"
     local version
     version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) ||
-        die "$1 does not run: install Python 3.10 to 3.13, or set PYTHON to one"
+        die "$1 does not run: install Python 3.11 to 3.14, or set PYTHON to one"
     case $version in
-        3.10 | 3.11 | 3.12 | 3.13) ;;
-        *) die "$1 is Python $version: this needs Python 3.10 to 3.13 (set PYTHON to one, and remove .venv if there is one)" ;;
+        3.11 | 3.12 | 3.13 | 3.14) ;;
+        *) die "$1 is Python $version: this needs Python 3.11 to 3.14 (set PYTHON to one, and remove .venv if there is one)" ;;
     esac
 }
 
@@ -36,17 +36,20 @@ make_venv() {
     check_python "$PYTHON"
     "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
         die "$PYTHON has no venv module: install it (on Debian and Ubuntu: apt install python3-venv)"
+    echo "making .venv with $PYTHON"
     "$PYTHON" -m venv --clear .venv
 }
 
 install() { # $@: requirement files; does nothing where they were installed before and have not changed
-    local stamp=.venv/installed-${1//\//-}.cksum checksum flags=() file
+    local stamp=.venv/installed-${1//\//-}.cksum log=.venv/install.log checksum flags=() file
     checksum=$(cat "$@" | cksum)
     if [[ -f $stamp && $(<"$stamp") == "$checksum" ]]; then
         return
     fi
     for file in "$@"; do flags+=(-r "$file"); done
-    .venv/bin/python -m pip install --disable-pip-version-check "${flags[@]}"
+    echo "installing $1 into .venv (some minutes the first time)"
+    .venv/bin/python -m pip install --disable-pip-version-check "${flags[@]}" >$log 2>&1 ||
+        die "pip could not install $1: $(grep -i error $log | tail -n 1 || true) (all of it is in $log)"
     echo "$checksum" >"$stamp" # last: an interrupted installation is done again
 }
 

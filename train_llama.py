@@ -52,7 +52,7 @@ MAX_STEPS = 0  # optimizer steps; 0 = NUM_TRAIN_EPOCHS decides
 PER_DEVICE_TRAIN_BATCH_SIZE = 1  # packed rows in a pass; flattened, so a larger MAX_LENGTH comes to the same
 GRADIENT_ACCUMULATION_STEPS = 4  # passes per optimizer step
 LEARNING_RATE = 2e-4  # for 7B to 13B; halve it above
-WARMUP_STEPS = 10  # optimizer steps with a rising learning rate; then it falls on a cosine
+WARMUP_STEPS = 10  # optimizer steps with a rising learning rate, 0 = none; then it falls on a cosine
 MAX_LENGTH = 2048  # tokens of a packed row; longer rows are dropped and counted, never cut
 PACKING = True  # several rows to a sequence, none attending to another
 ATTN_IMPLEMENTATION = "auto"  # auto, packed, flash_attention_2, sdpa, eager; auto: flash where installed, else packed
@@ -75,36 +75,13 @@ CHOICES = {
     "ACTIVATION_CHECKPOINTING": ("auto", "on", "off"),
     "REPORT_TO": ("none", "tensorboard", "trackio", "wandb"),
 }
-ABOVE_ZERO = (
-    "LORA_R",
-    "LORA_ALPHA",
-    "NUM_TRAIN_EPOCHS",
-    "PER_DEVICE_TRAIN_BATCH_SIZE",
-    "GRADIENT_ACCUMULATION_STEPS",
-    "LEARNING_RATE",
-    "MAX_LENGTH",
-    "EVAL_STEPS",
-    "LOGGING_STEPS",
-    "SAVE_STEPS",
-    "SAVE_TOTAL_LIMIT",
-    "DRY_RUN_TFLOPS",
-)
 # Settings that may differ when a run goes on: they do not touch the weights.
-UNBOUND = (
-    "output_dir",
-    "overwrite",
-    "dry_run",
-    "dry_run_tflops",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "report_to",
-)
+UNBOUND = "output_dir overwrite dry_run dry_run_tflops logging_steps save_steps save_total_limit report_to".split()
 HIDDEN = ("settings", "run", "versions", "git_commit", "adapter_sha256")  # of run.json, not printed at the end
 
 
 def parse_args(argv=None):
-    args = parse_settings(sys.modules[__name__], argv, CHOICES, ABOVE_ZERO)
+    args = parse_settings(sys.modules[__name__], argv, CHOICES)
     if args.lora_dropout >= 1:
         fail("--lora-dropout must be below 1")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):

@@ -18,6 +18,8 @@ More of it.
 # Settings: edit here
 LIMIT = 3  # rows; 50 % of them
 RATE = 0.5
+STEPS = 10  # of warming up; 0 = none
+SEED = 0
 NAMES = ["a"]  # some of a, b
 FLAG = False
 MODE = None  # True, False; None: as it comes
@@ -39,13 +41,29 @@ def module(tmp_path):
 
 
 def parse(module, *argv):
-    return vars(common.parse_settings(module, argv, choices={"NAMES": ("a", "b")}, above_zero=("LIMIT",)))
+    return vars(common.parse_settings(module, argv, choices={"NAMES": ("a", "b")}))
 
 
 def test_flags_come_from_the_settings_block_and_nothing_else(module, capsys):
-    assert parse(module) == {"limit": 3, "rate": 0.5, "names": ["a"], "flag": False, "mode": None}
-    argv = ["--limit", "7", "--rate", "1e-3", "--names", "a", "b", "--flag", "--no-mode"]
-    assert parse(module, *argv) == {"limit": 7, "rate": 0.001, "names": ["a", "b"], "flag": True, "mode": False}
+    assert parse(module) == {
+        "limit": 3,
+        "rate": 0.5,
+        "steps": 10,
+        "seed": 0,
+        "names": ["a"],
+        "flag": False,
+        "mode": None,
+    }
+    argv = ["--limit", "7", "--rate", "1e-3", "--steps", "0", "--names", "a", "b", "--flag", "--no-mode"]
+    assert parse(module, *argv) == {
+        "limit": 7,
+        "rate": 0.001,
+        "steps": 0,
+        "seed": 0,
+        "names": ["a", "b"],
+        "flag": True,
+        "mode": False,
+    }
     with pytest.raises(SystemExit):
         parse(module, "--help")
     shown = capsys.readouterr().out
@@ -53,7 +71,7 @@ def test_flags_come_from_the_settings_block_and_nothing_else(module, capsys):
 
 
 BAD = [["--limit", "0"], ["--limit", "-1"], ["--limit", "2.5"], ["--limit", "99999999999"], ["--rate", "nan"],
-       ["--rate", "-0.1"], ["--names", "a", "c"], ["--lim", "3"], ["--other", "2"]]  # fmt: skip
+       ["--rate", "-0.1"], ["--rate", "0"], ["--names", "a", "c"], ["--lim", "3"], ["--other", "2"]]  # fmt: skip
 
 
 @pytest.mark.parametrize("argv", BAD)
