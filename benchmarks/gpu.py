@@ -63,13 +63,13 @@ def packing_difference(rows):
     """Relative difference of the summed loss of packed rows from that of the same rows one by one under sdpa."""
     import torch
 
-    import train_llama
+    import llama
 
-    train_llama.quiet()
-    tokenizer = train_llama.load_tokenizer(str(MODEL))
-    ids = train_llama.encode(tokenizer, rows)
+    llama.quiet()
+    tokenizer = llama.load_tokenizer(str(MODEL))
+    ids = llama.encode(tokenizer, rows)
     pairs = list(zip(ids["prompt_ids"], ids["completion_ids"], strict=True))
-    model = train_llama.load_model(str(MODEL), load_in_4bit=True).eval()
+    model = llama.load_model(str(MODEL), load_in_4bit=True).eval()
 
     def loss(packed, **bounds):
         tokens = torch.tensor([[i for p, c in packed for i in p + c]], device=model.device)
@@ -81,7 +81,7 @@ def packing_difference(rows):
 
     model.set_attn_implementation("sdpa")
     apart = sum(loss([pair]) for pair in pairs)
-    attention = train_llama.choose_attention("auto")
+    attention = llama.choose_attention("auto")
     model.set_attn_implementation(attention)
     lengths = torch.tensor([0] + [len(p) + len(c) for p, c in pairs])
     bounds, longest = lengths.cumsum(0).int().to(model.device), int(lengths.max())

@@ -183,9 +183,10 @@ def prepare(folder, count):
     from transformers import AutoModelForCausalLM
 
     sys.path.insert(0, str(ROOT))
+    import llama
     import train_llama
 
-    train_llama.quiet()
+    llama.quiet()
     data = folder / "data"
     shutil.rmtree(data, ignore_errors=True)
     sources = ["--samsum", ROOT / "tests/fixtures/samsum", "--trivia-qa", ROOT / "tests/fixtures/trivia_qa"]
@@ -197,7 +198,7 @@ def prepare(folder, count):
         parts.save_to_disk(str(data / "fewer"))
         shutil.rmtree(data / "dataset")
         (data / "fewer").rename(data / "dataset")
-    rows = train_llama.load_rows(data, "train")
+    rows = llama.load_rows(data, "train")
     rows.select_columns(["prompt", "completion"]).to_parquet(str(data / "rows" / "train.parquet"))
     pairs = [{"instruction": BOS + row["prompt"], "input": "", "output": row["completion"] + EOS} for row in rows]
     (data / "alpaca").mkdir()
@@ -207,7 +208,7 @@ def prepare(folder, count):
     AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).save_pretrained(data / "float32")
     for path in MODEL.glob("*token*.json"):
         shutil.copy(path, data / "float32")
-    return train_llama.tokenize(rows, train_llama.load_tokenizer(str(MODEL)), MAX_LENGTH, "train")
+    return train_llama.tokenize(rows, llama.load_tokenizer(str(MODEL)), MAX_LENGTH, "train")
 
 
 def ours(folder, output, *more, length=MAX_LENGTH):
