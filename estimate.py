@@ -52,6 +52,8 @@ def check_target_modules(base, targets, linear):
     """Exit 2 unless every target names a linear layer: PEFT says nothing as long as one of them does."""
     names = sorted({name.split(".")[-1] for name in linear})
     for target in [] if isinstance(targets, str) else targets:
+        if target == "all-linear":
+            fail("--target-modules: all-linear already means every linear layer, give it alone")
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             fail(f"--target-modules {target}: no layer to adapt in {base}; take all-linear, or of {' '.join(names)}")
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,6 +152,20 @@ def test_validation_loss_is_a_mean_over_tokens_not_over_batches(dataset, tmp_pat
         assert metrics[f"eval_{task}_loss"] == pytest.approx(losses[task], rel=1e-5)
         assert sum(means) / len(means) != pytest.approx(losses[task], rel=5e-5)
     assert metrics["eval_loss"] == pytest.approx(sum(losses.values()) / 2, rel=1e-4)
+
+
+def test_processes_share_an_odd_number_of_validation_rows_without_counting_any_twice(dataset, tmp_path):
+    trainer, tokens, _ = make_trainer(dataset, tmp_path)
+    rows, sums = list(tokens.select(range(3))), []
+    trainer.model.eval()
+
+    def share(world, index):
+        reduce = lambda values, how: sums.append(values) or values  # noqa: E731
+        trainer.accelerator = SimpleNamespace(num_processes=world, process_index=index, reduce=reduce)
+        trainer.validation_loss(rows)
+        return sums.pop()
+
+    assert share(2, 0) + share(2, 1) == pytest.approx(share(1, 0), rel=1e-6)
 
 
 def test_the_probe_leaves_weights_gradients_and_random_numbers_as_they_were(dataset, tmp_path):
