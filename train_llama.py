@@ -76,7 +76,16 @@ CHOICES = {
     "REPORT_TO": ("none", "tensorboard", "trackio", "wandb"),
 }
 # Settings that may differ when a run goes on: they do not touch the weights.
-UNBOUND = "output_dir overwrite dry_run dry_run_tflops logging_steps save_steps save_total_limit report_to".split()
+UNBOUND = [
+    "output_dir",
+    "overwrite",
+    "dry_run",
+    "dry_run_tflops",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+]
 HIDDEN = ("settings", "run", "versions", "git_commit", "adapter_sha256")  # of run.json, not printed at the end
 
 

@@ -158,7 +158,6 @@ class QLoRATrainer(SFTTrainer):
             if is_main():
                 write_manifest(folder, {"run": self.run, "seconds": self.seconds + started - self.started})
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' for a full disk
-            shutil.rmtree(folder, ignore_errors=True)
             fail(
                 f"cannot write {folder} ({first_line(error)}): make room, then give the same command again; the "
                 "checkpoints before it are whole",

@@ -17,6 +17,7 @@ import torch
 from conftest import FIXTURES, ROOT, assert_refused, run, snapshot, start
 from safetensors.torch import load_file
 
+import llama
 import train_llama
 
 STEPS = 30
@@ -190,6 +191,22 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_kill_leaves_no_lock(un
     first.join(600)
     assert run("train_llama.py", *COMMAND, "--output-dir", tmp_path).returncode == 0
     assert_same_adapter(tmp_path, adapter_of(undisturbed))
+
+
+def test_the_weights_of_the_base_and_the_number_of_processes_are_part_of_a_run(undisturbed, tmp_path, monkeypatch):
+    args = train_llama.parse_args(COMMAND)
+    rows = {split: llama.load_rows(undisturbed, split) for split in ("train", "validation")}
+    shutil.copytree(FIXTURES / "tiny_llama2", tmp_path / "base")
+    base = str(tmp_path / "base")
+    first = train_llama.run_identity(args, base, rows)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    second = train_llama.run_identity(args, base, rows)
+    with (tmp_path / "base" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"7")
+    third = train_llama.run_identity(args, base, rows)
+    assert {key for key in first if first[key] != second[key]} == {"processes"}
+    assert {key for key in second if second[key] != third[key]} == {"weights"}
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed"])
