@@ -215,3 +215,8 @@ def test_a_run_that_diverges_leaves_the_old_adapter(chain, tmp_path):
     result = run("train_llama.py", *arguments, "--output-dir", tmp_path / "out")
     assert_refused(result, "training diverged", "--learning-rate")
     assert snapshot(tmp_path / "out" / "adapter") == before
+
+
+def test_the_training_loss_of_a_run_is_a_mean_over_its_steps():
+    history = [{"step": 4, "loss": 2.0}, {"step": 4, "eval_loss": 9.0}, {"step": 5, "loss": 7.0}]
+    assert train_llama.mean_training_loss(history) == pytest.approx((4 * 2.0 + 7.0) / 5)
