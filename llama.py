@@ -263,8 +263,9 @@ def encode(tokenizer, rows):
     together. A row whose prompt would be split otherwise in the two encodings raises ValueError.
     """
     texts = [prompt + completion for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True)]
-    prompts = tokenizer(rows["prompt"], verbose=False).input_ids
-    wholes = tokenizer(texts, verbose=False).input_ids
+    options = {"split_special_tokens": True, "verbose": False}  # "</s>" in a dialogue is text, and ends nothing
+    prompts = tokenizer(rows["prompt"], **options).input_ids
+    wholes = tokenizer(texts, **options).input_ids
     completions = []
     for row_id, prompt, whole in zip(rows["id"], prompts, wholes, strict=True):
         if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
