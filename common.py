@@ -153,6 +153,15 @@ def write_whole(path, text):
         beside.unlink(missing_ok=True)
 
 
+def put_back(path):
+    """Give a folder its name back if a kill left it beside its place; returns that place beside."""
+    path = Path(path).resolve()
+    old = path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        old.rename(path)
+    return old
+
+
 @contextmanager
 def whole_folder(path):
     """A new folder beside `path` that takes its place when the block ends well, and goes when it does not.
@@ -161,9 +170,7 @@ def whole_folder(path):
     or, between the last two renames, beside it: the next call puts it back.
     """
     path = Path(path).resolve()
-    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():
-        old.rename(path)
+    fresh, old = path.with_name(f".{path.name}.new"), put_back(path)
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
