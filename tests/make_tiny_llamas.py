@@ -1,32 +1,31 @@
-"""Builds the two tiny Llamas of the tests from a seed: tests/fixtures/tiny_llama3 and tests/fixtures/tiny_llama2.
+"""Build the two tiny Llamas of the tests and the demo: tests/fixtures/tiny_llama3 and tests/fixtures/tiny_llama2.
 
 tiny_llama3 has the tokenizer behaviour of Meta-Llama-3-8B at 2,048 tokens (byte-level BPE, Llama 3's pre-tokenizer,
-exactly one BOS, no pad token, two end tokens) and is pre-trained on invented text, long enough to look things up in
-what it has read. tiny_llama2 has that of Llama-2-7b-hf (SentencePiece-style BPE with byte fallback, no pad token) and
-random weights.
+exactly one BOS, no pad token, two end tokens) and is pre-trained for some minutes on invented text, long enough to
+look things up in what it has read. tiny_llama2 has that of Llama-2-7b-hf (SentencePiece-style BPE with byte fallback,
+no pad token) and random weights. The seed defines the weights, those of tiny_llama3 up to the CPU's rounding.
 
-make_fixtures.py calls build(); by hand: python tests/make_tiny_llamas.py --out tests/fixtures --seed 0
+Reads nothing; its texts come from make_fixtures.py. Writes the two model folders under --out.
+
+    python tests/make_tiny_llamas.py
+    python tests/make_tiny_llamas.py --only tiny_llama2 --out /tmp/another --seed 1
 """
 
 import argparse
 import json
 import math
-import os
 import random
-import shutil
-import sys
-import time
+from itertools import islice
 from pathlib import Path
 
-# the training budget of tiny_llama3: with the seed it defines the weights (up to the CPU's rounding)
+from make_fixtures import pretraining_texts
+
 # (optimizer steps, sequences a step, tokens a sequence, share of the sequences that say random tokens over and over)
 STAGES = [(250, 8, 256, 1.0), (2500, 8, 256, 0.125), (600, 4, 512, 0.0)]
-TEXTS = 20000  # documents drawn from pretraining_texts; read again, reshuffled, when used up
+TEXTS = 20000  # documents; read again, reshuffled, when used up
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 60
 WEIGHT_DECAY = 0.05
-SAVE_STEPS = 200
-TORCH_THREADS = 1
 
 LLAMA3_SIZE = {
     "hidden_size": 128,
@@ -45,48 +44,47 @@ LLAMA2_SIZE = {
     "num_key_value_heads": 4,
     "tie_word_embeddings": False,
 }
+MAX_POSITIONS = 2048
 
 LLAMA3_VOCABULARY = 2048
 LLAMA3_SPECIAL = [
     "<|begin_of_text|>",
     "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|reserved_special_token_2|>",
-    "<|reserved_special_token_3|>",
+    *(f"<|reserved_special_token_{i}|>" for i in range(4)),
     "<|start_header_id|>",
     "<|end_header_id|>",
     "<|reserved_special_token_4|>",
     "<|eot_id|>",
-    "<|reserved_special_token_5|>",
-    "<|reserved_special_token_6|>",
+    *(f"<|reserved_special_token_{i}|>" for i in (5, 6)),
 ]
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LLAMA3_TOKENIZER_CONFIG = {
+    "bos_token": "<|begin_of_text|>",
+    "clean_up_tokenization_spaces": True,
+    "eos_token": "<|end_of_text|>",
+    "model_input_names": ["input_ids", "attention_mask"],
+    "model_max_length": MAX_POSITIONS,
+    "tokenizer_class": "PreTrainedTokenizerFast",
+}
+
 LLAMA2_VOCABULARY = 1200
-MAX_POSITIONS = 2048
-
-
-def texts_for(seed, count):
-    from make_fixtures import pretraining_texts
-
-    return list(pretraining_texts(seed, count))
-
-
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def replace_folder(fresh, out):
-    """Puts the finished folder in the place of the old one, so that a usable one is there but for an instant."""
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    fresh.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+LLAMA2_SPECIAL = ["<unk>", "<s>", "</s>"]
+LLAMA2_TOKENIZER_CONFIG = {
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": "<s>",
+    "clean_up_tokenization_spaces": False,
+    "eos_token": "</s>",
+    "legacy": False,
+    "model_max_length": 1000000000000000019884624838656,
+    "pad_token": None,
+    "sp_model_kwargs": {},
+    "tokenizer_class": "LlamaTokenizer",
+    "unk_token": "<unk>",
+}
 
 
 def llama3_tokenizer(texts):
@@ -103,6 +101,7 @@ def llama3_tokenizer(texts):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    # after the training, so that these get the last ids, as in Llama 3
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in LLAMA3_SPECIAL])
     bos = LLAMA3_SPECIAL[0]
     template = processors.TemplateProcessing(
@@ -116,74 +115,28 @@ def llama3_tokenizer(texts):
 
 
 def llama2_tokenizer(texts):
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 
-    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    base = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
-    # Llama 2 has no pre-tokenizer, yet a piece never spans two words: learn the merges word by word
-    words = (f"▁{word}" for text in texts for word in text.split())
     learner = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    learner.train_from_iterator(
-        words,
-        trainers.BpeTrainer(vocab_size=LLAMA2_VOCABULARY, special_tokens=base, limit_alphabet=80, show_progress=False),
+    trainer = trainers.BpeTrainer(
+        vocab_size=LLAMA2_VOCABULARY,
+        special_tokens=LLAMA2_SPECIAL + [f"<0x{byte:02X}>" for byte in range(256)],
+        limit_alphabet=80,
+        show_progress=False,
     )
-    learned = json.loads(learner.to_str())["model"]
-    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in learned["merges"]]
-    bpe = models.BPE(vocab=learned["vocab"], merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
-    tokenizer = Tokenizer(bpe)
-    tokenizer.normalizer = normalizer
+    # Llama 2 has no pre-tokenizer, yet a piece never spans two words: learn the merges word by word
+    learner.train_from_iterator((f"▁{word}" for text in texts for word in text.split()), trainer)
+    learned = json.loads(learner.to_str())
+    learned["added_tokens"] = learned["added_tokens"][: len(LLAMA2_SPECIAL)]  # the bytes are plain pieces
+    tokenizer = Tokenizer.from_str(json.dumps(learned))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in base[:3]])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
     )
     return tokenizer
-
-
-def write_tokenizer(folder, tokenizer, special, config):
-    """tokenizer.json and tokenizer_config.json as the hub's folders hold them."""
-    tokenizer.save(str(folder / "tokenizer.json"))
-    decoder = {
-        str(tokenizer.token_to_id(token)): {
-            "content": token,
-            "lstrip": False,
-            "normalized": False,
-            "rstrip": False,
-            "single_word": False,
-            "special": True,
-        }
-        for token in special
-    }
-    write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": decoder} | config)
-
-
-def llama3_tokenizer_config():
-    return {
-        "bos_token": "<|begin_of_text|>",
-        "clean_up_tokenization_spaces": True,
-        "eos_token": "<|end_of_text|>",
-        "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": MAX_POSITIONS,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-
-
-def llama2_tokenizer_config():
-    return {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "bos_token": "<s>",
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "</s>",
-        "legacy": False,
-        "model_max_length": 1000000000000000019884624838656,
-        "pad_token": None,
-        "sp_model_kwargs": {},
-        "tokenizer_class": "LlamaTokenizer",
-        "unk_token": "<unk>",
-    }
 
 
 def new_model(size, vocabulary, bos, eos, seed):
@@ -247,37 +200,23 @@ def set_copying_heads(model):
             second.o_proj.weight[:, rows] = 12 * scale * token.T
 
 
-def save_model(model, folder, generation):
-    """Weights in bfloat16; the model in memory keeps its precision."""
-    import copy
-
-    import torch
-    from transformers import GenerationConfig
-
-    small = copy.deepcopy(model).to(torch.bfloat16)
-    small.generation_config = GenerationConfig(**generation)
-    small.save_pretrained(folder)
+def read_forever(documents, bos, rng):
+    """The tokens of all documents, a BOS at the head of each, in a new order every time round."""
+    while True:
+        for i in rng.sample(range(len(documents)), len(documents)):
+            yield bos
+            yield from documents[i]
 
 
 def batches(documents, bos, seed):
-    """Packed sequences, a BOS at the head of each document, each stage's steps in turn; labels are the inputs."""
+    """Packed sequences (rows, tokens), each stage's steps in turn; labels are the inputs."""
     import torch
 
     rng = random.Random(seed)
-    stream, position = [], 0
-
-    def refill(count):
-        nonlocal stream, position
-        while len(stream) - position < count:
-            order = rng.sample(range(len(documents)), len(documents))
-            stream = stream[position:] + [token for i in order for token in [bos, *documents[i]]]
-            position = 0
-
+    stream = read_forever(documents, bos, rng)
     for steps, rows, length, echoes in STAGES:
         for _ in range(steps):
-            refill(rows * length)
-            block = stream[position : position + rows * length]
-            position += rows * length
+            block = list(islice(stream, rows * length))
             sequences = [block[row * length : (row + 1) * length] for row in range(rows)]
             for row in range(round(rows * echoes)):
                 period = rng.randint(6, length * 2 // 3)  # one length only would teach to count, not to look
@@ -286,25 +225,25 @@ def batches(documents, bos, seed):
             yield torch.tensor(sequences)
 
 
-def pretrain(model, documents, bos, seed, save, log):
+def rate(step):
+    """Share of LEARNING_RATE: a linear warm-up, then a cosine from 1 to 0.02."""
+    total = sum(steps for steps, *_ in STAGES)
+    if step < WARMUP_STEPS:
+        return (step + 1) / WARMUP_STEPS
+    return 0.02 + 0.49 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / (total - WARMUP_STEPS)))
+
+
+def pretrain(model, documents, bos, seed):
     import torch
     from torch.nn import functional
 
-    torch.set_num_threads(TORCH_THREADS)
+    torch.set_num_threads(1)  # another number rounds differently
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
-    total = sum(stage[0] for stage in STAGES)
-
-    def rate(step):
-        if step < WARMUP_STEPS:
-            return (step + 1) / WARMUP_STEPS
-        return 0.02 + 0.49 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / (total - WARMUP_STEPS)))
-
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model.train()
-    started, tokens, losses = time.time(), 0, []
     for step, batch in enumerate(batches(documents, bos, seed), 1):
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
         loss = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), batch[:, 1:].reshape(-1))
@@ -313,77 +252,61 @@ def pretrain(model, documents, bos, seed, save, log):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        tokens += batch.numel()
-        losses.append(loss.item())
-        if step % 100 == 0 or step == total:
-            recent = losses[-100:]
-            speed = tokens / (time.time() - started)
-            log(f"step {step}/{total}  loss {sum(recent) / len(recent):.4f}  {speed:,.0f} tokens/s")
-        if step % SAVE_STEPS == 0 or step == total:
-            save()
+        if step % 100 == 0:
+            print(f"step {step}  loss {loss.item():.4f}", flush=True)
 
 
-def build_llama3(out, seed, log):
-    texts = texts_for(seed, TEXTS)
+def save(folder, model, tokenizer, special, tokenizer_config, eos):
+    """Write a folder as the hub has it: bfloat16 weights, tokenizer.json and tokenizer_config.json."""
+    import torch
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=eos,
+        do_sample=True,
+        temperature=0.6,
+        top_p=0.9,
+    )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    decoder = {str(tokenizer.token_to_id(token)): {"content": token} | flags for token in special}
+    text = json.dumps({"added_tokens_decoder": decoder} | tokenizer_config, indent=2)
+    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def build_llama3(folder, seed):
+    texts = list(pretraining_texts(seed, TEXTS))
     tokenizer = llama3_tokenizer(texts[:4000])
-    bos, end, turn = (tokenizer.token_to_id(t) for t in ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"))
+    documents = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    bos, end, turn = map(tokenizer.token_to_id, ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"))
     model = new_model(LLAMA3_SIZE, tokenizer.get_vocab_size(), bos, end, seed)
     set_copying_heads(model)
-    documents = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
-    words, pieces = sum(len(t.split()) for t in texts), sum(map(len, documents))
-    log(f"{out.name}: {model.num_parameters():,} parameters, {pieces:,} tokens, {pieces / words:.2f} tokens a word")
-    generation = {
-        "bos_token_id": bos,
-        "eos_token_id": [end, turn],
-        "do_sample": True,
-        "temperature": 0.6,
-        "top_p": 0.9,
-    }
-
-    def save():
-        fresh = out.with_name(f".{out.name}.{os.getpid()}")
-        shutil.rmtree(fresh, ignore_errors=True)
-        save_model(model, fresh, generation)
-        write_tokenizer(fresh, tokenizer, LLAMA3_SPECIAL, llama3_tokenizer_config())
-        replace_folder(fresh, out)
-
-    save()
-    pretrain(model, documents, bos, seed, save, log)
+    pretrain(model, documents, bos, seed)
+    save(folder, model, tokenizer, LLAMA3_SPECIAL, LLAMA3_TOKENIZER_CONFIG, [end, turn])
 
 
-def build_llama2(out, seed, log):
-    tokenizer = llama2_tokenizer(texts_for(seed, 3000))
-    model = new_model(LLAMA2_SIZE, tokenizer.get_vocab_size(), 1, 2, seed)
-    log(f"{out.name}: {model.num_parameters():,} parameters")
-    fresh = out.with_name(f".{out.name}.{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
-    generation = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
-    save_model(model, fresh, generation)
-    write_tokenizer(fresh, tokenizer, ["<unk>", "<s>", "</s>"], llama2_tokenizer_config())
-    replace_folder(fresh, out)
+def build_llama2(folder, seed):
+    tokenizer = llama2_tokenizer(pretraining_texts(seed, 3000))
+    bos, end = map(tokenizer.token_to_id, ("<s>", "</s>"))
+    model = new_model(LLAMA2_SIZE, tokenizer.get_vocab_size(), bos, end, seed)
+    save(folder, model, tokenizer, LLAMA2_SPECIAL, LLAMA2_TOKENIZER_CONFIG, end)
 
 
 BUILDERS = {"tiny_llama3": build_llama3, "tiny_llama2": build_llama2}
 
 
-def build(name, out, seed):
-    """Writes the tiny Llama called name ("tiny_llama3" or "tiny_llama2") to the folder out/name."""
-    if name not in BUILDERS:
-        raise ValueError(f"no tiny Llama is called {name!r}; there are {', '.join(BUILDERS)}")
-    out = Path(out) / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    BUILDERS[name](out, seed, lambda line: print(line, flush=True))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--out", default=Path(__file__).parent / "fixtures", type=Path)
-    parser.add_argument("--names", nargs="+", choices=list(BUILDERS), default=list(BUILDERS))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "fixtures")
+    parser.add_argument("--only", choices=BUILDERS, nargs="+", default=list(BUILDERS))
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    for name in arguments.names:
-        build(name, arguments.out, arguments.seed)
+    args = parser.parse_args()
+    for name in args.only:
+        BUILDERS[name](args.out / name, args.seed)
+        print(f"wrote {args.out / name}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
