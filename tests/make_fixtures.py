@@ -88,52 +88,49 @@ ground: Park|Lane|Road|Field
 
 # What a chat may be about: each slot of a scene gets one of these, drawn once per dialogue.
 SLOTS_TEXT = """
-place: library|park|swimming pool|market|new cafe|museum|train station|gym|pizzeria|harbour|old theatre|shopping
-  centre|bakery|bus stop|tennis court|university|town hall|ice rink|fish bar|bookshop|post office|hospital|playground
+place: library|park|swimming pool|market|new cafe|museum|train station|gym|pizzeria|harbour|old theatre|
+  shopping centre|bakery|bus stop|tennis court|university|town hall|ice rink|fish bar|bookshop|post office|hospital|
+  playground
 day: Monday|Tuesday|Wednesday|Thursday|Friday|Saturday|Sunday
 time: 7 am|8.30|9 am|10 o'clock|11.15|noon|1 pm|2.30|3 pm|4.45|5 pm|5.30|6 pm|6.30|7 pm|7.45|8 pm|8.15|9 pm|10.30
-thing: purse|passport|blue scarf|phone charger|umbrella|house key|wallet|notebook|bus ticket|camera|watch|left
-  glove|sunglasses case|library card|guitar|laptop bag|red jacket|earring|hat|water bottle|driving licence
-spot: under the sofa|behind the door|in the fridge|on the balcony|between two cushions|next to the sink|in my car|on
-  the piano|under the cat|in the laundry|behind the toaster|on top of the shelf|in the bathroom|under a book
-gift: coffee machine|cookbook|bicycle helmet|tea set|backpack|concert ticket|board game|lamp|jigsaw|pair of
-  headphones|silk scarf|telescope|plant|massage voucher|wool blanket|chess set|painting kit|teapot|watch|fountain
-  pen|tent
+thing: purse|passport|blue scarf|phone charger|umbrella|house key|wallet|notebook|bus ticket|camera|watch|left glove|
+  sunglasses case|library card|guitar|laptop bag|red jacket|earring|hat|water bottle|driving licence
+spot: under the sofa|behind the door|in the fridge|on the balcony|between two cushions|next to the sink|in my car|
+  on the piano|under the cat|in the laundry|behind the toaster|on top of the shelf|in the bathroom|under a book
+gift: coffee machine|cookbook|bicycle helmet|tea set|backpack|concert ticket|board game|lamp|jigsaw|pair of headphones|
+  silk scarf|telescope|plant|massage voucher|wool blanket|chess set|painting kit|teapot|watch|fountain pen|tent
 money: 12|15|18|20|25|30|35|40|45|50|60|65|70|80|90|120
 subject: maths|history|biology|French|chemistry|Latin|statistics|physics|law|economics|German|geography|music
-food: lasagne|pancakes|onion soup|chicken curry|dumplings|apple pie|paella|fish stew|mushroom
-  risotto|tacos|goulash|potato salad|carrot cake|vegetable pie|meatballs|noodles|pizza|chocolate cake|stuffed
-  peppers|cheesecake|sushi
-ingredient: butter|milk|basil|garlic|flour|eggs|cheese|rice|tomatoes|lemons|cream|honey|yoghurt|onions|olive
-  oil|sugar|bread|mushrooms|pepper|apples|ginger|coffee|parsley|bananas|spinach|mustard
+food: lasagne|pancakes|onion soup|chicken curry|dumplings|apple pie|paella|fish stew|mushroom risotto|tacos|goulash|
+  potato salad|carrot cake|vegetable pie|meatballs|noodles|pizza|chocolate cake|stuffed peppers|cheesecake|sushi
+ingredient: butter|milk|basil|garlic|flour|eggs|cheese|rice|tomatoes|lemons|cream|honey|yoghurt|onions|olive oil|sugar|
+  bread|mushrooms|pepper|apples|ginger|coffee|parsley|bananas|spinach|mustard
 tool: drill|ladder|sewing machine|hammer|lawn mower|bike pump|saw|paint roller|vacuum cleaner|trailer|wheelbarrow|rake
-job: fix the roof|paint the kitchen|put up some shelves|repair the fence|clean the attic|build a bed|hang the
-  curtains|mend the gate|decorate the hall|tidy the garden|install a lamp|make a costume|renovate the bathroom|build a
-  shed
+job: fix the roof|paint the kitchen|put up some shelves|repair the fence|clean the attic|build a bed|hang the curtains|
+  mend the gate|decorate the hall|tidy the garden|install a lamp|make a costume|renovate the bathroom|build a shed
 illness: the flu|a bad cold|a migraine|a fever|a toothache|food poisoning|a sore throat|an ear infection|a cough
 remedy: cough syrup|ginger tea|painkillers|chicken soup|oranges|tissues|lemons|throat sweets|vitamins|bananas|honey
-company: Norbank|Fernlight|Bluewater Foods|Castle Travel|Redstone Media|Hillside Hospital|Orion
-  Toys|Greenleaf|Tidal|the Daily Post|Silverline|Harper and Sons|Maple Books|Sunrise Energy|Polar Logistics|the city
-  council
+company: Norbank|Fernlight|Bluewater Foods|Castle Travel|Redstone Media|Hillside Hospital|Orion Toys|Greenleaf|Tidal|
+  the Daily Post|Silverline|Harper and Sons|Maple Books|Sunrise Energy|Polar Logistics|the city council
 profession: designer|nurse|bookkeeper|translator|cook|driver|teacher|lawyer|programmer|gardener|receptionist|editor
 clothes: black suit|grey jacket|white shirt|blue blazer|new coat|silk blouse|green tie|leather belt|velvet jacket
 pet: parrot|rabbit|cat|old dog|tortoise|hamster|snake|puppy|guinea pig|goldfish|canary|ferret|lizard|pony
 petfood: carrots|tuna|dry biscuits|lettuce|boiled rice|sunflower seeds|cucumber|chicken|hay|apples|corn|worms
 vehicle: train|bus|plane|ferry|night train|coach|boat
-cause: a tree fell on the line|the driver is ill|there was a storm|the engine is broken|somebody pulled the alarm|there
-  is ice on the road|the staff is on strike|a cow is on the track|the computers are down|a bridge is closed
+cause: a tree fell on the line|the driver is ill|there was a storm|the engine is broken|somebody pulled the alarm|
+  there is ice on the road|the staff is on strike|a cow is on the track|the computers are down|a bridge is closed
 device: laptop|phone|printer|tablet|camera|radio|television|game console|keyboard|washing machine|dishwasher
-fault: won't start|makes a strange sound|shows a blue screen|smells of smoke|has a crack|switches off by itself|is as
-  slow as a snail|beeps every minute|got wet|has no sound|refuses to charge|keeps freezing
+fault: won't start|makes a strange sound|shows a blue screen|smells of smoke|has a crack|switches off by itself|
+  is as slow as a snail|beeps every minute|got wet|has no sound|refuses to charge|keeps freezing
 furniture: piano|wardrobe|sofa|fridge|bookcase|desk|double bed|oak table|washing machine|bathtub|mirror|armchair
 sport: football|volleyball|badminton|basketball|tennis|table tennis|hockey|climbing|bowling|yoga|squash|rowing
 bodypart: knee|ankle|shoulder|back|wrist|elbow|foot|hip|thumb|neck|toe
 lodging: tent|small cottage|houseboat|youth hostel|flat|caravan|wooden cabin|guest house|farmhouse|tiny hotel
-success: the promotion|my driving licence|a new job|my diploma|the scholarship|the role in the play|a book contract|the
-  keys to my flat|a place at university|a dog|the prize|the lead in the choir|a permanent contract
+success: the promotion|my driving licence|a new job|my diploma|the scholarship|the role in the play|a book contract|
+  the keys to my flat|a place at university|a dog|the prize|the lead in the choir|a permanent contract
 document: report|budget|contract|presentation|timetable|translation|newsletter|survey|invoice|brochure|speech|plan
-excuse: my computer crashed|my son is ill|the figures were wrong|the printer broke down|nobody sent me the photos|the
-  internet was down|I was in {town}|I had three other projects|the client changed everything|I lost my notes
+excuse: my computer crashed|my son is ill|the figures were wrong|the printer broke down|nobody sent me the photos|
+  the internet was down|I was in {town}|I had three other projects|the client changed everything|I lost my notes
 noise: loud music|drilling|barking|shouting|piano playing|hammering|singing|strange humming|crash|trumpet playing
 course: pottery|salsa|Spanish|photography|boxing|knitting|guitar|Italian|chess|baking|drawing|sewing|Japanese|diving
 carpart: headlight|left mirror|bumper|back window|front door|number plate|windscreen|exhaust|boot|bonnet
@@ -706,7 +703,7 @@ def read_kinds():
 
 
 FIRST_NAMES, SURNAME_A, SURNAME_B, TOWN_A, TOWN_B, COLOURS, NOUNS = dict(entries_of(NAMES_TEXT, " ")).values()
-THINGS, SLOTS = (dict(entries_of(text, r"\|")) for text in (THINGS_TEXT, SLOTS_TEXT))
+THINGS, SLOTS = (dict(entries_of(text, r"\| ?")) for text in (THINGS_TEXT, SLOTS_TEXT))
 FILLERS = dict(entries_of(FILLERS_TEXT, r"(?<=\.) "))
 KINDS, SCENES = read_kinds(), blocks_of(SCENES_TEXT, " / ")
 
@@ -892,7 +889,7 @@ def samsum_rows(seed):
             lines, summaries = make_dialogue(rng, SCENES[len(rows) % len(SCENES)])
             if not 40 <= len(" ".join(lines).split()) <= 90 or not is_new("\n".join(lines), seen):
                 continue
-            if rng.random() < 1 / 6:
+            if rng.random() < 1 / 6:  # the hub's share of chats with a placeholder
                 speaker = rng.choice(lines).split(":")[0]
                 attached = rng.choice(["file_photo", "file_photo", "file_gif", "file_other"])
                 lines.insert(rng.randint(1, len(lines)), f"{speaker}: <{attached}>")
@@ -900,7 +897,7 @@ def samsum_rows(seed):
         rng.shuffle(rows)
     plant_samsum(rng, **splits)
     for row in sum(splits.values(), []):
-        # line ends and blanks at the end as in the hub's files
+        # "\r\n" in 88 % of the rows, as on the hub; the planted dialogue without lines draws nothing
         line_end = "\r\n" if row["lines"] and rng.random() < 0.88 else "\n"
         row["dialogue"] = line_end.join(row["lines"])
         if rng.random() < 0.18:
@@ -1026,10 +1023,11 @@ def add_pages(rng, page, others):
 
 def split_rows(rng, split, ids, names, seen):
     """The rows of a split, two questions on each page; `names` and `seen` questions are not used again."""
+    # (short answer, type, sentence) as in INSIDE_WORDS; without them the page just does not say the answer
     unanswerable = [("", "", "")] * PLANTED[f"trivia_qa_no_alias_in_pages_{split}"] + INSIDE_WORDS[split]
     rows, others = [], []
     while len(rows) < TRIVIA_QA_ROWS[split]:
-        flawed = bool(unanswerable) and len(rows) > 20
+        flawed = bool(unanswerable) and len(rows) > 20  # the other pages must come from somewhere
         entity = make_entity(rng, rng.choice(KINDS) if flawed else KINDS[len(rows) // 2 % len(KINDS)])
         asked = rng.sample(entity["kind"]["attributes"], 1 if flawed else 2)
         short, value_type, sentence = unanswerable[-1] if flawed else ("", "", "")
@@ -1073,7 +1071,7 @@ def plant_trivia_qa(rng, train, validation):
         sound = [row for row in rows if holds_alias(row["answer"]["aliases"], row["entity_pages"]["wiki_context"])]
         return iter(rng.sample(sound, count))
 
-    rows, validation_rows = some(train, 40), some(validation, 8)
+    rows, validation_rows = some(train, 40), some(validation, 8)  # more than are used
     next(rows)["entity_pages"] = dict.fromkeys(PAGE_FIELDS, [])
     next(rows)["answer"] = answer_column([])
     next(rows)["question"] = ""
@@ -1101,7 +1099,7 @@ def trivia_qa_schema():
     from datasets import Features
 
     text = pa.string()
-    texts = pa.list_(pa.field("element", text))
+    texts = pa.list_(pa.field("element", text))  # pyarrow's own name for it is "item"
     numbers = pa.list_(pa.field("element", pa.int32()))
     pages = dict.fromkeys(PAGE_FIELDS, texts)
     results = dict.fromkeys(RESULT_FIELDS, texts) | {"rank": numbers}
