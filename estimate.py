@@ -3,7 +3,6 @@
 Sizes are counted on the meta device, where tensors have shapes and no numbers: an 8B model takes two seconds.
 """
 
-import argparse
 import math
 import os
 from datetime import timedelta
@@ -12,6 +11,7 @@ from common import fail, say
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, 8-bit scale per 64, float32 scale per 256 of those
 GPU_MEMORY = 24e9  # bytes to compare with where there is no GPU
+SAVERS = "try --activation-checkpointing on, then a smaller --max-length or model; --dry-run shows what each takes"
 CHECKPOINTING_ABOVE = 0.75  # of the GPU's memory
 
 
@@ -128,26 +128,6 @@ def wants_checkpointing(shape, packed, args):
     return torch.cuda.is_available() and sum(without.values()) > CHECKPOINTING_ABOVE * gpu_memory()
 
 
-def memory_advice(shape, packed, args):
-    """The settings that save most memory, with what they save, as a piece of a sentence."""
-    tokens, labels = pass_size(packed, args)
-    checkpointing = wants_checkpointing(shape, packed, args)
-
-    def total(share=1.0, checkpointing=checkpointing, **changes):
-        changed = argparse.Namespace(**vars(args) | changes)
-        return sum(memory(shape, changed, tokens * share, labels * share, checkpointing).values())
-
-    changes = {
-        "--activation-checkpointing on": total(checkpointing=True),
-        f"--max-length {args.max_length // 2}": total(0.5),
-        "--per-device-train-batch-size 1": total(1 / args.per_device_train_batch_size),
-        "--load-in-4bit": total(load_in_4bit=True),
-        "--lora-dropout 0": total(lora_dropout=0),
-    }
-    saved = sorted(((total() - size) / 1e9, flag) for flag, size in changes.items())[::-1]
-    return ", ".join(f"{flag} saves about {size:.1f} GB" for size, flag in saved[:3] if size >= 0.05)
-
-
 def optimizer_steps(packed, args):
     """As the Trainer counts them."""
     passes = math.ceil(len(packed) / (args.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", 1))))
@@ -195,5 +175,4 @@ def dry_run(shape, tokens, packed, args):
     line(f"time at {args.dry_run_tflops:g} TFLOP/s", map(str, times))
     say("validation, loading and the driver's own memory (about 0.5 GB) come on top")
     if sum(parts[args.activation_checkpointing == "off"].values()) > gpu_memory():
-        advice = memory_advice(shape, packed, args) or "take a smaller model"
-        say(f"warning: that is more than the GPU's {gpu_memory() / 1e9:.0f} GB: {advice}")
+        say(f"warning: that is more than the GPU's {gpu_memory() / 1e9:.0f} GB: {SAVERS}")

@@ -267,17 +267,18 @@ def make_trainer(args, model, tokenizer, train, validation, checkpointing=False,
     return trainer
 
 
-def train_until_done(trainer, checkpoint, out_of_memory_advice):
+def train_until_done(trainer, checkpoint):
     """Run trainer.train, from the folder of a checkpoint or None; what ends it early ends the script in a sentence."""
     import torch
 
+    from estimate import SAVERS
     from trainer import catch_signals
 
     catch_signals(trainer)
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except torch.OutOfMemoryError as error:
-        fail(f"out of GPU memory ({first_line(error)}): {out_of_memory_advice()}", in_any_process=True)
+        fail(f"out of GPU memory ({first_line(error)}): {SAVERS}", in_any_process=True)
     state = trainer.state
     if trainer.stop_signal and state.global_step < state.max_steps:
         say(f"stopped at step {state.global_step} of {state.max_steps}: the same command goes on from there")
@@ -365,7 +366,7 @@ def save_adapter(args, tokenizer, trainer, run):
 
 def train(args, base, rows):
     """Train on {split: rows} from wherever this run was, and write the adapter."""
-    from estimate import memory_advice, model_shape, wants_checkpointing
+    from estimate import model_shape, wants_checkpointing
 
     run = run_identity(args, base, rows)
     start, checkpoint = where_to_start(args, run)
@@ -387,7 +388,7 @@ def train(args, base, rows):
             shutil.rmtree(old, ignore_errors=True)
     if folder:
         say(f"going on from {folder}")
-    train_until_done(trainer, folder, lambda: memory_advice(shape, packed, args))
+    train_until_done(trainer, folder)
     result = summary(args, base, trainer, len(tokens))
     if is_main():
         save_adapter(args, tokenizer, trainer, result)

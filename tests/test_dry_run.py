@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,15 +101,15 @@ def test_the_activations_are_those_autograd_keeps(dropout, factor, in_4bit, tmp_
     shape = shape_of(tmp_path / "1", args)
     shape["lora_inputs"] *= factor
     passing = 4 * 384 * shape["mlp"]  # of the backward pass of one layer: not kept
-    assert estimate.memory(shape, args, 384, 0, checkpointing=False)["activations"] - passing == pytest.approx(
-        (kept[1] - kept[0]) / 2, rel=0.05
-    )
+    told = estimate.memory(shape, args, 384, 0, checkpointing=False)["activations"] - passing
+    assert 0.97 <= told / ((kept[1] - kept[0]) / 2) <= 1  # what it leaves out: a few numbers a token
 
 
-def test_it_counts_the_steps_that_the_run_then_takes(dataset, tmp_path):
+@pytest.mark.parametrize("passes, epochs", [(2, "2"), (3, "2"), (3, "1.5")])
+def test_it_counts_the_steps_that_the_run_then_takes(passes, epochs, dataset, tmp_path):
     shutil.copytree(dataset / "dataset", tmp_path / "dataset")
-    arguments = ["--model", FIXTURES / "tiny_llama2", "--max-length", 256, "--gradient-accumulation-steps", 3]
-    arguments += ["--num-train-epochs", 1.5, "--output-dir", tmp_path]
+    arguments = ["--model", FIXTURES / "tiny_llama2", "--max-length", 256, "--gradient-accumulation-steps", passes]
+    arguments += ["--num-train-epochs", epochs, "--output-dir", tmp_path]
     told = run("train_llama.py", *arguments, "--dry-run").stdout
     assert run("train_llama.py", *arguments).returncode == 0
     done = json.loads((tmp_path / "adapter" / "run.json").read_text())
@@ -132,17 +133,29 @@ def test_a_run_that_learns_nothing_or_diverges_is_stopped(dataset, tmp_path, cap
         assert stopped.value.code == 2 and "lower --learning-rate" in capsys.readouterr().err
 
 
-def test_out_of_gpu_memory_names_what_helps_and_by_how_much(dataset, tmp_path, capsys):
-    trainer, _, _ = make_trainer(dataset, tmp_path)
-    args = train_llama.parse_args(["--model", str(FIXTURES / "tiny_llama3"), "--lora-dropout", "0.1"])
-    trainer.train = lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"))
-    shape, rows = shape_of(without_weights(tmp_path / "model", META_8B), args), trainer.train_dataset
+def test_out_of_gpu_memory_says_what_helps(capsys):
+    trainer = SimpleNamespace(train=lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(SystemExit) as stopped:
-        train_llama.train_until_done(trainer, None, lambda: estimate.memory_advice(shape, rows, args))
+        train_llama.train_until_done(trainer, None)
     message = capsys.readouterr().err
-    assert stopped.value.code == 2 and "out of GPU memory (CUDA out of memory" in message
-    for flag in ("--activation-checkpointing on", "--max-length 1024", "--lora-dropout 0"):
-        assert f"{flag} saves about " in message
+    assert stopped.value.code == 2 and "out of GPU memory (CUDA out of memory)" in message
+    assert "--activation-checkpointing on" in message
+
+
+def test_operations_by_hand():
+    shape = {"linear": 1000, "trainable": 10, "hidden": 4, "vocabulary": 50, "layers": 2, "query": 4}
+    # rows of 3 and 5 tokens, 2 with a loss: frozen 4 x 1000 x 8, trainable 6 x 10 x 8, head 4 x 4 x 50 x 2, and
+    # attention 7 x 2 layers x 4 channels x (9 + 25); checkpointing repeats the forward pass of all but the head
+    assert estimate.operations(shape, [3, 5], 2, checkpointing=False) == 32000 + 480 + 1600 + 1904
+    assert estimate.operations(shape, [3, 5], 2, checkpointing=True) == 48000 + 640 + 1600 + 2448
+
+
+def test_the_peak_is_the_larger_of_the_loss_and_the_last_layers_backward_pass(tmp_path):
+    args = train_llama.parse_args([])
+    shape = shape_of(without_weights(tmp_path / "model", META_8B), args)
+    peaks = [estimate.memory(shape, args, 2048, labels, checkpointing=True)["activations"] for labels in (0, 1, 2048)]
+    assert peaks[0] == peaks[1]  # one label's logits are less than a layer
+    assert peaks[2] == 32 * 2048 * 2 * 4096 + 12 * 2048 * 128256
 
 
 @pytest.mark.parametrize("name", ["no_proj", "lm_head", "embed_tokens", "input_layernorm"])

@@ -1,0 +1,39 @@
+"""README.md: its tables of settings are those of the scripts, its commands exist."""
+
+import importlib
+import re
+
+import pytest
+from conftest import ROOT
+
+import common
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NAMES = ("build_dataset", "train_llama", "test_llama", "evaluations", "merge_llama")
+
+
+def table_of(name):
+    """The table of a script's settings as it stands in the README: name, default, comment."""
+    module = importlib.import_module(name)
+    rows = [f"| {name}.py | default | |", "|---|---|---|"]
+    for setting, comment in common.settings_of(module).items():
+        value = getattr(module, setting)
+        shown = " ".join(value) if isinstance(value, list | tuple) else value
+        rows.append(f"| `{setting}` | {shown} | {comment} |".replace("|  |", "| |"))
+    return "\n".join(rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_settings_are_those_of_the_script(name):
+    assert f"\n{table_of(name)}\n" in README, f"README.md should say:\n\n{table_of(name)}\n"
+
+
+def test_files_and_flags_that_it_names_exist():
+    for file in set(re.findall(r"\b[\w/]+\.(?:py|sh|yaml|jinja|png)\b", README)):
+        assert (ROOT / file).exists() or file in ("loss.png",), file
+    flags = {
+        common.flag_of(setting) for name in NAMES for setting in common.settings_of(importlib.import_module(name))
+    }
+    known = flags | {flag.replace("--", "--no-", 1) for flag in flags}
+    known |= {"--num_processes", "--config_file", "--nproc_per_node"}  # of accelerate and torchrun
+    assert set(re.findall(r"--[a-z][\w-]+", README)) <= known
