@@ -20,23 +20,9 @@ import sys
 import time
 from pathlib import Path
 
+import common
 import llama
-from common import (
-    fail,
-    first_line,
-    git_commit,
-    is_main,
-    only_run_in,
-    parse_settings,
-    read_json,
-    read_manifest,
-    refuse_another,
-    say,
-    script,
-    sha256,
-    versions,
-    whole_folder,
-)
+from common import fail, first_line, is_main, say
 
 # Settings: edit here, or override for one run on the command line.
 # An 8B model on 24 GB, by --dry-run: 5.7 GB of 4-bit weights and 16-bit embeddings, 0.2 GB of adapter, gradients and
@@ -90,7 +76,7 @@ HIDDEN = ("settings", "run", "versions", "git_commit", "adapter_sha256")  # of r
 
 
 def parse_args(argv=None):
-    args = parse_settings(sys.modules[__name__], argv, CHOICES)
+    args = common.parse_settings(sys.modules[__name__], argv, CHOICES)
     if args.lora_dropout >= 1:
         fail("--lora-dropout must be below 1")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
@@ -113,7 +99,7 @@ def last_checkpoint(folder):
     """
     found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
     for path in sorted(found, key=step_of, reverse=True):
-        manifest, broken = read_manifest(path)
+        manifest, broken = common.read_manifest(path)
         if not broken:
             return path, manifest
         say(f"warning: {path} is broken ({', '.join(broken)}): going back to the one before")
@@ -132,7 +118,7 @@ def where_to_start(args, run):
     A stopped run goes on, with --overwrite and without, beside whatever older adapter is still there.
     """
     output = Path(args.output_dir)
-    old = read_json(output / "adapter" / "run.json")
+    old = common.read_json(output / "adapter" / "run.json")
     finished = old.get("run") == run and (output / "adapter" / "adapter_model.safetensors").is_file()
     if finished and not args.overwrite:
         return "finished", None
@@ -142,9 +128,9 @@ def where_to_start(args, run):
         return "go on", checkpoint
     remedy = "give its settings again to go on with it, or --overwrite to start afresh, or another --output-dir"
     if checkpoint and not args.overwrite:
-        refuse_another(checkpoint[0], checkpoint[1].get("run", {}), run, remedy)
+        common.refuse_another(checkpoint[0], checkpoint[1].get("run", {}), run, remedy)
     if (output / "adapter").exists() and not args.overwrite:
-        refuse_another(output / "adapter", old.get("run", {}), run, remedy)
+        common.refuse_another(output / "adapter", old.get("run", {}), run, remedy)
     return "afresh", None
 
 
@@ -286,26 +272,20 @@ def train_until_done(trainer, checkpoint):
 
 
 def draw_loss(history, best_step, path):
-    import matplotlib
+    """A plot of the training loss and each task's validation loss by optimizer step."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    tasks = sorted({key for entry in history for key in entry if key.startswith("eval_") and key != "eval_loss"})
-    names = {"loss": "training"} | {key: "validation " + key[5:-5] for key in tasks}
-    for key, label in names.items():
+    figure = Figure(figsize=(8, 4.5), layout="tight")
+    axes = figure.subplots()
+    for key in sorted({key for entry in history for key in entry if key.endswith("loss")} - {"eval_loss"}):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o" if key != "loss" else None, label=label)
+        label = "training" if key == "loss" else f"validation {key[5:-5]}"
+        axes.plot(*zip(*points, strict=True), marker="" if key == "loss" else "o", label=label)
     axes.axvline(best_step, color="gray", linestyle=":", label="adapter kept")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per completion token)", title="Training")
-    axes.set_ylim(bottom=0)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per completion token)", title="Training", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def mean_training_loss(history):
@@ -329,8 +309,8 @@ def summary(args, base, trainer, train_rows):
         "base_model": base,
         "settings": vars(args),
         "run": trainer.run,
-        "versions": versions("torch", "transformers", "trl", "peft", "bitsandbytes"),
-        "git_commit": git_commit(),
+        "versions": common.versions("torch", "transformers", "trl", "peft", "bitsandbytes"),
+        "git_commit": common.git_commit(),
         "attention": trainer.model.config._attn_implementation,
         "train_rows": train_rows,
         "sequences": len(trainer.train_dataset),
@@ -350,17 +330,17 @@ def save_adapter(args, tokenizer, trainer, run):
     """Put adapter/ in place: the files of the best checkpoint, with what a reader wants to know of the run."""
     output = Path(args.output_dir)
     best = output / "checkpoints" / f"checkpoint-{run['best_step']}"
-    _, broken = read_manifest(best)
+    _, broken = common.read_manifest(best)
     if broken:
         fail(f"{best}, the best one, is broken ({', '.join(broken)}): something else wrote there; train again")
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-    with whole_folder(output / "adapter") as fresh:
+    with common.whole_folder(output / "adapter") as fresh:
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             shutil.copy(best / name, fresh)
         tokenizer.save_pretrained(fresh)
         (fresh / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
         draw_loss(history, run["best_step"], fresh / "loss.png")
-        run["adapter_sha256"] = sha256(fresh / "adapter_model.safetensors")
+        run["adapter_sha256"] = common.sha256(fresh / "adapter_model.safetensors")
         (fresh / "run.json").write_text(json.dumps(run, indent=2) + "\n")
 
 
@@ -408,7 +388,7 @@ def tell_costs(args, base, rows):
     dry_run(shape, tokens, pack(tokens, args), args)
 
 
-@script
+@common.script
 def main(argv=None):
     args = parse_args(argv)
     base = llama.find_model(args.model)
@@ -417,7 +397,7 @@ def main(argv=None):
     if args.dry_run:
         tell_costs(args, base, rows["train"])
         return
-    with only_run_in(args.output_dir):
+    with common.only_run_in(args.output_dir):
         train(args, base, rows)
 
 
