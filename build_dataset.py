@@ -11,7 +11,6 @@ Writes: OUTPUT_DIR/dataset/ (a DatasetDict: train, validation, test) and OUTPUT_
     python build_dataset.py --samsum tests/fixtures/samsum --trivia-qa tests/fixtures/trivia_qa
 """
 
-import argparse
 import csv
 import hashlib
 import json
@@ -20,20 +19,26 @@ import multiprocessing
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import threading
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
+import pyarrow
 import pyarrow.parquet as pq
 from tqdm import tqdm
+
+import common
+from common import fail, first_line, only_run_in, parse_settings, say, script, sha256, whole_folder, write_whole
 
 # Settings: edit here, or override for one run on the command line.
 SAMSUM = "knkarthick/samsum"  # hub id or local folder with train.csv, validation.csv, test.csv
@@ -50,6 +55,7 @@ NUM_PROC = 0  # processes that choose contexts; 0 = one per CPU
 OUTPUT_DIR = "outputs"
 
 # Fixed
+CHOICES = {"TASKS": common.TASKS, "CONTEXT": ("question", "first", "none")}
 PROMPTS = {  # the prompt ends without a blank and the completion begins with one, so both tokenizers split there
     "samsum": "Summarize the dialogue.\n\nDialogue:\n{dialogue}\n\nSummary:",
     "trivia_qa": "Answer the question from the context.\n\nContext:\n{context}\n\nQuestion: {question}\nAnswer:",
@@ -57,12 +63,10 @@ PROMPTS = {  # the prompt ends without a blank and the completion begins with on
 }
 LICENCES = {"samsum": "CC BY-NC-ND 4.0", "trivia_qa": "Apache 2.0; its pages: Wikipedia, CC BY-SA"}
 SPLITS = ("train", "validation", "test")
-CONTEXTS = ("question", "first", "none")
 SAMSUM_COLUMNS = ("id", "dialogue", "summary")
 TRIVIA_QA_TEXTS = ("question", "question_id", "answer.value", "answer.aliases.*", "entity_pages.wiki_context.*")
 PASSAGE_WORDS = 100  # a passage ends at the first sentence or line end after so many words
 NEAR = 0.8  # Jaccard similarity of word 5-grams from which two texts are near duplicates
-BANDS, ROWS = 16, 4  # of the MinHash index: finds 99.98 % of the pairs at NEAR; the exact similarity then decides
 BM25_K1, BM25_B = 1.2, 0.75  # Robertson & Zaragoza 2009
 LINE_ENDS = ("\r\n", "\r", "\x0b", "\x0c", "\x85", "\u2028", "\u2029")
 INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
@@ -72,83 +76,82 @@ STOP_WORDS = (  # left out of the query: rare in a page or not, they say nothing
     "may might must my no not of on or our s she should so t than that the their then there these they this those to "
     "was we were what when where which who whom whose why will with would you your"
 )
+normalized = common.normalize_answer.__wrapped__  # past its cache, which would keep every context in memory
+
+
+class Row(NamedTuple):
+    """A row as it was drawn, not yet rendered."""
+
+    id: str
+    key: str  # what two rows must share to be the same; "" where there is no text
+    place: tuple  # samsum: (dialogue, summary); trivia_qa: (file, row group, row), where question and pages are
+
+
+class NearTexts:
+    """Texts by the word 5-grams they hold: an inverted index, so that every similarity found is exact."""
+
+    def __init__(self, keys):
+        self.sizes = {}  # of a text: how many different 5-grams it has
+        self.holders = defaultdict(list)
+        for key in filter(None, dict.fromkeys(keys)):
+            grams = word_5_grams(key)
+            self.sizes[key] = len(grams)
+            for gram in grams:
+                self.holders[gram].append(key)
+
+    def near(self, key):
+        """The texts with a Jaccard similarity to this one of NEAR or more, itself among them, best first."""
+        grams = word_5_grams(key)
+        shared = Counter(other for gram in grams for other in self.holders.get(gram, ()))
+        found = [(n / (len(grams) + self.sizes[other] - n), other) for other, n in shared.items()]
+        return [other for similarity, other in sorted(found, reverse=True) if similarity >= NEAR]
+
+
+def word_5_grams(key):
+    words = key.split()
+    return {" ".join(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--samsum", default=SAMSUM, help="hub id or local folder")
-    parser.add_argument("--trivia-qa", default=TRIVIA_QA, help="hub id or local folder")
-    parser.add_argument("--trivia-qa-config", default=TRIVIA_QA_CONFIG, help="folder of the trivia_qa repository")
-    parser.add_argument("--tasks", nargs="+", choices=list(LICENCES), default=TASKS, help="tasks to combine")
-    parser.add_argument("--context", choices=CONTEXTS, default=CONTEXT, help="how a question gets its context")
-    parser.add_argument("--max-context-words", type=int, default=MAX_CONTEXT_WORDS, help="words of context per prompt")
-    for split in SPLITS:
-        default = globals()[f"{split.upper()}_EXAMPLES_PER_TASK"]
-        parser.add_argument(f"--{split}-examples-per-task", type=int, default=default, help="rows of each; 0 = all")
-    parser.add_argument("--seed", type=int, default=SEED, help="of drawing and shuffling")
-    parser.add_argument("--num-proc", type=int, default=NUM_PROC, help="processes; 0 = one for each CPU")
-    parser.add_argument("--output-dir", default=OUTPUT_DIR, help="where dataset/ is written")
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        least = 1 if name == "max_context_words" else 0
-        if isinstance(value, int) and not least <= value < 2**31:
-            parser.error(f"--{name.replace('_', '-')} must be {least} or more and below 2**31")
+    args = parse_settings(sys.modules[__name__], argv, CHOICES)
+    if not args.tasks or isinstance(args.tasks, str):
+        fail(f"--tasks must be a list of one or both of {', '.join(common.TASKS)}")
     if not re.fullmatch(r"[\w.-]+", args.trivia_qa_config):
-        parser.error("--trivia-qa-config must be the name of a folder")
+        fail("--trivia-qa-config must be the name of a folder")
     args.tasks = sorted(set(args.tasks))
-    if not args.tasks or set(args.tasks) - set(LICENCES) or args.context not in CONTEXTS:
-        parser.error(f"--tasks or --context has a value that is none of {', '.join((*LICENCES, *CONTEXTS))}")
     return args
 
 
-def fail(message):
-    """Print one sentence on stderr and exit with code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 def find_files(task, args):
-    """{split: sorted paths} of a task's source, and what the report says of it; hub files land in the hub's cache."""
+    """{split: sorted paths} of a task's source, and what the report says of it."""
     source = getattr(args, task)
     patterns = {split: f"{split}.csv" for split in SPLITS}
     if task == "trivia_qa":  # the hub's test has no answers: its validation is our test, ours is carved out of train
-        patterns = {"train": "train-*.parquet", "test": "validation-*.parquet"}
-        patterns = {split: f"{args.trivia_qa_config}/{pattern}" for split, pattern in patterns.items()}
-    folder, revision = Path(source), None
-    if not folder.is_dir():
-        if source.startswith((".", "/", "~")) or source.count("/") != 1:
-            fail(f"{task}: no folder {source}, and it is no hub id (owner/name) either")
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(source, repo_type="dataset", allow_patterns=list(patterns.values())))
-        except Exception as error:  # a dozen kinds, from no network to no such repository
-            fail(f"{task}: cannot load {source} ({first_line(error)}): check the name and the network, or give a "
-                 f"local folder with --{task.replace('_', '-')}")  # fmt: skip
-        revision = folder.name
-    files = {split: sorted(folder.glob(pattern)) for split, pattern in patterns.items()}
+        folder = args.trivia_qa_config
+        patterns = {"train": f"{folder}/train-*.parquet", "test": f"{folder}/validation-*.parquet"}
+    local = Path(source).is_dir()
+    root = Path(source) if local else fetch(task, source, list(patterns.values()))
+    files = {split: sorted(root.glob(pattern)) for split, pattern in patterns.items()}
     for split, pattern in patterns.items():
         if not files[split]:
             fail(f"{task}: no {pattern} in {source}: the folder must be laid out like the hub repository")
-    hashes = {path.relative_to(folder).as_posix(): sha256(path) for paths in files.values() for path in paths}
+    hashes = {path.relative_to(root).as_posix(): sha256(path) for paths in files.values() for path in paths}
+    revision = None if local else root.name
     return files, {"source": source, "revision": revision, "licence": LICENCES[task], "sha256": hashes}
 
 
-def sha256(path):
-    digest = hashlib.sha256()
+def fetch(task, source, patterns):
+    """The folder in the hub's cache that holds these files of a dataset repository; its name is the commit."""
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        fail(f"{task}: no folder {source}, and it is no hub id (owner/name) either")
+    from huggingface_hub import snapshot_download
+
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        fail(f"cannot read {path}: {error.strerror}")
-    return digest.hexdigest()
+        return Path(snapshot_download(source, repo_type="dataset", allow_patterns=patterns))
+    except Exception as error:  # a dozen kinds, from no network to a full disk
+        flag = f"--{task.replace('_', '-')}"
+        remedy = f"check the name and the network, or give a local folder with {flag}"
+        fail(f"{task}: cannot load {source} ({first_line(error)}): {remedy}")
 
 
 def clean(text):
@@ -161,7 +164,8 @@ def clean(text):
     for end in LINE_ENDS:
         text = text.replace(end, "\n")
     text = INVISIBLE.sub("", text.replace("\t", " ").replace("\xa0", " "))
-    text = "\n".join(line.strip(" ") for line in re.sub("  +", " ", text).split("\n"))
+    text = re.sub("  +", " ", text)
+    text = "\n".join(line.strip(" ") for line in text.split("\n"))
     return re.sub("\n\n\n+", "\n\n", text).strip() or None
 
 
@@ -170,14 +174,13 @@ def one_line(text):
     return text and re.sub(r"\s+", " ", text)
 
 
-def normalized(text):
-    """TriviaQA's comparison form (official evaluation script): lower case, punctuation to space, no articles."""
-    text = re.sub(r"[!-/:-@\[-`{-~\u2018\u2019\u00b4]", " ", text.lower())
-    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+def comparison_key(text):
+    """What two texts must share to be the same; "" where there is no text."""
+    return normalized(unicodedata.normalize("NFKC", clean(text) or ""))
 
 
-def read_samsum(path, broken):
-    """[(id, dialogue, row)]; lines that are no CSV row of the header's columns go into the counter `broken`."""
+def read_samsum(path, counts):
+    """The Rows of a CSV file; lines that are no row of the header's columns are counted."""
     csv.field_size_limit(2**31 - 1)
     rows, in_step = [], True
     try:
@@ -186,136 +189,120 @@ def read_samsum(path, broken):
             header = next(reader, [])
             if missing := [column for column in SAMSUM_COLUMNS if column not in header]:
                 fail(f"samsum: {path} has no column {', '.join(missing)}")
-            while True:
-                try:
-                    fields = next(reader)
-                except StopIteration:
-                    return rows
-                except csv.Error as error:
-                    if "unexpected end" in str(error):
-                        raise
-                    fields = [""]
+            for fields in csv_rows(reader):
                 row = dict(zip(header, fields, strict=False))
                 # After a stray quote the reader may be inside a dialogue: a row counts again from the next real id on.
                 in_step = len(fields) == len(header) and (in_step or re.fullmatch(r"[\w-]*\d[\w-]*", row["id"]))
                 if in_step:
-                    rows.append((row["id"], row["dialogue"], row))
+                    place = (row["dialogue"], row["summary"])
+                    rows.append(Row(one_line(row["id"]), comparison_key(row["dialogue"]), place))
                 elif fields:  # not just an empty line
-                    broken["broken CSV line"] += 1
+                    counts["broken CSV line"] += 1
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         fail(f"samsum: cannot read {path} ({first_line(error)}): the file is cut off or no CSV in UTF-8")
-
-
-def read_trivia_qa(path, _):
-    """[(question id, question, (path, row group, row))], without touching the pages."""
-    rows = []
-    try:
-        with pq.ParquetFile(path) as file:
-            kinds = {re.sub(r"\.list\.\w+$", ".*", leaf.path): str(leaf.logical_type) for leaf in file.schema}
-            for name in TRIVIA_QA_TEXTS:
-                if kinds.get(name) != "String":
-                    fail(f"trivia_qa: {path} has no column {name} of texts: give files as the hub has them")
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=["question_id", "question"]).to_pydict()
-                pairs = enumerate(zip(table["question_id"], table["question"], strict=True))
-                rows += [(id_, question, (str(path), group, row)) for row, (id_, question) in pairs]
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        fail(f"trivia_qa: cannot read {path} ({first_line(error)}): the file is cut off or no parquet file")
     return rows
 
 
-def carve_validation(rows, limit, seed):
-    """(validation, train): a tenth of the rows, drawn with the seed, or as many as `limit` rows can need."""
-    rows = random.Random(seed).sample(rows, len(rows))
-    size = min(max(1, len(rows) // 10), with_spares(limit) or len(rows))
-    return rows[:size], rows[size:]
+def csv_rows(reader):
+    """Yield the fields of each row, one empty field in the place of a row with stray quotes."""
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "unexpected end" in str(error):
+                raise
+            yield [""]
+
+
+@contextmanager
+def open_parquet(path):
+    """A pyarrow ParquetFile; what is wrong with it ends the script, in whatever process it is read."""
+    try:
+        with pq.ParquetFile(path, buffer_size=1 << 20) as file:
+            yield file
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        fail(f"trivia_qa: cannot read {path} ({first_line(error)}): the file is cut off or no parquet file")
+
+
+def read_trivia_qa(path, _):
+    """The Rows of a parquet file, without touching the pages."""
+    rows = []
+    with open_parquet(path) as file:
+        kinds = {re.sub(r"\.list\.\w+$", ".*", leaf.path): str(leaf.logical_type) for leaf in file.schema}
+        for name in TRIVIA_QA_TEXTS:
+            if kinds.get(name) != "String":
+                fail(f"trivia_qa: {path} has no column {name} of texts: give files as the hub has them")
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=["question_id", "question"])
+            for number, row in enumerate(table.to_pylist()):
+                place = (str(path), group, number)
+                rows.append(Row(one_line(row["question_id"]), comparison_key(row["question"]), place))
+    return rows
+
+
+def draw_rows(task, files, args, counts):
+    """{split: [Row]}: all rows, in an order drawn with the seed."""
+    read = {"samsum": read_samsum, "trivia_qa": read_trivia_qa}[task]
+    rows = {}
+    for split, paths in files.items():
+        rows[split] = [row for path in paths for row in read(path, counts[split])]
+    if task == "trivia_qa":  # a tenth of train becomes validation, or as many rows as can be needed
+        drawn = shuffled(rows["train"], args.seed)
+        size = min(max(1, len(drawn) // 10), with_spares(args.validation_examples_per_task) or len(drawn))
+        rows["validation"], rows["train"] = drawn[:size], drawn[size:]
+    return {split: shuffled(rows[split], args.seed) for split in SPLITS}
+
+
+def shuffled(rows, seed):
+    return random.Random(seed).sample(rows, len(rows))
 
 
 def with_spares(limit):
     return limit and 2 * limit + 50  # some rows are dropped later
 
 
-def comparison_key(text):
-    """What two texts must share to be the same; "" where there is no text."""
-    return normalized(unicodedata.normalize("NFKC", clean(text) or ""))
+def take(rows, limit, refuse, render, counts):
+    """({key: rendered row}, hits) of the first `limit` rows that can be used and some spares; counts all others.
 
-
-def word_5_grams(key):
-    """The set of a text's word 5-grams and its MinHash."""
-    from datasketch import MinHash
-
-    words = key.split()
-    grams = {" ".join(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
-    minhash = MinHash(num_perm=BANDS * ROWS)
-    minhash.update_batch([gram.encode() for gram in grams])
-    return grams, minhash
-
-
-def index_texts(splits):
-    """({text: why rows of other splits that hold it must go}, MinHash index) of all test and validation texts.
-
-    Test goes before train and train before validation: what is in validation has no reason until train holds it.
+    refuse: the reason why a Row cannot be used, or None; render: [Row] to [(rendered row or reason, found)].
+    hits: how often each way to choose a context found the answer.
     """
-    from datasketch import MinHashLSH
+    kept, ids, hits = {}, set(), Counter()
+    while drawn := list(islice(rows, with_spares(limit - len(kept)) if limit else None)):
+        counts["looked at"] += len(drawn)
+        for row, (rendered, found) in zip(drawn, render(drawn), strict=True):
+            reason = refuse(row)
+            # Twins are told apart only now: a row that cannot be used makes no duplicate of the next one.
+            if not reason and (row.key in kept or row.id in ids):
+                reason = "duplicate" if row.key in kept else "duplicate id"
+            if not reason:
+                hits.update({"rows": 1} | found if found else {})
+                reason = rendered if isinstance(rendered, str) else None
+            if reason:
+                counts[reason] += 1
+            else:
+                kept[row.key] = rendered
+                ids.add(row.id)
+        if limit and len(kept) >= limit:
+            break
+    return kept, hits
 
-    reasons, lsh = {}, MinHashLSH(num_perm=BANDS * ROWS, params=(BANDS, ROWS))
-    for split, reason in (("test", "also in test"), ("validation", None)):
-        for key in (comparison_key(text) for _, text, _ in splits[split]):
-            if key and key not in reasons:
-                reasons[key] = reason
-                lsh.insert(key, word_5_grams(key)[1])
-    return reasons, lsh
 
-
-def near_matches(lsh, key):
-    """The other texts of the index with NEAR or more of their word 5-grams in common with this one, best first."""
-    grams, minhash = word_5_grams(key)
-    found = []
-    for other in lsh.query(minhash):
-        others = word_5_grams(other)[0]
-        found.append((len(grams & others) / len(grams | others), other))
-    return [other for similarity, other in sorted(found, reverse=True) if similarity >= NEAR and other != key]
-
-
-def overlap(split, key, reasons, lsh, examples):
-    """Why a text of train or validation cannot stay beside the other splits, or None."""
-    reason = reasons.get(key)
-    if reason and (split == "validation" or reason == "also in test"):
-        return reason
-    matches = near_matches(lsh, key)
-    for other in matches:
-        if reasons[other] == "also in test":
-            examples.append({"split": split, "text": key, "near": other})
-            return "nearly in test"
-    if split == "train":
-        reasons.update({other: reasons[other] or "nearly in train" for other in matches})
-        if key in reasons:
-            reasons[key] = "also in train"
+def refuse(row, others, split, task, examples):
+    """Why a row cannot be used beside the splits that go before its own, {split: NearTexts}; None where it can."""
+    if not row.id:
+        return "no id"
+    if not row.key:
+        return "empty dialogue" if task == "samsum" else "empty question"
+    for other, texts in others.items():
+        if row.key in texts.sizes:
+            return f"also in {other}"
+        if matches := texts.near(row.key):
+            examples.append({"split": split, "text": row.key, "near": matches[0]})
+            return f"nearly in {other}"
     return None
-
-
-def usable_rows(task, split, rows, texts, counts, examples):
-    """Yield where to find the rows that may be used, in order; the others are counted by reason."""
-    keys, ids = set(), set()
-    for row_id, text, where in rows:
-        row_id, key = one_line(row_id), comparison_key(text)
-        if not row_id:
-            reason = "no id"
-        elif not key:
-            reason = "empty dialogue" if task == "samsum" else "empty question"
-        elif key in keys:
-            reason = "duplicate"
-        elif row_id in ids:
-            reason = "duplicate id"
-        else:
-            reason = None if split == "test" else overlap(split, key, *texts, examples)
-        counts["looked at"] += 1
-        if reason:
-            counts[reason] += 1
-        else:
-            keys.add(key)
-            ids.add(row_id)
-            yield where
 
 
 def passages(pages):
@@ -330,16 +317,16 @@ def passages(pages):
                 result.append("".join(current))
                 current, words = [], 0
         result.append("".join(current))
-    return [passage for text in result if (passage := text.replace("\n ", "\n").strip())]
+    texts = [text.replace("\n ", "\n").strip() for text in result]
+    return [text for text in texts if text]
 
 
-def choose_context(question, pages, max_words):
-    """The passages nearest to the question by BM25 within its own pages, in document order, at most max_words words.
+def nearest_first(question, texts):
+    """The indices of texts by their BM25 with the question, best first; a tie goes to the earlier one.
 
-    After Clark & Gardner 2017, who rank by TF-IDF; BM25 needs only the question's words counted, which is faster.
-    Of the passage that no longer fits, the first whole sentences are taken.
+    Within a question's own pages, after Clark & Gardner 2017, who rank by TF-IDF; BM25 needs only the question's words
+    counted, which is faster.
     """
-    texts = passages(pages)
     query = set(re.findall(r"\w+", question.lower())) - set(STOP_WORDS.split())
     wanted = re.compile(rf"\b(?:{'|'.join(map(re.escape, query)) or '(?!)'})\b")
     counts = [Counter(wanted.findall(text.lower())) for text in texts]
@@ -351,23 +338,35 @@ def choose_context(question, pages, max_words):
         norm = BM25_K1 * (1 - BM25_B + BM25_B * len(texts[i]) / mean)
         return sum(idf[word] * tf * (BM25_K1 + 1) / (tf + norm) for word, tf in sorted(counts[i].items()))
 
+    return sorted(range(len(texts)), key=lambda i: (-score(i), i))
+
+
+def choose_context(question, pages, max_words):
+    """The passages nearest to the question, in document order, at most max_words words.
+
+    Of the passage that no longer fits, the first whole sentences are taken.
+    """
+    texts = passages(pages)
     chosen, left = {}, max_words
-    for i in sorted(range(len(texts)), key=lambda i: (-score(i), i)):
+    for i in nearest_first(question, texts):
         words = len(texts[i].split())
         if words > left:
             cut = first_words([texts[i]], left)
-            whole = re.match(r"(?s).*([.!?]\s|\n)", cut + " ")
-            chosen[i] = whole[0].strip() if whole else "" if chosen else cut
+            if whole := re.match(r"(?s).*([.!?]\s|\n)", cut + " "):
+                chosen[i] = whole[0].strip()
+            elif not chosen:  # better half a sentence than nothing
+                chosen[i] = cut
             break
         chosen[i] = texts[i]
         left -= words
-    return "\n".join(chosen[i] for i in sorted(chosen) if chosen[i])
+    return "\n".join(chosen[i] for i in sorted(chosen))
 
 
 def first_words(pages, max_words):
     """The first words of the pages, line ends kept: what the official converter takes."""
-    words = islice(re.finditer(r"\S+", text := "\n".join(pages)), max_words)
-    return text[: max((word.end() for word in words), default=0)].strip()
+    text = "\n".join(pages)
+    ends = [word.end() for word in islice(re.finditer(r"\S+", text), max_words)]
+    return text[: ends[-1]].strip() if ends else ""
 
 
 def holds(context, aliases):
@@ -376,18 +375,27 @@ def holds(context, aliases):
     return any(f" {alias} " in text for alias in aliases)
 
 
-def render_samsum(batch, *_):
-    """[(rank, rendered row or the reason why there is none, {})]"""
+def template(task, context):
+    return PROMPTS["closed book" if task == "trivia_qa" and context == "none" else task]
+
+
+def rendered_row(task, row_id, prompt, completion, references, answer_in_context):
+    row = {"id": f"{task}:{one_line(row_id)}", "task": task, "prompt": prompt, "completion": f" {completion}"}
+    return row | {"references": references, "answer_in_context": answer_in_context}
+
+
+def render_samsum(rows):
+    """[(rendered row or the reason why there is none, {})]"""
     results = []
-    for rank, row in batch:
-        dialogue, summary = clean(row["dialogue"]), one_line(row["summary"])
+    for row in rows:
+        dialogue, summary = clean(row.place[0]), one_line(row.place[1])
         prompt = PROMPTS["samsum"].format(dialogue=dialogue)
-        item = make_row("samsum", row["id"], prompt, summary, [summary], True) if summary else "empty summary"
-        results.append((rank, item, {}))
+        rendered = rendered_row("samsum", row.id, prompt, summary, [summary], True) if summary else "empty summary"
+        results.append((rendered, {}))
     return results
 
 
-def render_trivia_qa(row, split, context, max_words):
+def render_question(row, split, context, max_words):
     """The rendered row, or the reason (a string) why there is none, and where an alias was: {way: bool}."""
     question, answer = one_line(row["question"]), row["answer"] or {}
     value = one_line(answer.get("value"))
@@ -395,190 +403,176 @@ def render_trivia_qa(row, split, context, max_words):
     if not value or not aliases:
         return "no answer or no aliases", {}
     references = list(dict.fromkeys([value, *aliases]))
+    texts = {}
+    if context != "none":
+        pages = [page for page in map(clean, (row["entity_pages"] or {}).get("wiki_context") or []) if page]
+        if not pages:
+            return "no pages", {}
+        # By the question alone: a context that was found by its answer would be a leak in test.
+        texts = {"question": choose_context(question or "", pages, max_words), "first": first_words(pages, max_words)}
     names = {name for name in map(normalized, references) if name}
-    if context == "none":
-        prompt = PROMPTS["closed book"].format(question=question)
-        return make_row("trivia_qa", row["question_id"], prompt, value, references, False), {}
-    pages = [page for page in map(clean, (row["entity_pages"] or {}).get("wiki_context") or []) if page]
-    if not pages:
-        return "no pages", {}
-    texts = {"question": choose_context(question, pages, max_words), "first": first_words(pages, max_words)}
     found = {way: holds(text, names) for way, text in texts.items()}
-    if split != "test" and not found[context]:
+    if split != "test" and not found.get(context, True):
         return "answer not in context", found
-    prompt = PROMPTS["trivia_qa"].format(context=texts[context], question=question)
-    return make_row("trivia_qa", row["question_id"], prompt, value, references, found[context]), found
+    prompt = template("trivia_qa", context).format(context=texts.get(context), question=question)
+    in_context = found.get(context, False)
+    return rendered_row("trivia_qa", row["question_id"], prompt, value, references, in_context), found
 
 
-def make_row(task, row_id, prompt, completion, references, answer_in_context):
-    row = {"id": f"{task}:{one_line(row_id)}", "task": task, "prompt": prompt, "completion": f" {completion}"}
-    return row | {"references": references, "answer_in_context": answer_in_context}
+def render_row_group(places, split, context, max_words):
+    """{place: (rendered row or reason, found)} for places in one row group of one file; runs in another process.
 
-
-def render_trivia_qa_batch(batch, split, context, max_words):
-    """Render questions of one row group: [(rank, row or reason, found)], or a sentence on a bad file.
-
-    Runs in a process of its own. The row group is read in small batches, so that memory does not grow with it.
+    The row group is read in small batches, so that memory does not grow with it.
     """
-    path, group, _ = batch[0][1]
-    ranks = {row: rank for rank, (_, _, row) in batch}
+    path, group, _ = places[0]
+    last = max(places)
     columns = ["question", "question_id", "answer"] + ["entity_pages.wiki_context"] * (context != "none")
-    results, start = [], 0
-    try:
-        with pq.ParquetFile(path, buffer_size=1 << 20) as file:
-            for table in file.iter_batches(batch_size=16, row_groups=[group], columns=columns):
-                for i in (i for i in range(len(table)) if start + i in ranks):
+    wanted, results, start = set(places), {}, 0
+    with open_parquet(path) as file:
+        for table in file.iter_batches(batch_size=16, row_groups=[group], columns=columns):
+            for i in range(len(table)):
+                place = (path, group, start + i)
+                if place in wanted:
                     row = table.slice(i, 1).to_pylist()[0]
-                    results.append((ranks[start + i], *render_trivia_qa(row, split, context, max_words)))
-                start += len(table)
-                if start > max(ranks):
-                    break
-    except (OSError, ValueError) as error:
-        return f"trivia_qa: cannot read {path} ({first_line(error)}): the file is cut off or broken"
+                    results[place] = render_question(row, split, context, max_words)
+            start += len(table)
+            if start > last[2]:
+                break
     return results
 
 
-def start_worker():
-    """Leave Ctrl-C to the parent, and end with it: a killed build would leave its workers waiting for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def render_trivia_qa(rows, split, args, each):
+    """[(rendered row or reason, found)]; `each` is map, over processes or not."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row.place[:2]].append(row.place)
+    render = partial(render_row_group, split=split, context=args.context, max_words=args.max_context_words)
+    results = {}
+    with tqdm(total=len(rows), desc=f"trivia_qa {split}", disable=None, leave=False) as progress:
+        for found in each(render, groups.values()):
+            results |= found
+            progress.update(len(found))
+    return [results[row.place] for row in rows]
+
+
+@contextmanager
+def processes(number):
+    """A `map` over so many processes that end with this one; for one process, map itself."""
+    if number == 1:
+        yield map
+        return
+    pool = ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), end_with_parent)
+
+    def each(*arguments):
+        # Workers start here and inherit what is blocked: Ctrl-C is for this process alone, which gets it right after.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return pool.map(*arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    try:
+        yield each
+    except BrokenProcessPool:
+        fail("a process that chose contexts was killed, often for want of memory: try again with a lower --num-proc")
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def end_with_parent():
+    """In a worker: end when the parent does; a killed build would leave its workers waiting for ever."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def render_split(task, split, where, args, counts, pool, spool):
-    """Render rows of a split to `spool` until there are enough: (offsets in the order of `where`, hit counts)."""
-    limit = getattr(args, f"{split}_examples_per_task")
-    render = render_samsum if task == "samsum" else render_trivia_qa_batch
-    run = pool.map if pool and task == "trivia_qa" else map
-    ranked, kept, hits = enumerate(where), [], Counter()
-    while drawn := list(islice(ranked, with_spares(limit - len(kept)) if limit else None)):
-        batches = {}  # of one row group each, and not too large for a progress bar
-        for rank, place in drawn:
-            batches.setdefault(rank // 1000 if task == "samsum" else place[:2], []).append((rank, place))
-        rest = [[value] * len(batches) for value in (split, args.context, args.max_context_words)]
-        with tqdm(total=len(drawn), desc=f"{task} {split}", disable=None, leave=False) as progress:
-            for results in run(render, batches.values(), *rest):
-                if isinstance(results, str):
-                    fail(results)
-                for rank, row, found in results:
-                    hits.update({"rows": 1} | found if found else {})
-                    if isinstance(row, str):
-                        counts[row] += 1
-                    else:
-                        kept.append((rank, spool.tell()))
-                        spool.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-                progress.update(len(results))
-        if limit and len(kept) >= limit:
-            break
-    offsets = [offset for _, offset in sorted(kept)][: limit or None]
-    counts["spare"], counts["kept"] = len(kept) - len(offsets), len(offsets)
-    return offsets, hits
-
-
-def render_task(task, args, files, pool, spool):
-    """{split: offsets of the rendered rows in `spool`}, and the task's part of the report."""
-    counts = {split: Counter() for split in SPLITS}
-    read = {"samsum": read_samsum, "trivia_qa": read_trivia_qa}[task]
-    rows = {split: [row for path in paths for row in read(path, counts[split])] for split, paths in files.items()}
-    if task == "trivia_qa":
-        limit = args.validation_examples_per_task
-        rows["validation"], rows["train"] = carve_validation(rows["train"], limit, args.seed)
-    texts, examples, offsets, rates = index_texts(rows), [], {}, {}
-    for split in ("test", "train", "validation"):  # validation last: it gives way to train
-        order = random.Random(args.seed).sample(rows[split], len(rows[split]))
-        where = usable_rows(task, split, order, texts, counts[split], examples)
-        offsets[split], hits = render_split(task, split, where, args, counts[split], pool, spool)
-        counts[split] = {"available": len(rows[split]), **counts[split]}
-        if not offsets[split] and split != "validation":  # another task's validation rows may do
+def build_task(task, files, args, each):
+    """({split: rendered rows}, the task's part of the report)."""
+    counts, examples, result, rates = {split: Counter() for split in SPLITS}, [], {}, {}
+    drawn, others = draw_rows(task, files, args, counts), {}
+    for split in ("test", "train", "validation"):  # test goes before train, and train before validation
+        rows, limit = iter(drawn[split]), getattr(args, f"{split}_examples_per_task")
+        why_not = partial(refuse, others=others, split=split, task=task, examples=examples)
+        render = render_samsum if task == "samsum" else partial(render_trivia_qa, split=split, args=args, each=each)
+        usable, hits = take(rows, limit, why_not, render, counts[split])
+        kept = dict(islice(usable.items(), limit or None))
+        result[split] = list(kept.values())
+        rates[split] = {way: hits[way] / max(1, hits["rows"]) for way in ("question", "first")}
+        rates[split]["rows"] = hits["rows"]
+        counts[split] = {"available": len(drawn[split])} | counts[split]
+        counts[split] |= {"spare": len(usable) - len(kept), "kept": len(kept)}
+        if not kept and split != "validation":  # another task's validation rows may do
             found = ", ".join(f"{reason}: {n}" for reason, n in counts[split].items())
             fail(f"{task}: no usable row for {split} ({found}): check the source and the example counts")
-        rates[split] = {way: hits[way] / max(1, hits["rows"]) for way in ("question", "first")} | {
-            "rows": hits["rows"]
-        }
+        # Spares and rows that were not looked at stay test's own, too: a later test may take more rows.
+        others[split] = NearTexts([*usable, *(row.key for row in rows)] if split == "test" else kept)
     report = {"counts": counts, "near_duplicates": examples[:10]}
-    return offsets, report | ({"answer_in_context": rates} if task == "trivia_qa" else {})
-
-
-def read_rows(spool, offsets):
-    for offset in offsets:
-        spool.seek(offset)
-        yield json.loads(spool.readline())
+    return result, report | ({"answer_in_context": rates} if task == "trivia_qa" else {})
 
 
 def describe(rows):
     """The report on a split: its number of rows, a hash of them, and how long their texts are."""
-    digest, lengths, report = hashlib.sha256(), {}, {"rows": 0}
+    digest, lengths = hashlib.sha256(), defaultdict(list)
     for row in rows:
-        report["rows"] += 1
         digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         for column in ("prompt", "completion"):
-            for unit, size in (("words", len(row[column].split())), ("characters", len(row[column]))):
-                lengths.setdefault(f"{row['task']} {column} {unit}", []).append(size)
-    report["sha256"] = digest.hexdigest()
+            name = f"{row['task']} {column}"
+            lengths[f"{name} words"].append(len(row[column].split()))
+            lengths[f"{name} characters"].append(len(row[column]))
+    report = {"rows": len(rows), "sha256": digest.hexdigest()}
     for name, sizes in lengths.items():
         p50, p95 = numpy.percentile(sizes, [50, 95])
         report[name] = {"mean": sum(sizes) / len(sizes), "p50": float(p50), "p95": float(p95), "max": max(sizes)}
     return report
 
 
-def save(offsets, report, spool, seed, fresh, target, old):
-    """Write the data set from the spool into `fresh`, then put it in the place of the one at `target`."""
-    from datasets import Dataset
+def save(tasks, seed, report, folder):
+    """Combine and shuffle the tasks' rows, complete the report and write both into `folder`."""
+    from datasets import Dataset, DatasetDict
+    from datasets.table import InMemoryTable
 
-    report["splits"] = {}
+    splits, report["splits"] = {}, {}
     for split in SPLITS:
-        order = [offset for task in offsets for offset in task[split]]
-        if not order:
+        rows = [row for task in tasks for row in task.pop(split)]
+        if not rows:
             fail(f"no usable row for {split}: check the sources and the example counts")
-        random.Random(seed).shuffle(order)
-        report["splits"][split] = describe(read_rows(spool, order))
-        rows = Dataset.from_generator(lambda order=order: read_rows(spool, order), cache_dir=str(fresh / split))
-        # save_to_disk would copy the rows through memory: one row shows it where they go, then their file goes there
-        folder, (written,) = fresh / "dataset" / split, [Path(file["filename"]) for file in rows.cache_files]
-        rows.select(range(1)).save_to_disk(folder)
-        state = json.loads((folder / "state.json").read_text())
-        os.replace(written, folder / state["_data_files"][0]["filename"])
-        fingerprint = {"_fingerprint": report["splits"][split]["sha256"][:32]}
-        (folder / "state.json").write_text(json.dumps(state | fingerprint, indent=2) + "\n")
-    (fresh / "dataset" / "dataset_dict.json").write_text(json.dumps({"splits": list(SPLITS)}) + "\n")
-    (fresh / "dataset" / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    if target.exists():
-        target.rename(old)
-    (fresh / "dataset").rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+        random.Random(seed).shuffle(rows)
+        report["splits"][split] = describe(rows)
+        # The fingerprint by which train and test know these rows: of their content, on every machine the same.
+        fingerprint = report["splits"][split]["sha256"][:32]
+        table = InMemoryTable(pyarrow.Table.from_pylist(rows))  # Dataset.from_list takes six times the rows' memory
+        splits[split] = Dataset(table, fingerprint=fingerprint)
+    DatasetDict(splits).save_to_disk(folder)
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
-def stands_already(target, report):
-    """The report of the data set at `target` where it came from the same script, settings and sources, or None."""
+def stands_already(folder, report):
+    """The report of the data set in `folder` where it came from the same script, settings and sources, or None."""
     from datasets import load_from_disk
 
+    old = common.read_json(folder / "report.json")
+    if any(old.get(key) != report[key] for key in ("script", "settings", "sources")):
+        return None
     try:
-        old = json.loads((target / "report.json").read_text())
-        same = all(old[key] == json.loads(json.dumps(report[key])) for key in ("script", "settings", "sources"))
-        data = load_from_disk(str(target))
-        return old if same and all(len(data[split]) == old["splits"][split]["rows"] for split in SPLITS) else None
+        load_from_disk(str(folder))
+        states = {split: common.read_json(folder / split / "state.json") for split in SPLITS}
+        whole = all(states[split]["_fingerprint"] == old["splits"][split]["sha256"][:32] for split in SPLITS)
     except Exception:  # whatever is missing or broken there: build it anew
         return None
+    return old if whole else None
 
 
 def print_report(report):
     def line(name, cells):
-        print(f"{name:<28}" + "".join(f"{cell:>17}" for cell in cells))
+        say(f"{name:<28}" + "".join(f"{cell:>17}" for cell in cells))
 
     for task, part in report["tasks"].items():
-        print()
+        say()
         line(task, SPLITS)
         reasons = dict.fromkeys(name for split in SPLITS for name in part["counts"][split])
         for name in sorted(reasons, key=lambda name: name in ("spare", "kept")):  # these two last
             line(f"  {name}", [f"{part['counts'][split].get(name, 0):,}" for split in SPLITS])
         for way in ("question", "first") if "answer_in_context" in part else ():
             line(f"  answer in, {way}", [f"{part['answer_in_context'][split][way]:.1%}" for split in SPLITS])
-    print()
-    line("words, mean / p95 / max", SPLITS)
-    for name in sorted({name for split in report["splits"].values() for name in split if name.endswith("words")}):
-        cells = [report["splits"][split].get(name) for split in SPLITS]
-        cells = [f"{cell['mean']:.0f} / {cell['p95']:.0f} / {cell['max']}" if cell else "" for cell in cells]
-        line(f"  {name.removesuffix(' words')}", cells)
 
 
 def print_examples(train):
@@ -586,72 +580,53 @@ def print_examples(train):
     for task in sorted(train.unique("task")):
         some = islice((i for i, other in enumerate(train["task"]) if other == task), 200)
         row = min(train.select(list(some)), key=lambda row: len(row["prompt"]))
-        print(f"\n--- {task}: {row['id']} (prompt, then [completion]) ---\n{row['prompt']}[{row['completion']}]")
+        say(f"\n--- {task}: {row['id']} (prompt, then [completion]) ---\n{row['prompt']}[{row['completion']}]")
 
 
-def build(args, output_dir, fresh, target, old):
-    """Build the data set at `target` unless it stands there already; write and print its report."""
+def build(args, output_dir):
+    """Build the data set in `output_dir` unless it stands there already; write and print its report."""
     import datasets
 
     datasets.disable_progress_bars()
+    folder = output_dir / "dataset"
+    common.put_back(folder)
+    if folder.exists() and not (folder / "dataset_dict.json").exists() and any(folder.iterdir()):
+        fail(f"{folder} is no data set: move it away, or choose another --output-dir")
     sources = {task: find_files(task, args) for task in args.tasks}
     report = {
-        "script": sha256(Path(__file__)),
+        "script": {path.name: sha256(path) for path in (Path(__file__), Path(common.__file__))},
         "settings": {name: value for name, value in vars(args).items() if name not in ("num_proc", "output_dir")},
         "sources": {task: source for task, (_, source) in sources.items()},
-        "versions": {"python": sys.version.split()[0], "datasets": datasets.__version__},
+        "prompts": {task: template(task, args.context) for task in args.tasks},
+        "versions": common.versions("datasets"),
         "tasks": {},
     }
-    if stands := stands_already(target, report):
-        print(f"{target} stands already, built by the same settings from the same sources")
+    if stands := stands_already(folder, report):
+        say(f"{folder} stands already, built by the same settings from the same sources")
         report = stands
     else:
-        build_anew(args, sources, report, fresh, target, old)
-    shutil.copyfile(target / "report.json", fresh / "report.json")
-    os.replace(fresh / "report.json", output_dir / "dataset_report.json")
-    print_examples(datasets.load_from_disk(str(target / "train")))
+        build_anew(args, sources, report, folder)
+    write_whole(output_dir / "dataset_report.json", json.dumps(report, indent=2) + "\n")
+    print_examples(datasets.load_from_disk(str(folder / "train")))
     print_report(report)
-    print(f"\n{'found' if stands else 'wrote'} {target} and {output_dir / 'dataset_report.json'}")
+    say(f"\n{'found' if stands else 'wrote'} {folder} and {output_dir / 'dataset_report.json'}")
 
 
-def build_anew(args, sources, report, fresh, target, old):
-    workers = args.num_proc or os.cpu_count()
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) if workers > 1 else None
-    offsets = []
-    try:
-        with (fresh / "rows").open("w+b") as spool:
-            for task, (files, _) in sources.items():
-                found, report["tasks"][task] = render_task(task, args, files, pool, spool)
-                offsets.append(found)
-            save(offsets, report, spool, args.seed, fresh, target, old)
-    except BrokenProcessPool:
-        fail("a process that chose contexts was killed, often for want of memory: try again with a lower --num-proc")
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
+def build_anew(args, sources, report, folder):
+    rows = []
+    with processes(args.num_proc or os.cpu_count()) as each:
+        for task, (files, _) in sources.items():
+            of_task, report["tasks"][task] = build_task(task, files, args, each)
+            rows.append(of_task)
+    with whole_folder(folder) as fresh:
+        save(rows, args.seed, report, fresh)
 
 
+@script
 def main(argv=None):
     args = parse_args(argv)
-    output_dir = Path(args.output_dir)
-    fresh, target, old = (output_dir / name for name in (".dataset.new", "dataset", ".dataset.old"))
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if old.exists() and not target.exists():  # a build was killed between its last two steps
-            old.rename(target)
-        if target.exists() and not (target / "dataset_dict.json").exists():
-            fail(f"{target} is no data set: move it away, or choose another --output-dir")
-        for leftover in (old, fresh):
-            shutil.rmtree(leftover, ignore_errors=True)
-        fresh.mkdir()
-        build(args, output_dir, fresh, target, old)
-    except OSError as error:
-        fail(f"cannot write to {output_dir}: {error.strerror or first_line(error)}")
-    except KeyboardInterrupt:
-        print("interrupted; the data set that was there before stands", file=sys.stderr)
-        raise SystemExit(130) from None
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    with only_run_in(args.output_dir):
+        build(args, Path(args.output_dir))
 
 
 if __name__ == "__main__":

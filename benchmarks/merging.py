@@ -2,11 +2,12 @@
 
 A random Llama of 1.1 B parameters (bf16, TinyLlama's shape) in 300 MB shards, with a random adapter of rank 8 on all
 linear layers, merged by both in turn, each in a process of its own; then one three times as deep, by merge_llama.py
-alone. Peak memory is the largest resident set, mapped files included. merge_llama.py's seconds are those of the
-command less verification, and of verification.
+alone. Peak memory is the largest resident set, mapped files included: merging takes a shard, the check base and
+adapter, in float32 here. merge_llama.py's seconds are those of the command less verification, and of verification,
+which runs base and adapter, reads every tensor again and runs the merged model.
 
     python benchmarks/merging.py
-    python benchmarks/merging.py --layers 4 --folder /tmp/merging_benchmark
+    python benchmarks/merging.py --layers 4 --no-deeper --folder /tmp/merging_benchmark
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -40,7 +42,7 @@ AutoTokenizer.from_pretrained(base).save_pretrained(target)
 """
 
 
-def prepare(folder, layers):
+def prepare(folder, layers, merge_base):
     """Base and adapter under `folder`, written shard by shard: the model is never in memory."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -90,6 +92,8 @@ def prepare(folder, layers):
         sorted(adapted.peft_config["default"].target_modules),
     )
     lora.save_pretrained(adapter)
+    run = {"settings": {"load_in_4bit": merge_base == "4bit"}}  # merged into what it was trained on: one comparison
+    (adapter / "run.json").write_text(json.dumps(run))
     return parameters
 
 
@@ -121,6 +125,7 @@ def main():
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--runs", type=int, default=RUNS)
     parser.add_argument("--check-rows", type=int, default=CHECK_ROWS)
+    parser.add_argument("--deeper", action=argparse.BooleanOptionalAction, default=True, help="three times, too")
     parser.add_argument("--merge-base", choices=["16bit", "4bit"], default="16bit")
     parser.add_argument("--folder", default=FOLDER, help="some 8 GB at a time; is removed")
     args = parser.parse_args()
@@ -129,10 +134,10 @@ def main():
     sources = ["--samsum", ROOT / "tests/fixtures/samsum", "--trivia-qa", ROOT / "tests/fixtures/trivia_qa"]
     measure([sys.executable, ROOT / "build_dataset.py", *sources, "--max-context-words", 120, "--output-dir", root])
     described, results = machine(), {"merge_llama.py": [], "PEFT": []}
-    for factor in (1, 3):
+    for factor in (1, 3) if args.deeper else (1,):
         folder = root / str(factor)
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # a child's peak counts its parent's memory
-            parameters = pool.apply(prepare, (folder, factor * args.layers))
+            parameters = pool.apply(prepare, (folder, factor * args.layers, args.merge_base))
         (folder / "out" / "dataset").symlink_to(root / "dataset")
         print(f"{factor * args.layers} layers, {parameters / 1e9:.2f} B parameters", flush=True)
         for _ in range(args.runs if factor == 1 else 1):
@@ -146,24 +151,16 @@ def main():
                 print("PEFT           ", f"{seconds:.2f} - {peak:.2f}", flush=True)
         shutil.rmtree(folder)
     shutil.rmtree(root)
-    single, deep = results["merge_llama.py"][:-1], results["merge_llama.py"][-1]
-    if args.layers == LAYERS and args.check_rows == CHECK_ROWS and args.merge_base == "16bit":
-        runs = {"merge_llama.py": single, "PEFT": results["PEFT"], "deep": [deep]}
+    single, deep = results["merge_llama.py"][: args.runs], results["merge_llama.py"][args.runs :]
+    if (args.layers, args.check_rows, args.merge_base, args.deeper) == (LAYERS, CHECK_ROWS, "16bit", True):
+        runs = {"merge_llama.py": single, "PEFT": results["PEFT"], "deep": deep}
         save("merging_large", {"machine": described, **runs})
     print("\n| | merging, s | verification, s | peak GB |\n|---|---|---|---|")
-    rows = {
-        "merge_llama.py": single,
-        "PEFT, not verified": results["PEFT"],
-        "merge_llama.py, three times as deep": [deep],
-    }
-    middle = {
-        name: [sorted(values)[len(values) // 2] for values in zip(*runs, strict=True)] for name, runs in rows.items()
-    }
-    for name, (merging, verifying, peak) in middle.items():
+    rows = {"merge_llama.py": single, "PEFT, not verified": results["PEFT"]}
+    rows |= {"merge_llama.py, three times as deep": deep} if deep else {}
+    for name, runs in rows.items():
+        merging, verifying, peak = (statistics.median(values) for values in zip(*runs, strict=True))
         print(f"| {name} | {merging:.1f} | {verifying:.1f} | {peak:.2f} |")
-    mine, peft, deeper = middle.values()
-    print(f"\nmemory {mine[2] / peft[2]:.2f} of PEFT's, time {mine[0] / peft[0]:.2f} of PEFT's; "
-          f"three times as deep: {deeper[2] / mine[2]:.2f} times the memory")  # fmt: skip
 
 
 if __name__ == "__main__":

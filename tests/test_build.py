@@ -1,8 +1,12 @@
 """build_dataset.py: clean rows, honest contexts, the same rows for the same seed, one sentence for bad input."""
 
+import csv
 import hashlib
 import json
 import os
+import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +23,7 @@ from datasets import load_from_disk
 from make_fixtures import PLANTED, SAMSUM_ROWS, TRIVIA_QA_ROWS
 
 import build_dataset
+import common
 
 
 def build(output, *arguments):
@@ -189,7 +194,7 @@ def test_no_folder_no_network_and_no_place_to_write(tmp_path):
     assert_refused(build(tmp_path, "--samsum", "./nowhere"), "no folder ./nowhere")
     assert_refused(build(tmp_path, "--samsum", "nobody/nothing"), "cannot load nobody/nothing", "--samsum")
     (tmp_path / "file").write_text("")
-    assert_refused(build(tmp_path / "file"), "cannot write to")
+    assert_refused(build(tmp_path / "file"), str(tmp_path / "file"), "--output-dir")
     assert not (tmp_path / "dataset").exists()
 
 
@@ -228,7 +233,7 @@ def test_each_planted_flaw_is_counted_under_its_reason_and_nothing_else_is_dropp
     assert both["empty question"] == PLANTED["trivia_qa_empty_question_train"]
     assert both["no pages"] == PLANTED["trivia_qa_empty_pages_train"]
     assert both["no answer or no aliases"] == PLANTED["trivia_qa_no_aliases_train"]
-    assert both["duplicate id"] == PLANTED["trivia_qa_same_question_id_train"]
+    assert both["duplicate id"] == 0  # of the two questions with one id, only one has its answer in the context
     near = report["tasks"]["samsum"]["near_duplicates"]
     assert len(near) == PLANTED["samsum_near_duplicate_train_test"]
     assert all(example["text"] != example["near"] for example in near)
@@ -240,11 +245,15 @@ def test_the_report_names_sources_and_prints_hashes_of_what_was_read_and_written
     for task in ("samsum", "trivia_qa"):
         for name, digest in sources[task]["sha256"].items():
             assert digest == hashlib.sha256((FIXTURES / task / name).read_bytes()).hexdigest()
-        assert sources[task]["licence"]
+        assert sources[task]["licence"] == build_dataset.LICENCES[task]
     assert set(sources["samsum"]["sha256"]) == {"train.csv", "validation.csv", "test.csv"}
     rows = rows_of(dataset)
     for split in rows:
         assert report["splits"][split]["rows"] == len(rows[split])
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split])
+        assert report["splits"][split]["sha256"] == hashlib.sha256(lines.encode()).hexdigest()
+        state = json.loads((dataset / "dataset" / split / "state.json").read_text())
+        assert state["_fingerprint"] == report["splits"][split]["sha256"][:32]
         words = [len(row["completion"].split()) for row in rows[split] if row["task"] == "samsum"]
         assert report["splits"][split]["samsum completion words"]["max"] == max(words)
         assert report["splits"][split]["samsum completion words"]["mean"] == pytest.approx(sum(words) / len(words))
@@ -267,6 +276,17 @@ def test_closed_book_shows_no_page_and_keeps_the_rows(tmp_path):
     for rows in rows_of(tmp_path).values():
         assert all("Context" not in row["prompt"] and row["prompt"].count("\n") == 3 for row in rows)
         assert not any(row["answer_in_context"] for row in rows)
+    prompts = json.loads((tmp_path / "dataset_report.json").read_text())["prompts"]
+    assert prompts == {"trivia_qa": build_dataset.PROMPTS["closed book"]}
+
+
+def test_the_report_names_the_template_of_each_task(dataset):
+    prompts = json.loads((dataset / "dataset_report.json").read_text())["prompts"]
+    assert set(prompts) == {"samsum", "trivia_qa"}
+    for rows in rows_of(dataset).values():
+        for row in rows:
+            texts = re.split(r"{\w+}", prompts[row["task"]])
+            assert re.fullmatch(".+".join(map(re.escape, texts)), row["prompt"], re.DOTALL)
 
 
 def test_a_rerun_is_answered_from_what_stands_there(dataset, tmp_path):
@@ -280,29 +300,23 @@ def test_a_rerun_is_answered_from_what_stands_there(dataset, tmp_path):
     assert snapshot(tmp_path / "out") != before
 
 
-def test_one_process_and_two_write_the_same_rows(dataset, tmp_path):
+def test_one_process_and_two_write_the_same_bytes(dataset, tmp_path):
     for processes in (1, 2):
         assert build(tmp_path / str(processes), "--num-proc", processes).returncode == 0
-        assert rows_of(tmp_path / str(processes)) == rows_of(dataset)
+        assert snapshot(tmp_path / str(processes)) == snapshot(dataset)
 
 
-@pytest.mark.parametrize("moment", ["start", "rows", "dataset"])
+@pytest.mark.parametrize("moment", ["while contexts are chosen", "while the rows are written"])
 def test_a_killed_build_leaves_the_old_dataset_and_the_next_one_succeeds(moment, dataset, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(dataset, output)
     before = snapshot(output / "dataset")
-    command = [sys.executable, ROOT / "build_dataset.py", *SOURCES, "--seed", "9", "--output-dir", output]
+    process, _ = start(output)
     new = output / ".dataset.new"
-    reached = {
-        "start": new.is_dir,
-        "rows": lambda: (new / "rows").is_file() and (new / "rows").stat().st_size > 0,
-        "dataset": (new / "dataset").is_dir,
-    }[moment]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, start_new_session=True)
-    while not reached():
+    while moment == "while the rows are written" and not new.is_dir():
         assert process.poll() is None, "the build ended before it could be killed"
     process.kill()
-    process.wait()
+    process.wait()  # not communicate: a worker that lived on would hold the pipe
     assert snapshot(output / "dataset") == before
     rows_of(output)
     result = build(output, "--seed", 9)
@@ -326,9 +340,27 @@ def test_a_row_with_stray_quotes_is_dropped_and_the_others_stay(tmp_path):
 def test_a_near_duplicate_has_four_fifths_of_the_word_5_grams():
     words = [f"w{i}" for i in range(40)]  # 36 5-grams
     key = " ".join(words)
-    _, lsh = build_dataset.index_texts({"test": [("1", key, None)], "validation": []})
-    assert build_dataset.near_matches(lsh, " ".join([*words, *"abcdefghi"])) == [key]  # 36 of 45: exactly 0.8
-    assert build_dataset.near_matches(lsh, " ".join([*words, *"abcdefghij"])) == []  # 36 of 46
+    texts = build_dataset.NearTexts([key])
+    assert texts.near(" ".join([*words, *"abcdefghi"])) == [key]  # 36 of 45: exactly 0.8
+    assert texts.near(" ".join([*words, *"abcdefghij"])) == []  # 36 of 46
+
+
+def test_near_duplicates_are_those_that_comparing_every_pair_finds():
+    def grams(text):
+        return set(zip(*(text.split()[i:] for i in range(5)), strict=False))
+
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices("abcdefgh", k=draw.randint(30, 60))) for _ in range(60)]
+    changed = [text.split() for text in texts]
+    for words in changed:
+        for _ in range(draw.randint(0, 2)):
+            words[draw.randrange(len(words))] = "other"
+    index, found = build_dataset.NearTexts(texts), 0
+    for query in map(" ".join, changed):
+        alike = {text for text in texts if len(grams(text) & grams(query)) >= 0.8 * len(grams(text) | grams(query))}
+        assert set(index.near(query)) == alike
+        found += bool(alike)
+    assert 10 < found < 60
 
 
 def test_text_that_looks_like_the_template_stays_data(tmp_path):
@@ -346,6 +378,15 @@ def test_a_broken_dataset_is_built_anew(split, dataset, tmp_path):
     arrow.write_bytes(arrow.read_bytes()[:200])
     result = build(tmp_path / "out")
     assert result.returncode == 0, result.stderr
+    assert rows_of(tmp_path / "out") == rows_of(dataset)
+
+
+def test_rows_of_another_build_are_not_taken_for_those_of_the_report(dataset, tmp_path):
+    assert build(tmp_path / "other", "--seed", 9).returncode == 0
+    shutil.copytree(dataset, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "dataset" / "train")
+    shutil.copytree(tmp_path / "other" / "dataset" / "train", tmp_path / "out" / "dataset" / "train")
+    assert build(tmp_path / "out").returncode == 0
     assert rows_of(tmp_path / "out") == rows_of(dataset)
 
 
@@ -440,21 +481,11 @@ def test_a_dataset_that_was_moved_aside_when_a_build_was_killed_comes_back(datas
 
 def start(output, *arguments):
     """A build with another seed that has begun to choose contexts in two processes, in a group of its own."""
-    command = [
-        sys.executable,
-        ROOT / "build_dataset.py",
-        *SOURCES,
-        "--seed",
-        9,
-        "--num-proc",
-        2,
-        "--output-dir",
-        output,
-    ]
-    command = [*map(str, command), *arguments]
+    command = [sys.executable, ROOT / "build_dataset.py", *SOURCES, "--seed", 9, "--num-proc", 2]
+    command = [*map(str, command), "--output-dir", str(output), *arguments]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background ignores Ctrl-C
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True, preexec_fn=heard)  # fmt: skip
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=heard)
     while not (workers := workers_of(process.pid)):
         assert process.poll() is None, "the build ended too soon"
     return process, workers
@@ -469,8 +500,9 @@ def test_ctrl_c_ends_in_one_line_and_leaves_the_old_dataset(dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "out")
     before = snapshot(tmp_path / "out")
     process, _ = start(tmp_path / "out")
-    os.kill(process.pid, signal.SIGINT)
-    assert process.communicate(timeout=60)[1].count("\n") == 1 and process.returncode == 130
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
+    errors = process.communicate(timeout=60)[1].strip()
+    assert errors.startswith("interrupted") and "\n" not in errors and process.returncode == 130
     assert snapshot(tmp_path / "out") == before
 
 
@@ -503,7 +535,7 @@ def test_a_setting_edited_into_nonsense_is_refused(setting, value, monkeypatch, 
     monkeypatch.setattr(build_dataset, setting, value)
     with pytest.raises(SystemExit, match="2"):
         build_dataset.parse_args([])
-    assert "--tasks or --context" in capsys.readouterr().err
+    assert f"--{setting.lower()} must be" in capsys.readouterr().err
 
 
 def test_a_build_never_imports_torch(tmp_path):
@@ -511,3 +543,136 @@ def test_a_build_never_imports_torch(tmp_path):
     code = f"import sys, build_dataset; build_dataset.main({arguments!r}); assert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "text, key",
+    [
+        ("Who built the A\u2013b?", "who built \u2013b"),  # an article before a dash is a word of its own
+        ("\u201cThe\u201d end, an_d so", "\u201c \u201d end d so"),  # curly double quotes are no punctuation
+        ("Caf\u00e9 de l\u2019Op\u00e9ra\u2019s", "caf\u00e9 de l op\u00e9ra s"),
+        ("\uff26\uff55\uff4c\uff4c width", "full width"),
+        (" a the ", ""),
+    ],
+)
+def test_texts_are_compared_as_the_official_evaluation_does(text, key):
+    assert build_dataset.comparison_key(text) == key
+
+
+def test_an_answer_is_found_in_its_context_by_the_official_form():
+    assert build_dataset.holds("They saw the\u2013b there.", {"\u2013b"})  # as the alias "a\u2013b" is compared
+    assert build_dataset.holds("The Spider-Man film", {"spider man"})
+    assert not build_dataset.holds("The party", {"art"})
+
+
+def write_samsum(folder, **splits):
+    """A samsum source from {split: [(id, dialogue, summary)]}, between rows that all differ."""
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        rows = [(f"{split}{i}", f"Amy: {split} {i} it is", "It is.") for i in range(3)] + splits.get(split, [])
+        with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("id", "dialogue", "summary"), *rows])
+    return folder
+
+
+LONG = "Bob: " + " ".join(f"word{i}" for i in range(40))
+
+
+@pytest.mark.parametrize("seed", range(4))  # whichever copy is met first
+def test_only_a_row_that_was_kept_makes_the_next_one_a_duplicate(seed, tmp_path):
+    twins = [(f"t{i}", "Ann: hello\nBo: bye", summary) for i, summary in enumerate(["", "", "They talk."])]
+    same_id = [("x1", "Cy: one", ""), ("x1", "Cy: two", "Cy counts.")]
+    three = [(f"y{i}", "Di: again", "Di repeats.") for i in range(3)]
+    in_test = [("e1", "Eve: only in test without a summary", ""), ("e2", LONG, ""), ("e3", "Ed: in both", "Ed is.")]
+    in_train = [
+        ("f1", in_test[0][1], "Eve talks."),
+        ("f2", LONG + " more", "Bob counts."),
+        ("f3", "Ed: in both", "S."),
+    ]
+    no_id = [("", "Flo: nameless", "Flo is.")]
+    train = twins + same_id + three + in_train + [("f4", "Flo: nameless", "Flo is."), ("g1", "Gus: hi", "")]
+    validation = [("g2", "Gus: hi", "Gus greets."), ("g3", "Di: again", "Di.")]
+    source = write_samsum(tmp_path / "in", train=train, validation=validation, test=in_test + no_id)
+    arguments = ["--tasks", "samsum", "--samsum", source, "--seed", seed, "--test-examples-per-task", 0]
+    assert build(tmp_path / "out", *arguments, "--train-examples-per-task", 0).returncode == 0
+    kept = {split: {row["id"].split(":")[1] for row in rows} for split, rows in rows_of(tmp_path / "out").items()}
+    assert kept["train"] - {"y0", "y1", "y2"} == {"train0", "train1", "train2", "t2", "x1", "f1", "f2", "f4"}
+    assert len(kept["train"]) == 9  # one of the three that are equal
+    assert kept["validation"] == {"validation0", "validation1", "validation2", "g2"}
+    assert kept["test"] == {"test0", "test1", "test2", "e3"}
+    counts = json.loads((tmp_path / "out" / "dataset_report.json").read_text())["tasks"]["samsum"]["counts"]
+    assert counts["train"]["available"] == len(train) + 3 == sum(counts["train"].values()) - 2 * (len(train) + 3)
+    assert counts["train"]["also in test"] == 1 and counts["validation"]["also in train"] == 1
+
+
+def test_what_a_small_test_leaves_over_stays_out_of_training(tmp_path):
+    extra = [(f"e{i}", f"Ed: row {i} of test", "Ed is.") for i in range(200)]
+    train = [(f"f{i}", dialogue, "Ed is.") for i, (_, dialogue, _) in enumerate(extra)]
+    source = write_samsum(tmp_path / "in", train=train, test=extra)
+    assert build(tmp_path / "out", "--tasks", "samsum", "--samsum", source).returncode == 0
+    report = json.loads((tmp_path / "out" / "dataset_report.json").read_text())["tasks"]["samsum"]["counts"]
+    assert report["test"]["kept"] == 6 and report["test"]["looked at"] < 200
+    assert {row["id"][:12] for row in rows_of(tmp_path / "out")["train"]} == {"samsum:train"}
+
+
+def with_size_limit(size, output, *arguments):
+    """A build that cannot write a file larger than so many bytes, as on a full disk."""
+    command = [sys.executable, ROOT / "build_dataset.py", *SOURCES, "--output-dir", output, *arguments]
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, preexec_fn=limit)
+
+
+@pytest.mark.parametrize("size", [0, 5000, 200_000])
+def test_a_disk_that_is_full_ends_in_one_sentence(size, dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "out")
+    before = snapshot(tmp_path / "out")
+    result = with_size_limit(size, tmp_path / "out", "--seed", 9)
+    assert_refused(result, "make room" if size else "No usable temporary directory")
+    assert result.stderr.strip().count("\n") == 0
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_a_terminal_that_is_not_utf8_and_no_place_for_temporary_files(tmp_path):
+    rows = [(f"z{i}", f"Zo\u00eb: \U0001f600 {i}", "Zo\u00eb \u2014 smiles.") for i in range(9)]
+    source = write_samsum(tmp_path / "in", train=rows)
+    arguments = ["--tasks", "samsum", "--samsum", source, "--output-dir", tmp_path / "out"]
+    odd = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "TMPDIR": str(tmp_path / "nowhere")}
+    result = run("build_dataset.py", *arguments, **odd)
+    assert result.returncode == 0 and "wrote" in result.stdout, result.stderr
+    assert "samsum:z0" in {row["id"] for row in rows_of(tmp_path / "out")["train"]}
+
+
+def test_csv_files_may_begin_with_a_byte_order_mark(dataset, tmp_path):
+    shutil.copytree(FIXTURES / "samsum", tmp_path / "in")
+    for path in (tmp_path / "in").glob("*.csv"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert build(tmp_path / "out", "--samsum", tmp_path / "in").returncode == 0
+    assert rows_of(tmp_path / "out") == rows_of(dataset)
+
+
+@pytest.mark.parametrize("link", ["out", "out/dataset", "parent"])
+@pytest.mark.parametrize("there", ["a data set", "an empty folder", "nothing"])
+def test_links_to_other_disks_are_followed(link, there, dataset, tmp_path):
+    (tmp_path / "disk").mkdir()
+    target = tmp_path / "disk" / "target"
+    if there == "an empty folder":
+        target.mkdir()
+    elif there == "a data set":
+        shutil.copytree(dataset / "dataset" if link == "out/dataset" else dataset, target)
+    elif link != "out/dataset":
+        pytest.skip("mkdir does not follow a link to nothing")
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(target)
+    output = tmp_path / "parent" / "out" if link == "parent" else tmp_path / "out"
+    assert build(output, "--seed", 9).returncode == 0
+    assert (tmp_path / link).is_symlink()
+    assert json.loads((output / "dataset_report.json").read_text())["settings"]["seed"] == 9
+    data = target if link == "out/dataset" else output / "dataset"
+    assert set(load_from_disk(str(data))) == {"train", "validation", "test"}
+    assert not [path for path in tmp_path.rglob(".dataset*")] + [*tmp_path.rglob(".target*")]
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path):
+    with common.only_run_in(tmp_path):
+        assert_refused(build(tmp_path), "in use", "--output-dir")
+    assert build(tmp_path).returncode == 0

@@ -1,5 +1,6 @@
 """test_llama.py: perplexity is the textbook's, predictions are each row's own, nothing is lost when it is killed."""
 
+import io
 import json
 import math
 import os
@@ -16,10 +17,12 @@ import pytest
 import torch
 from conftest import FIXTURES, ROOT, assert_refused, run, snapshot, start
 from datasets import load_from_disk
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+import llama
 import test_llama as tester
-import train_llama
+from common import only_run_in
 
 TASKS = ("samsum", "trivia_qa")
 BOTH = pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
@@ -56,7 +59,7 @@ test.__test__ = False
 
 
 def prompts_of(model_folder, out):
-    tokenizer = train_llama.load_tokenizer(str(model_folder))
+    tokenizer = llama.load_tokenizer(str(model_folder))
     return tokenizer, load_from_disk(str(out / "dataset"))["test"]
 
 
@@ -65,7 +68,7 @@ def test_perplexity_is_that_of_transformers_own_loss_row_by_row_whatever_the_bat
     for budget in (1, 700):
         assert test(out, *SHORT, "--max-batch-tokens", budget, "--name", budget) == 0
     base = json.loads((chain / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model = tester.load_adapter(train_llama.load_model(base, load_in_4bit=True), chain / "adapter")
+    model = llama.load_adapter(llama.load_model(base, load_in_4bit=True), chain / "adapter")
     tokenizer, data = prompts_of(base, chain)
     for task in TASKS:
         losses, bases, counts, text = [], [], [], ""
@@ -102,11 +105,11 @@ def test_figures_of_a_case_done_by_hand():
 
 @BOTH
 def test_a_model_that_knows_nothing_has_the_vocabulary_size_as_perplexity(name):
-    model = train_llama.load_model(str(FIXTURES / name), load_in_4bit=False)
+    model = llama.load_model(str(FIXTURES / name), load_in_4bit=False)
     model.get_output_embeddings().weight.data.zero_()
-    model.set_attn_implementation(train_llama.choose_attention("packed"))
+    llama.choose_attention("packed")  # registers it
     with torch.inference_mode():
-        nll, _, _ = tester.read(model, [[1, 5, 6], [1]], [[7, 8], list(range(3, 1003))])
+        nll, _ = tester.read_rows(model, [[1, 5, 6], [1, 5]], [[7, 8], list(range(3, 1003))], "packed")
     figures = tester.perplexity(nll, [2, 1000], ["a", "b"])
     assert figures["perplexity"] == pytest.approx(model.config.vocab_size, rel=1e-6)
 
@@ -114,21 +117,21 @@ def test_a_model_that_knows_nothing_has_the_vocabulary_size_as_perplexity(name):
 @pytest.mark.parametrize("attention", ["packed", "sdpa"])
 def test_a_row_in_a_batch_is_predicted_and_scored_as_alone_and_as_by_generate(attention, chain):
     base = json.loads((chain / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model = tester.load_system(base, chain / "adapter", in_4bit=True).get_base_model()
+    model = tester.load_system(base, chain / "adapter", True, compare=True).get_base_model()
     tokenizer, data = prompts_of(base, chain)
-    train_llama.choose_attention("packed")  # registers it
+    llama.choose_attention("packed")  # registers it
     prompts = tokenizer(list(data["prompt"])).input_ids
-    prompts += [sum(prompts[:6], []), prompts[0][:3], prompts[1][:1]]
+    prompts += [sum(prompts[:6], []), prompts[0][:3], prompts[1][:2]]
     completions = [prompts[(i + 1) % 12][1 : 2 + 3 * i] for i in range(len(prompts))]
     ends = {tokenizer.eos_token_id, *tokenizer("a e s. , ? and the Tom").input_ids[1:]}  # else random models go on
-    assert len({len(p) for p in prompts}) > 10 and max(map(len, prompts)) > 100 * min(map(len, prompts))
+    assert len({len(p) for p in prompts}) > 10 and max(map(len, prompts)) > 60 * min(map(len, prompts))
     with torch.inference_mode():
-        together = tester.test_rows(model, prompts, completions, ends, 40, attention)
+        together = tester.test_rows(model, prompts, completions, ends, 24, attention)
         alone = [
-            tester.test_rows(model, [p], [c], ends, 40, attention)[0]
+            tester.test_rows(model, [p], [c], ends, 24, attention)[0]
             for p, c in zip(prompts, completions, strict=True)
         ]
-        options = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": sorted(ends), "pad_token_id": 0}
+        options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": sorted(ends), "pad_token_id": 0}
         generated = [
             model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), **options)[0, len(p) :].tolist()
             for p in prompts
@@ -156,7 +159,7 @@ def test_the_prediction_files_follow_the_contract_in_the_order_of_the_dataset(ch
 
 def test_batches_hold_every_row_once_and_no_more_than_their_budget():
     lengths = [random.Random(0).randint(1, 400) for _ in range(200)] + [5000]
-    found = list(tester.batches(lengths, 2000))
+    found = list(tester.batches(dict(enumerate(lengths)), 2000))
     assert sorted(i for batch in found for i in batch) == list(range(201))
     assert all(len(batch) * max(lengths[i] for i in batch) <= 2000 for batch in found if len(batch) > 1)
     assert len(found) < 40
@@ -164,9 +167,9 @@ def test_batches_hold_every_row_once_and_no_more_than_their_budget():
 
 @ONE
 def test_an_answer_ends_at_the_line_and_keeps_what_shares_its_last_token(chain, tmp_path, monkeypatch):
-    tokenizer = train_llama.load_tokenizer(str(chain / "adapter"))
-    ends, line_ends = tester.end_tokens(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=1)), tokenizer,
-                                        "trivia_qa")  # fmt: skip
+    tokenizer = llama.load_tokenizer(str(chain / "adapter"))
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=1))
+    ends, line_ends = llama.end_tokens(model, tokenizer), tester.line_ends(tokenizer)
     assert {tokenizer.convert_tokens_to_ids(t) for t in ("<|end_of_text|>", "<|eot_id|>")} <= ends
     last = next(i for i in sorted(line_ends) if tokenizer.decode([i]).startswith(".\n"))
     ids = [*tokenizer(" Lydbrook", add_special_tokens=False).input_ids, last]
@@ -251,7 +254,7 @@ def test_stopped_by_ctrl_c_it_says_how_to_go_on(chain, tmp_path):
 
 
 @ONE
-def test_two_processes_write_the_same_files_as_one(chain, tmp_path):
+def test_two_processes_write_the_same_files_as_one(chain, tmp_path, capsys):
     out = copied(chain, tmp_path)
     arguments = [*SHORT, "--max-batch-tokens", "400", "--output-dir", str(out)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "test_llama.py"]
@@ -261,9 +264,13 @@ def test_two_processes_write_the_same_files_as_one(chain, tmp_path):
     assert "first process" in result.stdout and result.stdout.count("samsum perplexity") == 1
     for task in TASKS:
         (out / f"{task}_predictions.json").rename(out / f"{task}_two.json")
-    # as many threads: float32 sums depend on how they are split, in the last digit
-    alone = run("test_llama.py", *arguments, OMP_NUM_THREADS="1")
-    shares = [[int(n.replace(",", "")) for n in re.findall(r"([\d,]+) tokens in", r.stdout)] for r in (result, alone)]
+    capsys.readouterr()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as there: float32 sums depend on how they are split, in the last digit
+    assert test(out, *arguments[:4]) == 0
+    torch.set_num_threads(threads)
+    printed = result.stdout, capsys.readouterr().out
+    shares = [[int(n.replace(",", "")) for n in re.findall(r"([\d,]+) tokens in", text)] for text in printed]
     assert all(0.2 * whole < share < 0.8 * whole for share, whole in zip(*shares, strict=True))  # of the first process
     for task in TASKS:
         assert (out / f"{task}_predictions.json").read_bytes() == (out / f"{task}_two.json").read_bytes()
@@ -273,7 +280,7 @@ def test_two_processes_write_the_same_files_as_one(chain, tmp_path):
 @pytest.mark.parametrize("cut, healed", [(0, 6), (1, 5), (20, 5)])
 def test_work_left_behind_is_used_and_a_cut_off_line_healed(cut, healed, chain, tmp_path, monkeypatch, capsys):
     out = copied(chain, tmp_path)
-    monkeypatch.setattr(tester, "write", lambda *rest: (_ for _ in ()).throw(RuntimeError))
+    monkeypatch.setattr(tester, "write_predictions", lambda *rest: (_ for _ in ()).throw(RuntimeError))
     with pytest.raises(RuntimeError):
         test(out, *SHORT, "--max-batch-tokens", "1")
     monkeypatch.undo()
@@ -283,7 +290,7 @@ def test_work_left_behind_is_used_and_a_cut_off_line_healed(cut, healed, chain, 
         part.rename(out / ".samsum_predictions.part3.jsonl")
     capsys.readouterr()
     assert test(out, *SHORT, "--max-batch-tokens", "1") == 0
-    assert f"samsum: 6 examples, {healed} of them from before" in capsys.readouterr().out
+    assert f"samsum: 6 rows, {healed} of them from before" in capsys.readouterr().out
     assert column(out, "samsum", "prediction") == column(chain, "samsum", "prediction")
     assert not list(out.glob(".*"))
 
@@ -325,9 +332,9 @@ def test_the_base_alone_and_the_merged_model_beside_the_adapter(chain, tmp_path)
     out = copied(chain, tmp_path, predictions=True)
     assert test(out, *SHORT, "--adapter", "none", "--name", "base") == 0
     base = json.loads((chain / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    merged = tester.load_adapter(train_llama.load_model(base, load_in_4bit=False), chain / "adapter")
+    merged = llama.load_adapter(llama.load_model(base, load_in_4bit=False), chain / "adapter")
     merged.merge_and_unload().save_pretrained(tmp_path / "merged")
-    train_llama.load_tokenizer(base).save_pretrained(tmp_path / "merged")
+    llama.load_tokenizer(base).save_pretrained(tmp_path / "merged")
     assert test(out, *SHORT, "--model", tmp_path / "merged", "--name", "merged") == 0
     other = ["--adapter", chain / "adapter", "--no-load-in-4bit", "--no-compare-with-base", "--name", "sixteen"]
     assert test(out, *SHORT, *other) == 0
@@ -342,8 +349,8 @@ def test_the_base_alone_and_the_merged_model_beside_the_adapter(chain, tmp_path)
 
 def test_unpacking_the_4_bit_weights_once_changes_no_number(chain):
     base = json.loads((chain / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    packed = tester.load_adapter(train_llama.load_model(base, load_in_4bit=True), chain / "adapter")
-    unpacked = tester.load_system(base, chain / "adapter", in_4bit=True)
+    packed = llama.load_adapter(llama.load_model(base, load_in_4bit=True), chain / "adapter")
+    unpacked = tester.load_system(base, chain / "adapter", True, compare=True)
     assert not any("4bit" in type(module).__name__ for module in unpacked.modules())
     ids = torch.arange(20, 120)[None]
     with torch.inference_mode():
@@ -361,7 +368,10 @@ def test_what_is_missing_or_of_another_model_is_said_in_one_sentence(chain, data
     assert_refused(run("test_llama.py", "--output-dir", tmp_path), "no dataset at", "run build_dataset.py first")
     assert "run train_llama.py first" in refused(dataset)
     out = copied(chain, tmp_path)
-    error = refused(out, "--model", FIXTURES / "tiny_llama2", "--adapter", chain / "adapter")
+    other = ["--model", FIXTURES / "tiny_llama2", "--adapter", chain / "adapter"]
+    assert "it is another model's" in refused(out, *other)
+    shutil.copytree(out / "adapter", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    error = refused(out, *other[:-1], tmp_path / "bare")
     assert "does not load onto its base" in error and "size mismatch" in error
     path = out / "adapter" / "adapter_model.safetensors"
     save_file(dict(list(load_file(path).items())[4:]), path, metadata={"format": "pt"})
@@ -375,15 +385,148 @@ def test_what_is_missing_or_of_another_model_is_said_in_one_sentence(chain, data
 
 
 @ONE
-def test_a_prompt_that_does_not_fit_names_the_row_and_the_setting(chain, tmp_path, capsys):
+def test_a_model_that_no_row_fits_is_refused_with_the_setting(chain, tmp_path, capsys):
     out = copied(chain, tmp_path)
     shutil.copytree(FIXTURES / "tiny_llama3", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
     assert test(out, "--model", tmp_path / "model", "--adapter", chain / "adapter") == 2
     error = capsys.readouterr().err
-    assert "samsum:" in error and "do not fit the model's 100" in error and "--samsum-max-new-tokens" in error
+    assert "no row of samsum fits the model's 100 tokens" in error and "--samsum-max-new-tokens" in error
     assert not list(out.glob("*predictions*"))
+
+
+@ONE
+def test_a_row_too_long_for_the_model_is_left_out_counted_and_named(chain, tmp_path, monkeypatch):
+    data = load_from_disk(str(chain / "dataset"))
+    ids = [row["id"] for row in data["test"] if row["task"] == "samsum"]
+    long, shown = ids[2], ids[0]
+
+    def change(row):
+        prompt = row["prompt"] * 60 if row["id"] == long else row["prompt"]
+        return {"prompt": prompt, "references": ["caf\u00e9 \u2615"] if row["id"] == shown else row["references"]}
+
+    data["test"] = data["test"].map(change)
+    data.save_to_disk(str(tmp_path / "out" / "dataset"))
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)  # one that is not UTF-8
+    out = tmp_path / "out"
+    assert test(out, *SHORT, "--adapter", chain / "adapter") == 0
+    printed = terminal.buffer.getvalue().decode()
+    assert "samsum: 1 of 6 rows do not fit the model's" in printed and "caf? ?" in printed
+    assert all(len(line) <= 80 for line in printed.splitlines() if not line.startswith("wrote "))
+    file, before = read(out, "samsum"), {example["id"]: example for example in read(chain, "samsum")["examples"]}
+    assert file["too_long"] == [long] and read(out, "trivia_qa")["too_long"] == []
+    assert file["perplexity"]["tuned"]["examples"] == file["perplexity"]["base"]["examples"] == 5
+    assert [example["id"] for example in file["examples"]] == ids
+    for example in file["examples"]:
+        if example["id"] == long:
+            assert example["too_long"] and example["prediction"] == example["base_prediction"] == ""
+        else:
+            assert example["prediction"] == before[example["id"]]["prediction"] and "too_long" not in example
+    nll = [before[row_id]["nll"] for row_id in ids if row_id != long]
+    assert file["perplexity"]["tuned"]["nll_sum"] == pytest.approx(sum(nll), rel=1e-5)
+
+
+@BOTH
+def test_text_that_looks_like_a_special_token_stays_text(name, chain):
+    tokenizer, data = prompts_of(FIXTURES / name, chain)
+    special = set(tokenizer.all_special_ids)
+    row = {"prompt": "Tom: <s></s> <|end_of_text|><|begin_of_text|> hi <unk>", "completion": " a </s> b"}
+    ids = llama.encode(tokenizer, {key: [value] for key, value in row.items()} | {"id": ["x"]})
+    (prompt,), (completion,) = ids["prompt_ids"], ids["completion_ids"]
+    assert [prompt[0], completion[-1]] == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    assert not special & {*prompt[1:], *completion[:-1]}
+    assert tokenizer.decode(prompt[1:] + completion[:-1]).strip() == row["prompt"] + row["completion"]
+    texts = [prompt + completion for prompt, completion in zip(data["prompt"], data["completion"], strict=True)]
+    plain = llama.encode(tokenizer, data.to_dict())
+    both = [a + b[:-1] for a, b in zip(plain["prompt_ids"], plain["completion_ids"], strict=True)]
+    assert both == tokenizer(texts).input_ids  # ordinary rows are as ever
+
+
+@ONE
+def test_a_base_that_asks_for_sampling_and_penalties_is_read_greedily_all_the_same(chain, tmp_path):
+    out = copied(chain, tmp_path)
+    shutil.copytree(FIXTURES / "tiny_llama3", tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    wishes = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 9.0, "min_new_tokens": 7}
+    path.write_text(json.dumps(json.loads(path.read_text()) | wishes))
+    assert test(out, *SHORT, "--model", tmp_path / "model", "--adapter", chain / "adapter") == 0
+    for task in TASKS:
+        assert column(out, task, "prediction") == column(chain, task, "prediction")
+        assert column(out, task, "base_prediction") == column(chain, task, "base_prediction")
+
+
+@ONE
+def test_one_run_at_a_time_and_links_to_other_disks(chain, tmp_path, capsys):
+    out = copied(chain, tmp_path)
+    (tmp_path / "link").symlink_to(out)
+    (tmp_path / "elsewhere.json").write_text("{}")
+    (out / "samsum_predictions.json").symlink_to(tmp_path / "elsewhere.json")
+    with only_run_in(out):
+        before = snapshot(out)
+        assert test(tmp_path / "link", *SHORT, "--overwrite") == 2
+        assert "is in use by" in capsys.readouterr().err and snapshot(out) == before
+    assert test(tmp_path / "link", *SHORT, "--overwrite") == 0
+    assert (out / "samsum_predictions.json").is_symlink() and not list(out.glob(".*"))
+    assert json.loads((tmp_path / "elsewhere.json").read_text())["examples"] == read(chain, "samsum")["examples"]
+
+
+def peft_adapter(folder, targets, **options):
+    """`folder` with an adapter of tiny_llama2 as PEFT saves it, not 0."""
+    torch.manual_seed(0)
+    model = llama.load_model(str(FIXTURES / "tiny_llama2"), load_in_4bit=False)
+    options = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": targets} | options
+    model = get_peft_model(model, LoraConfig(**options))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and "init_lora_weights" not in options:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+@ONE
+@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens", "v_proj"])
+def test_an_adapter_of_another_tool_is_tested_as_peft_loads_it(layer, chain, tmp_path):
+    out = copied(chain, tmp_path)
+    folder = peft_adapter(tmp_path / "adapter", ["q_proj", layer])  # config and weights: the base's tokenizer serves
+    assert test(out, "--samsum-max-new-tokens", 2, "--adapter", folder, "--no-load-in-4bit") == 0
+    base = llama.load_model(str(FIXTURES / "tiny_llama2"), load_in_4bit=False)
+    tokenizer, data = prompts_of(FIXTURES / "tiny_llama2", out)
+    ids = llama.encode(tokenizer, llama.rows_of(data, "samsum").to_dict())
+    prompt, completion = ids["prompt_ids"][0], ids["completion_ids"][0]
+    inputs = {"input_ids": torch.tensor([prompt + completion])}
+    inputs["labels"] = torch.tensor([[-100] * len(prompt) + completion])
+    model = PeftModel.from_pretrained(base, str(folder))
+    assert column(out, "samsum", "nll")[0] == pytest.approx(model(**inputs).loss.item() * len(completion), rel=1e-5)
+    with model.disable_adapter():
+        alone = model(**inputs).loss.item() * len(completion)
+    assert column(out, "samsum", "base_nll")[0] == pytest.approx(alone, rel=1e-5)
+    assert column(out, "samsum", "nll") != pytest.approx(column(out, "samsum", "base_nll"), rel=1e-3)
+
+
+@ONE
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_an_adapter_that_changes_its_base_is_not_shown_beside_it(kind, chain, tmp_path, capsys):
+    out = copied(chain, tmp_path)
+    folder = peft_adapter(tmp_path / "adapter", ["q_proj", "v_proj"], init_lora_weights=kind)
+    arguments = ["--samsum-max-new-tokens", 2, "--adapter", folder, "--no-load-in-4bit"]
+    assert test(out, *arguments) == 2
+    assert "--no-compare-with-base" in capsys.readouterr().err and not list(out.glob("*_predictions.json"))
+    assert test(out, *arguments, "--no-compare-with-base") == 0
+    assert test(out, *arguments[:2], "--model", FIXTURES / "tiny_llama2", "--name", "base") == 0
+    for task in TASKS:  # untrained it is the base
+        assert column(out, task, "nll") == pytest.approx(column(out, task, "nll", "_base"), rel=1e-4)
+
+
+@ONE
+def test_a_tokenizer_with_added_tokens_is_named(chain, tmp_path, capsys):
+    out = copied(chain, tmp_path)
+    tokenizer = llama.load_tokenizer(str(FIXTURES / "tiny_llama2"))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(peft_adapter(tmp_path / "adapter", ["q_proj"]))
+    assert test(out, *SHORT, "--adapter", tmp_path / "adapter") == 2
+    assert "[PAD]" in capsys.readouterr().err
 
 
 @ONE

@@ -1,0 +1,153 @@
+"""evaluation.html: the numbers of evaluation.json, figures of them, and every example."""
+
+import io
+import logging
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import jinja2
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from significance import LOWER_IS_BETTER
+
+MAIN_SCORE = {"samsum": "rougeLsum", "trivia_qa": "f1"}  # what the page plots and sorts by
+STYLE = {  # of the figures
+    "svg.fonttype": "none",
+    "svg.hashsalt": "evaluation",  # the same file every time
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+
+
+def label(metric):
+    words = metric.replace("_", " ").replace("rouge", "ROUGE-").replace("bleu", "BLEU")
+    return words[0].upper() + words[1:]
+
+
+def draw(caption, xlabel, ylabel, lines, ticks=None, first=0):
+    """{"caption", "svg"}: lines {label: (x, y, style)} as inline SVG, from the colour number `first` on."""
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it writes of its font cache
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.2, 2.8), layout="constrained")
+        axes = figure.subplots()
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        for i, (name, (x, y, style)) in enumerate(lines.items(), first):
+            axes.errorbar(x, y, label=name, color=f"#0{i % 6}0404", capsize=3, markersize=4, linewidth=1.5, **style)
+        axes.set_ylim(bottom=0)
+        if ticks:
+            axes.set_xticks(range(len(ticks)), ticks, fontsize=8)
+            axes.set_xlim(-0.5, len(ticks) - 0.5)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above: nothing lies under it
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True)
+    svg = file.getvalue()
+    svg = re.sub(r'<metadata>.*?</metadata>|(?<=<g) id="[^"]*"', "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r"#0(\d)0404", r"var(--s\1)", svg)  # the colours of the page, which know light and dark
+    return {"caption": caption, "svg": svg.replace("#000000", "var(--soft)").replace("#b0b0b0", "var(--line)")}
+
+
+def histogram(values, edges):
+    """A line of draw(): percent of the values between the edges."""
+    share = np.histogram(values, edges)[0] / len(values) * 100
+    return edges, [*share, share[-1]], {"drawstyle": "steps-post"}
+
+
+def by_group(parts, names, metric):
+    """Lines of draw(): each system's score in each group, side by side, with intervals."""
+    lines = {}
+    for i, name in enumerate(names):
+        scores = np.array([part["scores"][name][metric] for part in parts.values()])
+        ends = np.array([part["intervals"][name][metric] for part in parts.values()]).T
+        x = np.arange(len(parts)) + (i - (len(names) - 1) / 2) * 0.12
+        lines[name] = x, scores, {"yerr": np.abs(ends - scores), "fmt": "o"}
+    return lines
+
+
+def draw_task(task, result):
+    """Figures of a task: scores and differences per example, scores by group, the judge's points."""
+    names, metric, share = list(result["files"]), MAIN_SCORE[task], "% of the examples"
+    title, groups = label(metric), result["groups"]
+    values = {name: np.array(result["per_example"][name][metric]) for name in names}
+    lines = {name: histogram(values[name], np.linspace(0, 100, 21)) for name in names}
+    figures = [draw(f"How {title} is spread over the examples of {task}", title, share, lines)]
+    if len(names) > 1:
+        edges = np.linspace(-105, 105, 22)  # equal scores stand in the middle of a bin
+        lines = {name: histogram(values[name] - values[names[0]], edges) for name in names[1:]}
+        caption = f"Difference in {title} to {names[0]}, example by example"
+        figures.append(draw(caption, "difference", share, lines, first=1))
+    captions = {"prompt_words": "words of the prompt", "answer_in_context": "whether the context holds the answer"}
+    for kind, parts in groups.items():
+        caption = f"{title} by {captions[kind]}, with 95 % intervals"
+        xlabel = "words" if kind == "prompt_words" else ""
+        figures.append(draw(caption, xlabel, title, by_group(parts, names, metric), list(parts)))
+    points = result.get("judge", {}).get("points")
+    if points:
+        levels = points.values()
+        lines = {
+            label(name): (range(len(points)), [level[name] for level in levels], {"fmt": "o-"})
+            for name in result["judge"]["metrics"][1:]
+        }
+        caption = "What the other scores say of predictions the judge gave 0 to 4 points"
+        ticks = [f"{key} ({level['predictions']})" for key, level in points.items()]
+        figures.append(draw(caption, "points (predictions)", "mean score", lines, ticks, first=1))
+    return figures
+
+
+def draw_loss(loss):
+    """The figures of the training: its loss by step, and the validation losses where there are any."""
+    lines = {}
+    for name, points in loss.items():
+        words = name.replace("eval_", "validation, ").replace("_loss", "")
+        lines[words] = (*np.array(points).T, {"fmt": "-" if name == "loss" else "o-"})
+    return [draw("Loss by optimizer step", "step", "loss, nats per token", lines)] if loss else []
+
+
+def scores_of(result):
+    """{system: {metric: score}} of a task, the perplexity among them where there is one."""
+    scores = {}
+    for name in result["files"]:
+        scores[name] = {metric: value for metric, value in result[name].items() if not metric.endswith("signature")}
+        if name in result["perplexity"]:
+            scores[name]["perplexity"] = result["perplexity"][name]["perplexity"]
+    return scores
+
+
+def part_of(task, rows, result):
+    """What the template shows of a task."""
+    scores = scores_of(result)
+    return {
+        "name": task,
+        "rows": asdict(rows),
+        "result": result,
+        "systems": list(rows.systems),
+        "scores": scores,
+        "metrics": list(dict.fromkeys(metric for by_metric in scores.values() for metric in by_metric)),
+        "figures": draw_task(task, result),
+    }
+
+
+def page(report, tasks):
+    """The text of evaluation.html: the numbers of `report` and the texts of `tasks`, in evaluation.html.jinja."""
+    folder = jinja2.FileSystemLoader(Path(__file__).resolve().parent)
+    environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # jinja2 sorts keys: the first system is first
+    parts = [part_of(task, rows, report[task]) for task, rows in tasks.items()]
+    systems = [system for rows in tasks.values() for system in rows.systems.values()]
+    return environment.get_template("evaluation.html.jinja").render(
+        report=report,
+        tasks=parts,
+        models=list(dict.fromkeys(system.model for system in systems if isinstance(system.model, str))),
+        loss_figures=draw_loss(report["training"]["loss"]) if report["training"] else [],
+        labels={metric: label(metric) for part in parts for metric in (*part["metrics"], "judge")},
+        main_score=MAIN_SCORE,
+        lower_is_better=LOWER_IS_BETTER,
+    )
