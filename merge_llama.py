@@ -24,20 +24,9 @@ from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 
+import common
 import llama
-from common import (
-    fail,
-    first_line,
-    git_commit,
-    only_run_in,
-    parse_settings,
-    read_json,
-    say,
-    script,
-    sha256,
-    versions,
-    whole_folder,
-)
+from common import fail, first_line, say
 
 # Settings: edit here, or override for one run on the command line.
 MERGE_BASE = "auto"  # 16bit: weights as stored; 4bit: quantised to NF4 and back; auto: what the adapter was trained on
@@ -64,7 +53,7 @@ FOLLOWED = (
 
 def parse_args(argv=None):
     choices = {"MERGE_BASE": ("auto", "16bit", "4bit")}
-    args = parse_settings(sys.modules[__name__], argv, choices=choices)
+    args = common.parse_settings(sys.modules[__name__], argv, choices=choices)
     if args.push_to_hub != "none" and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to_hub):
         fail("--push-to-hub must be OWNER/NAME, or none")
     return args
@@ -74,7 +63,7 @@ def refuse_more_than_lora(folder):
     """Exit 2, naming it, on anything in adapter_config.json that is more than LoRA on linear layers."""
     from peft import LoraConfig
 
-    config, plain = read_json(folder / "adapter_config.json"), LoraConfig().to_dict()
+    config, plain = common.read_json(folder / "adapter_config.json"), LoraConfig().to_dict()
     # a list of what is followed, not of what is refused: what a later PEFT invents is refused too
     strange = [name for name in config.keys() - set(FOLLOWED) if config[name] and config[name] != plain.get(name)]
     # PiSSA, OLoRA and so on start from other base weights
@@ -90,8 +79,11 @@ def refuse_more_than_lora(folder):
 
 def read_run(folder, base):
     """run.json of the adapter with "adapter_sha256" and the base's "weights"; exits 2 where it names others."""
-    run = read_json(folder / "run.json")
-    found = {"adapter_sha256": sha256(folder / "adapter_model.safetensors"), "weights": llama.weights_identity(base)}
+    run = common.read_json(folder / "run.json")
+    found = {
+        "adapter_sha256": common.sha256(folder / "adapter_model.safetensors"),
+        "weights": llama.weights_identity(base),
+    }
     named = {"adapter_sha256": run.get("adapter_sha256"), "weights": run.get("run", {}).get("weights")}
     for name, path in {"adapter_sha256": folder, "weights": base}.items():
         if named[name] not in (None, found[name]):  # an adapter from elsewhere names nothing
@@ -117,18 +109,9 @@ def check_rows(args, tokenizer):
 
 
 def load_tuned(base, kind, folder):
-    """Base and adapter, the base as stored (kind 16bit) or in NF4 (4bit); exits 2 where they have no room."""
-    import psutil
+    """Base and adapter, the base as stored (kind 16bit) or in NF4 (4bit)."""
     import torch
 
-    stored = sum(path.stat().st_size for path in llama.weight_files(base))  # 2 bytes a parameter, as a rule
-    needed = stored * (0.6 if kind == "4bit" else llama.compute_dtype().itemsize / 2)
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    if needed > free:
-        fail(
-            f"base and adapter, to compare with, need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: "
-            "free some, merge on a larger machine (adapter/ and dataset/ go there), or take --merge-base 4bit"
-        )
     # in 4 bits the rest is float32: else NF4 would be made of weights that were rounded first
     dtype = torch.float32 if kind == "4bit" else llama.compute_dtype()
     return llama.load_adapter(llama.load_model(base, kind == "4bit", dtype=dtype), folder).get_base_model()
@@ -239,7 +222,7 @@ def write_small_files(base, model, tokenizer, target):
         kept.append(source / "model.safetensors.index.json")
     for path in kept:  # as they are: saved again, an older transformers could not read them
         shutil.copyfile(path, target / path.name)
-    config = read_json(source / "config.json")
+    config = common.read_json(source / "config.json")
     config.pop("auto_map", None)  # names code, which is not copied
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     generation = model.generation_config
@@ -415,7 +398,7 @@ def show(report):
 def scores_of(output, adapter):
     """{task: part of evaluation.json} where this adapter made the predictions, and the base some beside them."""
     scores = {}
-    for task, part in read_json(output / "evaluation.json").items():
+    for task, part in common.read_json(output / "evaluation.json").items():
         with suppress(KeyError, TypeError):
             if part["made_from"]["tuned"]["adapter"] == adapter and part["base"]:
                 scores[task] = part
@@ -424,7 +407,7 @@ def scores_of(output, adapter):
 
 def built_from(output, run):
     """dataset_report.json where it is of the rows that the adapter was trained on, else {}."""
-    built = read_json(output / "dataset_report.json")
+    built = common.read_json(output / "dataset_report.json")
     rows = built.get("splits", {}).get("train", {}).get("sha256", "")[:32]
     return built if rows and rows == run.get("run", {}).get("train rows") else {}
 
@@ -455,11 +438,11 @@ def finish(args, base, run, report, fresh):
         "base_weights": run["weights"],
         "adapter_sha256": run["adapter_sha256"],
         "dataset": {name: value for name, value in run.get("run", {}).items() if name.endswith(" rows")},
-        "versions": versions("torch", "transformers", "peft", "bitsandbytes", "safetensors"),
-        "git_commit": git_commit(),
+        "versions": common.versions("torch", "transformers", "peft", "bitsandbytes", "safetensors"),
+        "git_commit": common.git_commit(),
     }
     (fresh / "README.md").write_text(model_card(args, base, run, report), encoding="utf-8")
-    report["sha256"] = {path.name: sha256(path) for path in sorted(fresh.iterdir())}
+    report["sha256"] = {path.name: common.sha256(path) for path in sorted(fresh.iterdir())}
     (fresh / "merge.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
@@ -491,16 +474,16 @@ def push(args, folder):
         )
 
 
-@script
+@common.script
 def main(argv=None):
     args = parse_args(argv)
     folder, target = Path(args.output_dir) / "adapter", Path(args.output_dir) / "merged"
     base = llama.find_model(llama.read_adapter(folder))
-    with only_run_in(args.output_dir):
+    with common.only_run_in(args.output_dir):
         llama.quiet()
         refuse_more_than_lora(folder)
         run = read_run(folder, base)
-        with whole_folder(target) as fresh:
+        with common.whole_folder(target) as fresh:
             report = merge_and_check(args, base, run, fresh)
             finish(args, base, run, report, fresh)
             show(report)
