@@ -25,21 +25,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import common
 import llama
-from common import (
-    TASKS,
-    fail,
-    first_line,
-    is_main,
-    only_run_in,
-    parse_settings,
-    read_json,
-    refuse_another,
-    say,
-    script,
-    sha256,
-    write_whole,
-)
+from common import TASKS, fail, first_line, is_main, say
 
 # Settings: edit here, or override for one run on the command line.
 ADAPTER = "auto"  # a folder, or none: the base alone; auto: OUTPUT_DIR/adapter, or none where MODEL is given
@@ -60,7 +48,7 @@ SHOWN = 3  # examples of each task printed at the end
 
 
 def parse_args(argv=None):
-    args = parse_settings(sys.modules[__name__], argv)
+    args = common.parse_settings(sys.modules[__name__], argv)
     if not re.fullmatch(r"[\w-]*", args.name):
         fail("--name must be made of letters, digits, dashes and underscores")
     return args
@@ -77,7 +65,7 @@ def choose_system(args):
     base = llama.find_model(args.model if given else base)
     in_4bit = args.load_in_4bit
     if in_4bit is None:  # an adapter from elsewhere does not say: QLoRA
-        in_4bit = bool(read_json(folder / "run.json").get("settings", {}).get("load_in_4bit", True))
+        in_4bit = bool(common.read_json(folder / "run.json").get("settings", {}).get("load_in_4bit", True))
     return base, None if alone else folder, in_4bit
 
 
@@ -88,7 +76,7 @@ def run_identity(args, base, folder, in_4bit, rows):
     run = {
         "model": base,
         "weights": llama.weights_identity(base),
-        "adapter": sha256(folder / "adapter_model.safetensors")[:16] if folder else "none",
+        "adapter": common.sha256(folder / "adapter_model.safetensors")[:16] if folder else "none",
         "4_bit": in_4bit,
         "rows": rows._fingerprint,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -125,7 +113,7 @@ def finished(args, path, run):
     """Whether the predictions of this run stand at `path`; exits 2 where they, or work for them, are of another."""
     if args.overwrite:
         return False
-    stored = read_json(path).get("settings")
+    stored = common.read_json(path).get("settings")
     if path.exists() and stored == run:
         return True
     begun = [item["settings"] for item in read_work(path)]
@@ -134,7 +122,7 @@ def finished(args, path, run):
     if path.exists():
         begun.append(stored if isinstance(stored, dict) else {})
     for other in begun:
-        refuse_another(path, other, run, "give its settings again, or --overwrite, or --name for further files")
+        common.refuse_another(path, other, run, "give its settings again, or --overwrite, or --name for further files")
     return False
 
 
@@ -436,7 +424,7 @@ def write_predictions(task, folder, path, run):
         "too_long": [row_id for i, row_id in enumerate(task.rows["id"]) if i not in found],
         "examples": [example_of(row, found.get(i), systems(run).values()) for i, row in enumerate(task.rows)],
     }
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    common.write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     for part in work_files(path):
         part.unlink()
 
@@ -501,7 +489,7 @@ def test_undone(args, base, folder, in_4bit, rows, state):
     return {task: paths[task] for task in parts}
 
 
-@script
+@common.script
 def main(argv=None):
     args = parse_args(argv)
     started = time.time()
@@ -511,11 +499,11 @@ def main(argv=None):
     from accelerate import PartialState
 
     llama.quiet()
-    with only_run_in(args.output_dir):
+    with common.only_run_in(args.output_dir):
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
         paths = test_undone(args, base, folder, in_4bit, rows, state)
         if is_main():
-            contents = {task: read_json(path) for task, path in paths.items()}
+            contents = {task: common.read_json(path) for task, path in paths.items()}
             show(contents, dict(zip(rows["id"], rows["prompt"], strict=True)))
         say("\n" + "\n".join(f"wrote {path}" for path in paths.values()))
         say(f"{time.time() - started:.0f} s, peak memory {llama.peak_memory():.2f} GB")
