@@ -130,7 +130,9 @@ class Server:
     def why(self, error):
         """What went wrong, for a person: one line without the key (a 401's text has parts of it)."""
         name, text = type(error).__name__, str(error).split("\n")[0][:300]
-        return name if name == "AuthenticationError" else self.hide(f"{name}: {text}")
+        if isinstance(error, openai.AuthenticationError):
+            return name
+        return self.hide(f"{name}: {text}" if isinstance(error, openai.APIError) else text)
 
 
 def judge_messages(task, prompt, references, prediction):
@@ -220,32 +222,31 @@ class Judge:
         judgements, errors, in_row = {}, [], 0
         with open(self.path, "a", encoding="utf-8") as file, ThreadPoolExecutor(self.at_once) as pool:
             file.write("\n")  # ends a line that an interruption cut off
+            bar = tqdm(self.answers(messages, pool), "judge", len(messages), disable=None, leave=False)
             try:
-                for key, (judgement, error) in tqdm(self.answers(messages, pool), "judge", len(messages), leave=False):
+                for key, judgement, error in bar:
                     if judgement:
-                        in_row = 0
                         judgements[key] = judgement
                         file.write(json.dumps({"hash": key, **judgement}, ensure_ascii=False) + "\n")
                         file.flush()
+                        in_row = 0
                         continue
                     errors.append(error)
                     in_row += 1
-                    at_start = len(errors) == 1 and not judgements and isinstance(error, openai.APIError)
-                    if in_row > 2 * self.args.judge_concurrency or (
-                        at_start and not isinstance(error, openai.BadRequestError)
-                    ):
+                    refused = isinstance(error, openai.APIError) and not isinstance(error, openai.BadRequestError)
+                    if in_row > 2 * self.args.judge_concurrency or (refused and len(errors) + len(judgements) == 1):
                         self.give_up(error)
             finally:
                 pool.shutdown(cancel_futures=True)
         return judgements, errors
 
     def answers(self, messages, pool):
-        """(key, what `ask` says) as they come; the first is asked alone: a wrong key or address costs one request."""
+        """(key, judgement, error) as they come; the first alone: a wrong key or address costs one request."""
         first, *others = messages
-        yield first, self.ask(messages[first])
+        yield first, *self.ask(messages[first])
         jobs = {pool.submit(self.ask, messages[key]): key for key in others}
         for job in as_completed(jobs):
-            yield jobs[job], job.result()
+            yield jobs[job], *job.result()
 
     def give_up(self, error):
         told = f"the judge at {self.args.judge_url} gives no answers ({self.server.why(error)})"

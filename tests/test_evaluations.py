@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 
 import evaluations
+import metrics
+import significance
 
 SCRIPT = Path(evaluations.__file__).resolve()
 
@@ -152,26 +155,26 @@ def result(path):
 
 @pytest.mark.parametrize(("prediction", "reference", "exact", "f1"), OFFICIAL)
 def test_exact_match_and_f1_follow_the_official_rules(prediction, reference, exact, f1):
-    assert evaluations.exact_match_score(prediction, reference) is exact
-    assert evaluations.f1_score(prediction, reference) == pytest.approx(f1)
+    assert metrics.exact_match_score(prediction, reference) is exact
+    assert metrics.f1_score(prediction, reference) == pytest.approx(f1)
 
 
 @pytest.mark.parametrize(("prediction", "reference", "contained"), CONTAINS)
 def test_contains_looks_for_whole_words_in_a_row(prediction, reference, contained):
-    assert evaluations.contains_score(prediction, reference) is contained
+    assert metrics.contains_score(prediction, reference) is contained
 
 
 def test_the_best_alias_counts_and_every_question_is_in_the_denominator():
     answers = (["Rome", "", "red dog", " "], [["x", "rome"], ["y"], ["cat", "dog"], ["The"]])
-    assert evaluations.best(evaluations.exact_match_score, *answers) == [100, 0, 0, 0]  # a blank answer is wrong
-    assert evaluations.best(evaluations.f1_score, *answers) == pytest.approx([100, 0, 200 / 3, 0])
-    assert evaluations.best(evaluations.contains_score, *answers) == [100, 0, 100, 0]
+    assert metrics.best(metrics.exact_match_score, *answers) == [100, 0, 0, 0]  # a blank answer is wrong
+    assert metrics.best(metrics.f1_score, *answers) == pytest.approx([100, 0, 200 / 3, 0])
+    assert metrics.best(metrics.contains_score, *answers) == [100, 0, 100, 0]
 
 
 def test_length_ratio_is_of_words_and_to_the_nearest_reference():
     predictions, references = ["a b c", "", "one two"], [["a b c d"], ["x y"], ["1", "1 2 3 4 5"]]
-    assert evaluations.length_ratio(predictions, references) == [75, 0, 200]
-    assert evaluations.length_ratio(["a b c d"], [["1", "1 2 3 4 5"]]) == [80]
+    assert metrics.length_ratio(predictions, references) == [75, 0, 200]
+    assert metrics.length_ratio(["a b c d"], [["1", "1 2 3 4 5"]]) == [80]
 
 
 def aliases(seed, examples):
@@ -195,7 +198,7 @@ def test_rouge_is_rouge_score_itself_for_every_example_whatever_is_shared_or_lef
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
     predictions, references = aliases(1, 300)
     predictions, references = predictions + SUMMARIES, references + GOLD
-    scores = evaluations.rouge(predictions, references)
+    scores = metrics.rouge(predictions, references)
     for i, (prediction, refs) in enumerate(zip(predictions, references, strict=True)):
         expected = scorer.score_multi([by_line(ref) for ref in refs], by_line(prediction))
         assert {name: scores[name][i] for name in scores} == {n: 100 * s.fmeasure for n, s in expected.items()}
@@ -204,7 +207,7 @@ def test_rouge_is_rouge_score_itself_for_every_example_whatever_is_shared_or_lef
 
 def test_rouge_lsum_differs_from_rouge_l_where_sentences_are_swapped():
     def score(prediction, reference):
-        return {name: values[0] for name, values in evaluations.rouge([prediction], [reference]).items()}
+        return {name: values[0] for name, values in metrics.rouge([prediction], [reference]).items()}
 
     swapped = score(SUMMARIES[0], GOLD[0])
     assert swapped["rougeLsum"] > swapped["rougeL"] + 10
@@ -220,11 +223,10 @@ def test_bleu_equals_sacrebleu_with_any_number_of_references(effective_order):
 
     streams = [[gold[0] for gold in GOLD], [None, GOLD[1][1], GOLD[2][1]]]
     expected = sacrebleu.metrics.BLEU(effective_order=effective_order).corpus_score(SUMMARIES, streams).score
-    metric = evaluations.make_bleu(GOLD, effective_order)
-    score, counts = evaluations.bleu(metric, SUMMARIES)
+    score, counts, signature = metrics.bleu(SUMMARIES, GOLD, effective_order)
     assert score == expected > 1
-    assert evaluations.bleu_of(counts.sum(0), effective_order) == pytest.approx(expected, rel=1e-12)
-    assert f"eff:{'yes' if effective_order else 'no'}" in str(metric.get_signature())
+    assert metrics.bleu_of(counts.sum(0), effective_order) == pytest.approx(expected, rel=1e-12)
+    assert f"eff:{'yes' if effective_order else 'no'}" in signature
 
 
 @pytest.mark.parametrize("effective_order", [False, True])
@@ -232,8 +234,7 @@ def test_bleu_of_any_resample_equals_sacrebleu_on_those_rows(effective_order):
     import sacrebleu
 
     predictions, references = aliases(2, 60)
-    metric = evaluations.make_bleu(references, effective_order)
-    counts = evaluations.bleu(metric, predictions)[1]
+    counts = metrics.bleu(predictions, references, effective_order)[1]
     rng, seen = np.random.default_rng(0), set()
     for size in (1, 1, 1, 2, 3, 5, 60) * 12:  # small ones meet every edge: no match, no 4-gram, shorter, longer
         drawn = rng.integers(60, size=size)
@@ -242,19 +243,20 @@ def test_bleu_of_any_resample_equals_sacrebleu_on_those_rows(effective_order):
         sacre = sacrebleu.metrics.BLEU(effective_order=effective_order)
         expected = sacre.corpus_score([predictions[i] for i in drawn], streams).score
         seen.add(expected == 0)
-        assert evaluations.bleu_of(counts[drawn].sum(0), effective_order) == pytest.approx(expected, rel=1e-12)
+        assert metrics.bleu_of(counts[drawn].sum(0), effective_order) == pytest.approx(expected, rel=1e-12)
     assert seen == {True, False}
 
 
 def test_bleu_of_a_right_one_word_answer_is_100_with_effective_order_and_0_without():
     for effective_order, expected in ((True, 100), (False, 0)):
-        score, counts = evaluations.bleu(evaluations.make_bleu([["Paris"]], effective_order), ["Paris"])
-        assert score == pytest.approx(expected) == evaluations.bleu_of(counts[0], effective_order)
+        score, counts, _ = metrics.bleu(["Paris"], [["Paris"]], effective_order)
+        assert score == pytest.approx(expected) == metrics.bleu_of(counts[0], effective_order)
 
 
 def test_bleu_refuses_predictions_and_references_of_other_lengths():
-    with pytest.raises(ValueError, match="length"):
-        evaluations.bleu(evaluations.make_bleu([["a"]], False), ["a", "b"])
+    for predictions, references in ((["a", "b"], [["a"]]), (["a"], [["a"], ["b"]])):
+        with pytest.raises(ValueError, match="length"):
+            metrics.bleu(predictions, references, effective_order=False)
 
 
 def test_a_hand_made_file_is_scored_and_nothing_else_is_left_in_the_cwd(tmp_path):
@@ -303,41 +305,41 @@ def example(**changes):
 MALFORMED = {
     "not json": ("{", "not valid JSON"),
     "empty file": ("", "not valid JSON"),
-    "a list": ("[]", "JSON object"),
+    "a list of nothing": ("[]", "task: Input should be"),
+    "a number": ("3", "Input should be"),
     "not utf-8": (b"\xff\xfe\x00", "not valid JSON"),
-    "nan": ('{"task": "samsum", "examples": [{"references": ["a"], "prediction": "a", "x": NaN}]}', "example 0 holds"),
-    "nan as prediction": (
-        '{"task": "samsum", "examples": [{"references": ["a"], "prediction": NaN}]}',
-        "example 0: p",
-    ),
+    "nan": ('{"task": "samsum", "examples": [{"references": ["a"], "prediction": "a", "x": NaN}]}', "not valid JSON"),
     "infinite perplexity": ({"perplexity": {"tuned": {"perplexity": float("inf")}}}, "not valid JSON"),
     "number too large": (
         '{"task": "samsum", "examples": [{"references": ["a"], "prediction": "a"}], "x": 1e999}',
         "not valid JSON",
     ),
-    "no task": ({"task": None}, "task is None"),
-    "unknown task": ({"task": "squad"}, "samsum, trivia_qa"),
-    "task is a list": ({"task": ["samsum"]}, "samsum, trivia_qa"),
-    "no examples": ({"examples": []}, "at least one example"),
-    "examples is no list": ({"examples": {}}, "at least one example"),
-    "first example is no object": ({"examples": [3]}, "example 0 must be"),
-    "example is no object": ({"examples": [example(), 3]}, "example 1 must be"),
-    "no prediction": ({"examples": [{"references": ["a"]}]}, "example 0 has no prediction"),
-    "no references": ({"examples": [example(), {"prediction": "a"}]}, "example 1 has no references"),
-    "prediction is null": ({"examples": [example(prediction=None)]}, "example 0: prediction"),
-    "prediction is no text": ({"examples": [example(prediction="\ud800")]}, "example 0 holds"),
-    "references empty": ({"examples": [example(references=[])]}, "example 0: references"),
-    "references a string": ({"examples": [example(references="Paris")]}, "example 0: references"),
-    "reference a number": ({"examples": [example(references=["a", 1])]}, "example 0: references"),
-    "base in some": ({"examples": [example(base_prediction="a"), example()]}, "example 1: base_prediction"),
-    "base in others": ({"examples": [example(), example(base_prediction="a")]}, "example 1: base_prediction"),
-    "base is a number": ({"examples": [example(base_prediction=1)]}, "example 0: base_prediction"),
+    "a broken line": ('{"references": ["a"], "prediction": "a"}\n{"references": ["a"]\n', "line 2"),
+    "lines of no task": ('{"references": ["a"], "prediction": "a"}\n' * 2, "task: Input should be"),
+    "no task": ({"task": None}, "task: Input should be 'samsum' or 'trivia_qa'"),
+    "unknown task": ({"task": "squad"}, "task: Input should be 'samsum' or 'trivia_qa'"),
+    "task is a list": ({"task": ["samsum"]}, "task: Input should be 'samsum' or 'trivia_qa'"),
+    "no examples": ({"examples": []}, "examples: List should have at least 1 item"),
+    "examples is no list": ({"examples": {}}, "examples: Input should be a valid list"),
+    "first example is no object": ({"examples": [3]}, "examples.0: "),
+    "example is no object": ({"examples": [example(), 3]}, "examples.1: "),
+    "no prediction": ({"examples": [{"references": ["a"]}]}, "examples.0.prediction: Field required"),
+    "no references": ({"examples": [example(), {"prediction": "a"}]}, "examples.1.references: Field required"),
+    "prediction is null": ({"examples": [example(prediction=None)]}, "examples.0.prediction: "),
+    "prediction is a number": ({"examples": [example(prediction=3)]}, "examples.0.prediction: "),
+    "prediction is no text": ({"examples": [example(prediction="\ud800")]}, "not valid JSON"),
+    "references empty": ({"examples": [example(references=[])]}, "examples.0.references: "),
+    "reference a number": ({"examples": [example(references=["a", 1])]}, "examples.0.references.1: "),
+    "base in some": ({"examples": [example(base_prediction="a"), example()]}, "examples.1 has no base_prediction"),
+    "base in others": ({"examples": [example(), example(base_prediction="a")]}, "examples.0 has no base_prediction"),
+    "base is a number": ({"examples": [example(base_prediction=1)]}, "examples.0.base_prediction: "),
     "id twice": ({"examples": [example(id="x"), example(id="y"), example(id="x")]}, "id 'x' stands there 2 times"),
-    "id in some": ({"examples": [example(id="x"), example()]}, "example 1: id must be in all"),
-    "id is a number": ({"examples": [example(id=3)]}, "example 0: id must be a string"),
-    "prompt is a list": ({"examples": [example(prompt=["a"])]}, "example 0: prompt must be a string"),
-    "perplexity is a number": ({"perplexity": 3}, "perplexity"),
-    "perplexity is a word": ({"perplexity": {"tuned": {"perplexity": "low"}}}, "perplexity of tuned"),
+    "number and text twice": ({"examples": [example(id=1), example(id="1")]}, "id '1' stands there 2 times"),
+    "id in some": ({"examples": [example(id="x"), example()]}, "examples.1 has no id"),
+    "id is a list": ({"examples": [example(id=[3])]}, "examples.0.id: "),
+    "prompt is a list": ({"examples": [example(prompt=["a"])]}, "examples.0.prompt: "),
+    "perplexity is a number": ({"perplexity": 3}, "perplexity: "),
+    "perplexity is a word": ({"perplexity": {"tuned": {"perplexity": "low"}}}, "perplexity.tuned.perplexity: "),
 }
 
 
@@ -352,9 +354,55 @@ def test_a_malformed_file_ends_in_one_sentence_and_the_old_evaluation_is_unharme
     (tmp_path / "evaluation.json").write_text("old")
     done = run(tmp_path, "--predictions", good, path, "--output-dir", tmp_path)
     assert_one_sentence(done, sentence)
-    assert "bad.json" in done.stderr
+    assert "bad.json: " in done.stderr and "test_llama" not in done.stderr  # no advice for a file from elsewhere
     assert (tmp_path / "evaluation.json").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.json", "evaluation.json", "good.json"]
+
+
+def forms():
+    """{name: bytes} of one set of answers as other tools leave them."""
+    prompt = "Answer the question.\n\nQuestion: Capital of {}?\nAnswer:"
+    rows = [
+        {"id": "7", "prompt": prompt.format("France"), "references": ["Paris"], "prediction": "Paris"},
+        {"id": "8", "prompt": prompt.format("Spain"), "references": ["Madrid\u2028"], "prediction": "Lisbon"},
+    ]
+    whole = {"task": "trivia_qa", "examples": rows}
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    named = "\n".join(
+        json.dumps({k: v for k, v in row.items() if k != "prompt"} | {"task": "trivia_qa"}) for row in rows
+    )
+    numbers = [row | {"id": int(row["id"])} for row in rows]
+    single = [row | {"references": row["references"][0]} for row in rows]
+    return {
+        "plain": json.dumps(whole).encode(),
+        "BOM": json.dumps(whole).encode("utf-8-sig"),
+        "UTF-16": json.dumps(whole).encode("utf-16"),
+        "ids as numbers": json.dumps(whole | {"examples": numbers}).encode(),
+        "a single reference": json.dumps(whole | {"examples": single}).encode(),
+        "lines": f"{lines}\n\n".encode(),
+        "lines with a BOM": lines.encode("utf-8-sig"),
+        "lines that name the task": named.encode(),
+        "a list": json.dumps(rows).encode(),
+        "nulls": json.dumps(
+            whole | {"examples": [row | {"base_prediction": None, "nll": None} for row in rows]}
+        ).encode(),
+        "their own settings": json.dumps(whole | {"settings": [3], "model": {"name": "x"}}).encode(),
+    }
+
+
+@pytest.mark.parametrize("form", forms())
+def test_predictions_are_read_in_the_forms_that_other_tools_leave(tmp_path, form):
+    path = tmp_path / "theirs.json"
+    path.write_bytes(forms()[form])
+    rows = evaluations.read_all(evaluations.parse_args(["--predictions", f"x={path}"]))["trivia_qa"]
+    assert rows.ids == ["7", "8"] and rows.references == [["Paris"], ["Madrid\u2028"]]
+    assert rows.systems["x"].predictions == ["Paris", "Lisbon"]
+
+
+def test_a_file_of_our_own_is_told_to_be_made_again(tmp_path):
+    prediction_file(tmp_path / "outputs/samsum_predictions.json", "samsum", examples=[3])
+    assert_one_sentence(run(tmp_path), "examples.0: ")
+    assert "run test_llama.py --overwrite" in run(tmp_path).stderr
 
 
 def assert_one_sentence(done, sentence):
@@ -378,14 +426,14 @@ def test_a_file_that_is_not_there_and_two_files_of_one_task_are_named(tmp_path):
 def test_an_output_dir_that_cannot_be_written_is_named(tmp_path):
     path = prediction_file(tmp_path / "mine.json")
     (tmp_path / "file").touch()
-    assert_one_sentence(run(tmp_path, "--predictions", path, "--output-dir", "file/out"), "cannot write to file/out")
+    assert_one_sentence(run(tmp_path, "--predictions", path, "--output-dir", "file/out"), "file/out: Not a directory")
 
 
 def test_an_evaluation_that_cannot_be_replaced_is_named_and_left_alone(tmp_path):
     path = prediction_file(tmp_path / "mine.json")
     (tmp_path / "evaluation.json").mkdir()
     done = run(tmp_path, "--predictions", path, "--output-dir", tmp_path)
-    assert_one_sentence(done, "cannot write")
+    assert_one_sentence(done, "evaluation.json")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["evaluation.json", "mine.json"]
 
 
@@ -441,9 +489,15 @@ def test_systems_on_other_rows_are_not_compared(tmp_path, examples, sentence):
     assert "second.json" in done.stderr and not (tmp_path / "outputs").exists()
 
 
-def test_a_system_cannot_take_the_name_of_a_part_of_the_report(tmp_path):
+def test_a_system_may_have_any_name_that_is_not_a_key_of_the_report(tmp_path):
     path = prediction_file(tmp_path / "mine.json")
-    assert_one_sentence(run(tmp_path, "--predictions", f"groups={path}"), "groups")
+    for name in evaluations.RESERVED:
+        assert_one_sentence(run(tmp_path, "--predictions", f"{name}={path}"), name)
+    names = ["id", "items", "scores", "tuned"]
+    assert run(tmp_path, "--predictions", *(f"{name}={path}" for name in names)).returncode == 0
+    report = result(tmp_path / "outputs/evaluation.json")["trivia_qa"]
+    assert report["ids"] == ["0"] and report["per_example"].keys() == report["files"].keys() == set(names)
+    assert report.keys() - set(names) == set(evaluations.RESERVED) - {"judge"}
 
 
 def test_any_number_of_systems_is_compared_with_the_first_row_by_row_whatever_their_order(tmp_path):
@@ -466,6 +520,7 @@ def test_any_number_of_systems_is_compared_with_the_first_row_by_row_whatever_th
 
 # --- intervals and tests
 
+SYSTEM = evaluations.System([], "", None, None, None, None, None)
 ARGS = evaluations.parse_args(["--resamples", "1000"])
 SCORES = functools.partial(evaluations.corpus_scores, "trivia_qa")
 COLUMNS = len(evaluations.means("trivia_qa")) + 12
@@ -485,7 +540,7 @@ def synthetic(rng, examples, effect):
 def test_intervals_hold_the_truth_in_about_95_of_100_experiments():
     rng, held = np.random.default_rng(1), np.zeros(3)
     for _ in range(200):
-        measured = evaluations.measure(SCORES, synthetic(rng, 200, 3.0), ARGS)
+        measured = significance.measure(SCORES, synthetic(rng, 200, 3.0), ARGS)
         pairs = [
             (measured["intervals"]["first"]["exact_match"], 40.0),  # the mean of the gamma
             (measured["differences"]["second"]["exact_match"]["interval"], 3.0),
@@ -495,72 +550,91 @@ def test_intervals_hold_the_truth_in_about_95_of_100_experiments():
     assert (held >= 0.90 * 200).all() and (held <= 0.99 * 200).all(), held
 
 
+def mean(sums, examples):
+    return {"mean": sums[..., 0] / examples}
+
+
+def p_of(first, other, resamples=1000):
+    """The p of a score that is a plain mean."""
+    tables = (np.reshape(values, (-1, 1)).astype(float) for values in (first, other))
+    return significance.randomisation(mean, *tables, resamples, 0)["mean"]
+
+
 def test_equal_systems_are_significant_in_about_5_of_100_experiments_and_different_ones_nearly_always():
-    rng, found, power, coin = np.random.default_rng(2), 0, 0, 0
+    rng, found, power = np.random.default_rng(2), 0, 0
     for _ in range(200):
-        noise = rng.gamma(1.0, 15.0, (100, 1)) * rng.choice([-1, 1], (100, 1))
-        found += evaluations.sign_flip(noise, 1000, 0)[0] < 0.05
-        power += evaluations.sign_flip(noise + 10, 1000, 0)[0] < 0.05
-        wins = int((noise > 0).sum())
-        coin += evaluations.mcnemar(wins, 100 - wins) < 0.05
+        noise = rng.gamma(1.0, 15.0, 100) * rng.choice([-1, 1], 100)
+        found += p_of(np.zeros(100), noise) < 0.05
+        power += p_of(np.zeros(100), noise + 10) < 0.05
     assert 0.02 * 200 <= found <= 0.085 * 200 and power > 0.98 * 200
-    assert 0.005 * 200 <= coin <= 0.06 * 200  # exact: at most 5 of 100, here 3.5
 
 
 def test_resampling_draws_every_sample_of_the_rows_equally_often():
-    sums = evaluations.resampled_sums(np.array([[1.0], [10.0], [100.0]]), 27_000, 0)[:, 0]
+    sums = significance.resampled_sums(np.array([[1.0], [10.0], [100.0]]), 27_000, 0)[:, 0]
     every = [a + b + c for a in (1, 10, 100) for b in (1, 10, 100) for c in (1, 10, 100)]
     for value in set(every):
         assert (sums == value).sum() == pytest.approx(1000 * every.count(value), rel=0.1)
-    assert evaluations.interval(np.arange(1001.0)) == [25, 975]
+    assert significance.interval(np.arange(1001.0)) == [25, 975]
 
 
 def test_resampling_all_of_trivia_qa_stays_far_below_500_megabytes():
     tracemalloc.start()
-    evaluations.resampled_sums(np.ones((7993, 40)), 4000, 0)
-    evaluations.sign_flip(np.ones((7993, 8)), 4000, 0)
+    significance.resampled_sums(np.ones((7993, 40)), 4000, 0)
+    significance.randomisation(mean, np.ones((7993, 8)), np.zeros((7993, 8)), 4000, 0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100e6  # all at once: 512e6
 
 
-def test_sign_flips_reach_the_observed_sum_as_often_as_counting_says():
-    three = np.array([[1.0, 0.1, 0.0], [2.0, 0.2, 0.0], [3.0, -0.3, 0.0]])
-    p_values = evaluations.sign_flip(three, 20_000, 0)
-    assert p_values[0] == pytest.approx(2 / 8, abs=0.02)  # only +++ and --- reach 6
-    assert p_values[1:] == pytest.approx([1, 1])  # 0.1 + 0.2 - 0.3 is 0 but for its last bits
-    assert evaluations.sign_flip(np.ones((1, 1)), 100, 0)[0] == 1
+def test_swaps_part_the_scores_as_far_as_seen_as_often_as_counting_says():
+    assert p_of([0, 0, 0], [1, 2, 3], 20_000) == pytest.approx(2 / 8, abs=0.02)  # only +++ and --- reach 6
+    assert p_of([0, 0, 0], [0.1, 0.2, -0.3]) == 1  # 0 but for its last bits
+    assert p_of([5, 5], [5, 5]) == 1 and p_of([0], [1], 100) == 1
+    assert p_of(np.zeros(40), np.ones(40)) == 1 / 1001  # never 0
     # 3 - 3 + 1 + 2 tenths: 12 of the 16 signs reach 3, counted in integers; as floats half of them differ in a bit
     tenths = np.array([3, -3, 1, 2])
     signs = np.array(list(itertools.product([-1, 1], repeat=4)))
     expected = (np.abs(signs @ tenths) >= 3).mean()
-    assert evaluations.sign_flip(tenths[:, None] / 10, 20_000, 0)[0] == pytest.approx(expected, abs=0.01)
+    assert p_of(np.zeros(4), tenths / 10, 20_000) == pytest.approx(expected, abs=0.01)
 
 
-def test_mcnemar_is_the_exact_binomial_test():
-    assert evaluations.mcnemar(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 2**10) == evaluations.mcnemar(2, 8)
-    assert evaluations.mcnemar(5, 0) == pytest.approx(2 / 32)
-    assert evaluations.mcnemar(3, 3) == evaluations.mcnemar(0, 0) == 1
+@pytest.mark.parametrize("wins, losses", [(8, 2), (5, 0), (12, 6), (3, 3)])
+def test_of_yes_or_no_scores_the_test_is_mcnemars_exact_one(wins, losses):
+    n = wins + losses
+    binomial = [math.comb(n, k) / 2**n for k in range(n + 1)]
+    exact = min(1, 2 * sum(binomial[: min(wins, losses) + 1]))
+    first = [0] * wins + [100] * losses + [100] * 20  # 20 more that both have right
+    other = [100] * wins + [0] * losses + [100] * 20
+    assert p_of(first, other, 20_000) == pytest.approx(exact, abs=0.012)
+    assert p_of(other, first, 20_000) == pytest.approx(exact, abs=0.012)
 
 
 def test_holm_adjusts_by_rank_and_never_below_a_smaller_one():
-    assert evaluations.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert evaluations.holm([0.5, 0.9]) == pytest.approx([1, 1]) and evaluations.holm([]) == []
+    assert significance.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert significance.holm([0.5, 0.9]) == pytest.approx([1, 1]) and significance.holm([]) == []
 
 
-def test_bleu_is_tested_by_sacrebleus_paired_test_but_never_below_what_the_rows_that_differ_allow():
+def test_bleu_is_tested_as_sacrebleus_paired_test_does():
+    from sacrebleu.metrics import BLEU
     from sacrebleu.significance import PairedTest
 
-    gold = [[f"w{i} the cat sat on mat number {i}"] for i in range(40)]
-    metric = evaluations.make_bleu(gold, False)
+    gold = [[f"w{i} the cat sat on mat number {i} and it looked at dog {i}"] for i in range(60)]
     right = [refs[0] for refs in gold]
-    half = ["no words are shared here" if i % 8 == 0 else text for i, text in enumerate(right)]
-    theirs = PairedTest([("a", half), ("b", right)], {"BLEU": metric}, None, n_samples=1000)()[1]["BLEU"][1].p_value
-    ours = evaluations.paired_bleu(metric, half, right, 40, 1000)
-    assert ours["p_value"] == theirs < 0.05 and "ar:1000" in ours["test"]
-    one = ["no words are shared here", *right[1:]]
-    assert evaluations.paired_bleu(metric, one, right, 1, 1000)["p_value"] == 1  # PairedTest alone says 0.001
-    assert evaluations.paired_bleu(metric, right, right, 0, 1000)["p_value"] == 1
+    first = [text.replace("cat", "cow") if i % 3 == 0 else text for i, text in enumerate(right)]
+    other = [text.replace("dog", "duck") if i % 4 == 0 else text for i, text in enumerate(right)]
+    streams = [[refs[0] for refs in gold]]
+    paired = PairedTest([("a", first), ("b", other)], {"BLEU": BLEU(references=streams)}, None, n_samples=10_000)
+    theirs = paired()[1]["BLEU"][1].p_value
+    tables = [
+        evaluations.table_of("samsum", evaluations.score("samsum", gold, texts), SYSTEM) for texts in (first, other)
+    ]
+    by_sums = functools.partial(evaluations.corpus_scores, "samsum")
+    ours = significance.randomisation(by_sums, *tables, 10_000, 0)
+    assert 0.02 < theirs < 0.98 and ours["bleu"] == pytest.approx(theirs, abs=0.02)
+    assert set(ours) == set(evaluations.SCORES["samsum"])
+    one = evaluations.table_of("samsum", evaluations.score("samsum", gold, [first[0], *right[1:]]), SYSTEM)
+    same = evaluations.table_of("samsum", evaluations.score("samsum", gold, right), SYSTEM)
+    assert significance.randomisation(by_sums, one, same, 1000, 0)["bleu"] == 1  # PairedTest alone says 0.001
 
 
 def both_tasks(folder, examples=60):
@@ -651,3 +725,91 @@ def test_perplexities_over_other_tokens_are_not_compared(tmp_path):
     assert part["comparisons"]["c"]["perplexity"]["p_value"] == 1
     test = part["comparisons"]["d"]["perplexity"]
     assert test["wins"] == 5 and test["difference"] < 0  # lower is better
+
+
+# --- whose predictions these are
+
+MADE_FROM = {"adapter": "a" * 16, "weights": ["b" * 16], "rows": "c" * 32, "4_bit": True, "device": "cpu"}
+
+
+def runs(folder, **others):
+    """The prediction files of both tasks, and what the run that made them left; `others`: another trivia_qa's."""
+    outputs = folder / "outputs"
+    for task, changes in (("samsum", {}), ("trivia_qa", others)):
+        examples = [{"references": ["a b"], "prediction": "a", "base_prediction": "b"}]
+        settings = {name: value for name, value in (MADE_FROM | changes).items() if value is not None}
+        prediction_file(outputs / f"{task}_predictions.json", task, examples=examples, settings=settings)
+    (outputs / "adapter").mkdir(exist_ok=True)
+    notes = {"adapter_sha256": "a" * 64, "steps": 5, "settings": {"learning_rate": 0.004}}
+    (outputs / "adapter/run.json").write_text(json.dumps(notes))
+    (outputs / "adapter/log.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 1, "eval_samsum_loss": 1.5}\n')
+    counts = {"train": {"kept": 9, "duplicate": 4}}
+    report = {"tasks": {"samsum": {"counts": counts}}, "splits": {"test": {"sha256": "c" * 64}}}
+    (outputs / "dataset_report.json").write_text(json.dumps(report))
+    return outputs
+
+
+def test_the_report_says_what_the_predictions_were_made_from_and_how_that_was_trained(tmp_path):
+    outputs = runs(tmp_path)
+    done = run(tmp_path, "--resamples", "50")
+    assert done.returncode == 0, done.stderr
+    report = result(outputs / "evaluation.json")
+    assert report["samsum"]["made_from"] == report["trivia_qa"]["made_from"] == {"base": MADE_FROM, "tuned": MADE_FROM}
+    assert report["training"]["facts"] == {"adapter_sha256": "a" * 64, "steps": 5}
+    assert report["training"]["settings"] == {"learning_rate": 0.004}
+    assert report["training"]["loss"] == {"loss": [[1, 2.5]], "eval_samsum_loss": [[1, 1.5]]}
+    assert report["data"] == {"samsum": {"train": {"kept": 9, "duplicate": 4}}}
+    other = prediction_file(tmp_path / "theirs.json", "samsum", examples=[{"references": ["a b"], "prediction": "a"}])
+    files = ["--predictions", outputs / "samsum_predictions.json", f"theirs={other}", "--resamples", "50"]
+    assert run(tmp_path, *files).returncode == 0
+    report = result(outputs / "evaluation.json")  # of theirs nobody knows
+    assert report["samsum"]["made_from"]["theirs"] is None and report["training"] is report["data"] is None
+
+
+@pytest.mark.parametrize("name", ["adapter", "weights", "rows", "4_bit"])
+def test_predictions_of_two_runs_are_refused_with_both_sides_and_the_command_that_mends_it(tmp_path, name):
+    outputs = runs(tmp_path, **{name: "another"})
+    done = run(tmp_path)
+    assert_one_sentence(done, f"samsum_predictions.json has {name} {MADE_FROM[name]}, ")
+    assert "trivia_qa_predictions.json has another; run test_llama.py --overwrite" in done.stderr
+    assert not (outputs / "evaluation.json").exists()
+    given = [outputs / "samsum_predictions.json", outputs / "trivia_qa_predictions.json"]
+    assert run(tmp_path, "--resamples", "50", "--predictions", *given).returncode == 0  # whoever names them knows
+
+
+@pytest.mark.parametrize("adapter, rows", [("d" * 16, "d" * 32), ("a", "c"), ("", ""), ("none", None), (None, 3)])
+def test_training_and_data_of_another_run_or_of_an_unknown_one_are_not_shown(tmp_path, adapter, rows):
+    outputs = runs(tmp_path)
+    for task in ("samsum", "trivia_qa"):
+        path = outputs / f"{task}_predictions.json"
+        data = result(path)
+        data["settings"] |= {"adapter": adapter, "rows": rows}
+        path.write_text(json.dumps(data))
+    assert run(tmp_path, "--resamples", "50").returncode == 0
+    report = result(outputs / "evaluation.json")
+    assert report["training"] is None and report["data"] is None
+    page = (outputs / "evaluation.html").read_text()
+    assert "What was trained" not in page and "The data set" not in page
+
+
+def test_predictions_of_before_there_was_an_identity_are_still_scored(tmp_path):
+    runs(tmp_path, adapter=None, weights=None, rows=None, **{"4_bit": None})
+    assert run(tmp_path, "--resamples", "50").returncode == 0
+    assert result(tmp_path / "outputs/evaluation.json")["training"] is None
+
+
+def test_the_table_fits_80_columns_with_large_perplexities_and_long_names(tmp_path):
+    rows = [example(id=str(i), nll=40.0 + i, tokens=3) for i in range(9)]
+    first = prediction_file(tmp_path / "a.json", examples=rows)
+    other = prediction_file(tmp_path / "b.json", examples=[row | {"nll": 9 * row["nll"]} for row in rows])
+    systems = [f"a_rather_long_name={first}", f"another_long_name={other}"]
+    done = run(tmp_path, "--predictions", *systems, "--resamples", "200")
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines[:-1])) <= 80 and any("e+" in line for line in lines), done.stdout
+    done = run(tmp_path, "--predictions", systems[0], "--resamples", "200")
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80 and "perplexity" in done.stdout
+
+
+@pytest.mark.parametrize("p, shown", [(0.00005, "< 0.0001"), (0.0001, "0.0001"), (0.04567, "0.0457"), (1, "1.0000")])
+def test_a_small_p_is_shown_as_smaller_than_what_can_be_printed(p, shown):
+    assert evaluations.p_value(p) == shown

@@ -37,17 +37,25 @@ def folder(tmp_path_factory):
         for i in range(12)
     ]  # fmt: skip
     for task, rows in (("samsum", summaries), ("trivia_qa", answers)):
-        content = {"task": task, "model": NASTY, "examples": rows}
+        content = {"task": task, "model": NASTY, "examples": rows, "settings": {"adapter": "a" * 16, "rows": "b" * 32}}
         (output / f"{task}_predictions.json").write_text(json.dumps(content))
     adapter = output / "adapter"
     adapter.mkdir()
-    facts = {"base_model": NASTY, "steps": 2, "train_loss": 1.25, "settings": {"learning_rate": 2e-4, "note": NASTY}}
+    facts = {
+        "adapter_sha256": "a" * 64,
+        "base_model": NASTY,
+        "steps": 2,
+        "train_loss": 1.25,
+        "settings": {"learning_rate": 2e-4, "note": NASTY},
+    }
     (adapter / "run.json").write_text(json.dumps(facts))
     (adapter / "log.jsonl").write_text(
         '{"loss": 2.0, "step": 1}\n{"loss": 1.0, "step": 2}\n{"eval_loss": 1.5, "step": 2}'
     )
     counts = {"train": {"available": 9, "kept": 5, "also in test": 4}}
-    (output / "dataset_report.json").write_text(json.dumps({"tasks": {"samsum": {"counts": counts}}}))
+    (output / "dataset_report.json").write_text(
+        json.dumps({"tasks": {"samsum": {"counts": counts}}, "splits": {"test": {"sha256": "b" * 64}}})
+    )
     result = run("evaluations.py", "--output-dir", output, "--resamples", "200")
     assert result.returncode == 0 and result.stderr == "", result.stderr
     return output
@@ -229,6 +237,8 @@ def test_every_number_of_the_tables_is_in_evaluation_json(tab, folder):
     assert cells[2].split("\n") == [f"{test['difference']:+.2f}", f"{low:+.2f} to {high:+.2f}"]
     assert cells[4] == f"{test['wins']} / {test['ties']} / {test['losses']}"
     assert report["training"]["loss"] == {"loss": [[1, 2.0], [2, 1.0]], "eval_loss": [[2, 1.5]]}
+    assert report["data"]["samsum"]["train"] == {"available": 9, "kept": 5, "also in test": 4}
+    assert "4 also in test" in tab.locator("main").inner_text()
     assert "1.25" in tab.locator("main").inner_text() and report["training"]["facts"]["train_loss"] == 1.25
 
 
@@ -241,8 +251,9 @@ def test_the_file_needs_no_network_and_is_whole_without_a_browser(folder):
 
 @pytest.mark.parametrize("broken", ["", "[]", '{"settings": 3, "tasks": [1]}', "\x00"])
 def test_notes_of_other_scripts_that_cannot_be_read_are_left_out(tmp_path, broken):
-    rows = [{"references": ["a"], "prediction": "a"}]
-    (tmp_path / "samsum_predictions.json").write_text(json.dumps({"task": "samsum", "examples": rows}))
+    content = {"task": "samsum", "examples": [{"id": "x", "references": ["a"], "prediction": "a"}]}
+    content |= {"settings": {"adapter": "a" * 16, "rows": "b" * 32}}
+    (tmp_path / "samsum_predictions.json").write_text(json.dumps(content))
     (tmp_path / "adapter").mkdir()
     for name in ("adapter/run.json", "adapter/log.jsonl", "dataset_report.json"):
         (tmp_path / name).write_text(broken)
