@@ -38,7 +38,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 import common
-from common import fail, first_line, only_run_in, parse_settings, say, script, sha256, whole_folder, write_whole
+from common import fail, first_line, say
 
 # Settings: edit here, or override for one run on the command line.
 SAMSUM = "knkarthick/samsum"  # hub id or local folder with train.csv, validation.csv, test.csv
@@ -50,9 +50,9 @@ MAX_CONTEXT_WORDS = 300  # words of the pages that go into a trivia_qa prompt
 TRAIN_EXAMPLES_PER_TASK = 5000  # 0 = all; sampled before the work, so that a small run is quick
 VALIDATION_EXAMPLES_PER_TASK = 200  # 0 = all (trivia_qa carves validation out of train: there, a tenth of it)
 TEST_EXAMPLES_PER_TASK = 500  # 0 = all
-SEED = 0
+SEED = 0  # of drawing and shuffling
 NUM_PROC = 0  # processes that choose contexts; 0 = one per CPU
-OUTPUT_DIR = "outputs"
+OUTPUT_DIR = "outputs"  # gets dataset/ and dataset_report.json
 
 # Fixed
 CHOICES = {"TASKS": common.TASKS, "CONTEXT": ("question", "first", "none")}
@@ -113,7 +113,7 @@ def word_5_grams(key):
 
 
 def parse_args(argv=None):
-    args = parse_settings(sys.modules[__name__], argv, CHOICES)
+    args = common.parse_settings(sys.modules[__name__], argv, CHOICES)
     if not args.tasks or isinstance(args.tasks, str):
         fail(f"--tasks must be a list of one or both of {', '.join(common.TASKS)}")
     if not re.fullmatch(r"[\w.-]+", args.trivia_qa_config):
@@ -135,7 +135,7 @@ def find_files(task, args):
     for split, pattern in patterns.items():
         if not files[split]:
             fail(f"{task}: no {pattern} in {source}: the folder must be laid out like the hub repository")
-    hashes = {path.relative_to(root).as_posix(): sha256(path) for paths in files.values() for path in paths}
+    hashes = {path.relative_to(root).as_posix(): common.sha256(path) for paths in files.values() for path in paths}
     revision = None if local else root.name
     return files, {"source": source, "revision": revision, "licence": LICENCES[task], "sha256": hashes}
 
@@ -526,7 +526,7 @@ def describe(rows):
 
 
 def save(tasks, seed, report, folder):
-    """Combine and shuffle the tasks' rows, complete the report and write both into `folder`."""
+    """Combine and shuffle the tasks' rows, write them into `folder`, complete the report."""
     from datasets import Dataset, DatasetDict
     from datasets.table import InMemoryTable
 
@@ -542,23 +542,6 @@ def save(tasks, seed, report, folder):
         table = InMemoryTable(pyarrow.Table.from_pylist(rows))  # Dataset.from_list takes six times the rows' memory
         splits[split] = Dataset(table, fingerprint=fingerprint)
     DatasetDict(splits).save_to_disk(folder)
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-
-
-def stands_already(folder, report):
-    """The report of the data set in `folder` where it came from the same script, settings and sources, or None."""
-    from datasets import load_from_disk
-
-    old = common.read_json(folder / "report.json")
-    if any(old.get(key) != report[key] for key in ("script", "settings", "sources")):
-        return None
-    try:
-        load_from_disk(str(folder))
-        states = {split: common.read_json(folder / split / "state.json") for split in SPLITS}
-        whole = all(states[split]["_fingerprint"] == old["splits"][split]["sha256"][:32] for split in SPLITS)
-    except Exception:  # whatever is missing or broken there: build it anew
-        return None
-    return old if whole else None
 
 
 def print_report(report):
@@ -584,7 +567,7 @@ def print_examples(train):
 
 
 def build(args, output_dir):
-    """Build the data set in `output_dir` unless it stands there already; write and print its report."""
+    """Build the data set in `output_dir`, write and print its report."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -594,38 +577,30 @@ def build(args, output_dir):
         fail(f"{folder} is no data set: move it away, or choose another --output-dir")
     sources = {task: find_files(task, args) for task in args.tasks}
     report = {
-        "script": {path.name: sha256(path) for path in (Path(__file__), Path(common.__file__))},
         "settings": {name: value for name, value in vars(args).items() if name not in ("num_proc", "output_dir")},
         "sources": {task: source for task, (_, source) in sources.items()},
         "prompts": {task: template(task, args.context) for task in args.tasks},
         "versions": common.versions("datasets"),
+        "git_commit": common.git_commit(),
         "tasks": {},
     }
-    if stands := stands_already(folder, report):
-        say(f"{folder} stands already, built by the same settings from the same sources")
-        report = stands
-    else:
-        build_anew(args, sources, report, folder)
-    write_whole(output_dir / "dataset_report.json", json.dumps(report, indent=2) + "\n")
-    print_examples(datasets.load_from_disk(str(folder / "train")))
-    print_report(report)
-    say(f"\n{'found' if stands else 'wrote'} {folder} and {output_dir / 'dataset_report.json'}")
-
-
-def build_anew(args, sources, report, folder):
     rows = []
     with processes(args.num_proc or os.cpu_count()) as each:
         for task, (files, _) in sources.items():
             of_task, report["tasks"][task] = build_task(task, files, args, each)
             rows.append(of_task)
-    with whole_folder(folder) as fresh:
+    with common.whole_folder(folder) as fresh:
         save(rows, args.seed, report, fresh)
+    common.write_whole(output_dir / "dataset_report.json", json.dumps(report, indent=2) + "\n")
+    print_examples(datasets.load_from_disk(str(folder / "train")))
+    print_report(report)
+    say(f"\nwrote {folder} and {output_dir / 'dataset_report.json'}")
 
 
-@script
+@common.script
 def main(argv=None):
     args = parse_args(argv)
-    with only_run_in(args.output_dir):
+    with common.only_run_in(args.output_dir):
         build(args, Path(args.output_dir))
 
 

@@ -46,7 +46,7 @@ JUDGE_URL = "https://api.openai.com/v1"  # any OpenAI-compatible server: OpenAI,
 JUDGE_MAX_EXAMPLES = 0  # per task: a judge costs, so it asks how many; each is one request per system
 JUDGE_CONCURRENCY = 8  # requests at once
 JUDGE_TIMEOUT = 60.0  # seconds for a request, times those at once: a local server answers one after the other
-OUTPUT_DIR = "outputs"
+OUTPUT_DIR = "outputs"  # holds the predictions, gets evaluation.json and evaluation.html
 
 # Fixed
 ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")

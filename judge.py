@@ -319,7 +319,6 @@ def report(task, result, judged, args):
         report["failed"][name] = len(judgements) - len(given)
         report["reasons"][name] = {result["ids"][i]: judgement["reason"] for i, judgement in given.items()}
         report["agreement"][name] = agreements(metrics, values[name])
-    report["points"] = by_points(metrics, [row for rows in values.values() for row in rows.values()])
     rows = sorted(set.intersection(*map(set, values.values())))  # judged for every system
     if not rows:
         return report
@@ -332,17 +331,6 @@ def report(task, result, judged, args):
 
 def means_of(metrics, sums, examples):
     return {metric: sums[..., i] / examples for i, metric in enumerate(metrics)}
-
-
-def by_points(metrics, rows):
-    """{points: mean of each metric over the predictions that the judge gave as many}."""
-    points = {}
-    for score in range(0, 101, 25):
-        level = np.array([row for row in rows if row[0] == score])
-        if len(level):
-            means = dict(zip(metrics, level.mean(0).tolist(), strict=True))
-            points[str(score // 25)] = means | {"predictions": len(level)}
-    return points
 
 
 def agreements(metrics, rows):

@@ -73,7 +73,7 @@ def by_group(parts, names, metric):
 
 
 def draw_task(task, result):
-    """Figures of a task: scores and differences per example, scores by group, the judge's points."""
+    """Figures of a task: scores and differences per example, scores by group."""
     names, metric, share = list(result["files"]), MAIN_SCORE[task], "% of the examples"
     title, groups = label(metric), result["groups"]
     values = {name: np.array(result["per_example"][name][metric]) for name in names}
@@ -89,16 +89,6 @@ def draw_task(task, result):
         caption = f"{title} by {captions[kind]}, with 95 % intervals"
         xlabel = "words" if kind == "prompt_words" else ""
         figures.append(draw(caption, xlabel, title, by_group(parts, names, metric), list(parts)))
-    points = result.get("judge", {}).get("points")
-    if points:
-        levels = points.values()
-        lines = {
-            label(name): (range(len(points)), [level[name] for level in levels], {"fmt": "o-"})
-            for name in result["judge"]["metrics"][1:]
-        }
-        caption = "What the other scores say of predictions the judge gave 0 to 4 points"
-        ticks = [f"{key} ({level['predictions']})" for key, level in points.items()]
-        figures.append(draw(caption, "points (predictions)", "mean score", lines, ticks, first=1))
     return figures
 
 

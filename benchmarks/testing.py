@@ -25,17 +25,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PLAIN = """
 import contextlib, json, sys, time
 import torch
-import test_llama, train_llama
+import llama, test_llama
 from peft import PeftModel
 from tqdm import tqdm
-train_llama.quiet()
+llama.quiet()
 output_dir, result = sys.argv[1:]
-folder, base = test_llama.read_adapter(output_dir)
-tokenizer = train_llama.load_tokenizer(str(folder))
-model = PeftModel.from_pretrained(train_llama.load_model(base, True), str(folder)).eval()
-rows = train_llama.load_rows(output_dir, "test")
+folder = output_dir + "/adapter"
+tokenizer = llama.load_tokenizer(folder)
+model = PeftModel.from_pretrained(llama.load_model(llama.read_adapter(folder), True), folder).eval()
+rows = llama.load_rows(output_dir, "test")
 new = {"samsum": test_llama.SAMSUM_MAX_NEW_TOKENS, "trivia_qa": test_llama.TRIVIA_QA_MAX_NEW_TOKENS}
-ends = {task: set().union(*test_llama.end_tokens(model, tokenizer, task)) for task in new}
+ends = llama.end_tokens(model, tokenizer)
+ends = {"samsum": ends, "trivia_qa": ends | test_llama.line_ends(tokenizer)}
 answers, started = [], time.time()
 with torch.inference_mode():
     for row in tqdm(rows, disable=None):

@@ -289,17 +289,6 @@ def test_the_report_names_the_template_of_each_task(dataset):
             assert re.fullmatch(".+".join(map(re.escape, texts)), row["prompt"], re.DOTALL)
 
 
-def test_a_rerun_is_answered_from_what_stands_there(dataset, tmp_path):
-    shutil.copytree(dataset, tmp_path / "out")
-    before = snapshot(tmp_path / "out")
-    result = build(tmp_path / "out", "--num-proc", 1)
-    assert result.returncode == 0 and "stands already" in result.stdout
-    assert snapshot(tmp_path / "out") == before
-    result = build(tmp_path / "out", "--max-context-words", 61)
-    assert result.returncode == 0 and "stands already" not in result.stdout
-    assert snapshot(tmp_path / "out") != before
-
-
 def test_one_process_and_two_write_the_same_bytes(dataset, tmp_path):
     for processes in (1, 2):
         assert build(tmp_path / str(processes), "--num-proc", processes).returncode == 0

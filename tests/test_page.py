@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
     (output / "dataset_report.json").write_text(
         json.dumps({"tasks": {"samsum": {"counts": counts}}, "splits": {"test": {"sha256": "b" * 64}}})
     )
-    result = run("evaluations.py", "--output-dir", output, "--resamples", "200")
+    result = run("evaluations.py", "--output-dir", output, "--resamples", "1000")
     assert result.returncode == 0 and result.stderr == "", result.stderr
     return output
 
