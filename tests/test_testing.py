@@ -172,7 +172,8 @@ def test_an_answer_ends_at_the_line_and_keeps_what_shares_its_last_token(chain, 
     ends, line_ends = llama.end_tokens(model, tokenizer), tester.line_ends(tokenizer)
     assert {tokenizer.convert_tokens_to_ids(t) for t in ("<|end_of_text|>", "<|eot_id|>")} <= ends
     last = next(i for i in sorted(line_ends) if tokenizer.decode([i]).startswith(".\n"))
-    ids = [*tokenizer(" Lydbrook", add_special_tokens=False).input_ids, last]
+    name, more = tokenizer([" Lydbrook", " more"], add_special_tokens=False).input_ids
+    ids = [*name, last, *more, last]
     monkeypatch.setattr(tester, "test_rows", lambda model, prompts, *rest: [(1.0, ids) for _ in prompts])
     out = copied(chain, tmp_path)
     limits = ["--trivia-qa-max-new-tokens", len(ids), "--samsum-max-new-tokens", len(ids)]
