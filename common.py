@@ -12,6 +12,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -61,8 +62,9 @@ def parse_settings(module, argv=None, choices=None):
     for name, comment in settings.items():
         value, default = getattr(args, name.lower()), getattr(module, name)
         may_be_0 = default == 0 or "0 = " in comment
-        if type(value) in (int, float) and not (0 <= value < 2**31 and (value or may_be_0)):
-            parser.error(f"{flag_of(name)} must be {'0 or more' if may_be_0 else 'above 0'} and below 2**31")
+        below = math.inf if isinstance(default, float) else 2**31
+        if type(value) in (int, float) and not (0 <= value < below and (value or may_be_0)):
+            parser.error(f"{flag_of(name)} must be {'0 or more' if may_be_0 else 'above 0'} and below {below}")
         values = value if isinstance(value, list | tuple) else [value]
         allowed = (choices or {}).get(name, values)
         if not set(values) <= set(allowed):

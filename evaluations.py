@@ -54,8 +54,8 @@ SCORES = {  # what each task reports, in the order of the table
     "samsum": (*ROUGES, "bleu", "exact_match", "length_ratio"),
     "trivia_qa": ("exact_match", "f1", "contains", "bleu_effective_order", *ROUGES),
 }
-KEYS = ("examples", "ids", "files", "made_from", "perplexity", "intervals", "comparisons", "groups", "per_example")
-RESERVED = (*KEYS, "judge")  # what evaluation.json holds of a task beside its systems: no name for a system
+KEYS = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "intervals", "comparisons", "groups")
+RESERVED = (*KEYS, "per_example", "judge")  # what evaluation.json holds beside a task's systems: no system's name
 NAME = re.compile(r"([\w.+-]+)=(.+)", re.DOTALL)  # --predictions NAME=FILE
 PROMPT_ENDS = {"samsum": "Summary:", "trivia_qa": "Answer:"}  # build_dataset.py's, for examples without a task
 SAME_RUN = ("adapter", "weights", "rows", "4_bit")  # what the predictions of two tasks must have in common
@@ -92,6 +92,7 @@ class Example(BaseModel, strict=True):
     nll: float | None = None
     base_nll: float | None = None
     tokens: int | None = None
+    too_long: bool = False  # for its model: test_llama.py left it out, so it has no nll
 
 
 class Perplexity(BaseModel, strict=True, extra="allow"):
@@ -131,6 +132,7 @@ class System:
     perplexity: dict | None
     model: Any
     made_from: dict | None
+    too_long: int = 0  # examples that its model could not read
 
 
 @dataclass
@@ -197,8 +199,10 @@ def systems_of(name, path, data, examples):
         predictions = column(examples, f"{prefix}prediction")
         if predictions is None:
             continue
-        nll, tokens = column(examples, f"{prefix}nll"), column(examples, "tokens")
-        known = nll and tokens and min(tokens) > 0
+        scored = [example for example in examples if not example.too_long]  # the others add nothing to a sum
+        known = column(scored, f"{prefix}nll") and min(column(scored, "tokens") or [0]) > 0
+        nll = [getattr(example, f"{prefix}nll") or 0.0 for example in examples]
+        tokens = [example.tokens or 0 for example in examples]
         block = data.perplexity.get("tuned" if name else system)
         systems[system] = System(
             predictions=predictions,
@@ -208,6 +212,7 @@ def systems_of(name, path, data, examples):
             perplexity=block and block.model_dump(),
             model=data.model,
             made_from=data.settings if isinstance(data.settings, dict) else None,
+            too_long=len(examples) - len(scored),
         )
     return systems
 
@@ -365,6 +370,7 @@ def score_task(task, rows, args):
         "ids": rows.ids or [str(i) for i in range(len(rows.references))],
         "files": {name: system.file for name, system in rows.systems.items()},
         "made_from": {name: system.made_from for name, system in rows.systems.items()},
+        "too_long": {name: system.too_long for name, system in rows.systems.items() if system.too_long},
         "perplexity": {},
     }
     for name, system in rows.systems.items():
@@ -454,6 +460,9 @@ def print_table(task, result):
             p = p_value(test["p_holm"]) if "p_holm" in test else ""
             pair = "".join(f"{short(value):>9}" for value in values)
             say(f"{metric:<24}{pair}{short(values[1] - values[0], '+'):>9} {gain:<20}{p:>8}".rstrip())
+
+    for name, count in result["too_long"].items():
+        say(f"{count} of them were too long for the model of {name}: wrong answers, and not in its perplexity")
 
 
 def short(value, sign=""):

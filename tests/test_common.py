@@ -71,7 +71,8 @@ def test_flags_come_from_the_settings_block_and_nothing_else(module, capsys):
 
 
 BAD = [["--limit", "0"], ["--limit", "-1"], ["--limit", "2.5"], ["--limit", "99999999999"], ["--rate", "nan"],
-       ["--rate", "-0.1"], ["--rate", "0"], ["--names", "a", "c"], ["--lim", "3"], ["--other", "2"]]  # fmt: skip
+       ["--rate", "inf"],
+    ["--rate", "-0.1"], ["--rate", "0"], ["--names", "a", "c"], ["--lim", "3"], ["--other", "2"]]  # fmt: skip
 
 
 @pytest.mark.parametrize("argv", BAD)

@@ -813,3 +813,15 @@ def test_the_table_fits_80_columns_with_large_perplexities_and_long_names(tmp_pa
 @pytest.mark.parametrize("p, shown", [(0.00005, "< 0.0001"), (0.0001, "0.0001"), (0.04567, "0.0457"), (1, "1.0000")])
 def test_a_small_p_is_shown_as_smaller_than_what_can_be_printed(p, shown):
     assert evaluations.p_value(p) == shown
+
+
+def test_rows_too_long_for_the_model_are_wrong_answers_and_stay_out_of_the_perplexity(tmp_path):
+    rows = [example(id=str(i), prediction="Paris", references=["Paris"], nll=3.0, tokens=2) for i in range(4)]
+    left_out = {"id": "long", "references": ["Paris"], "prediction": "", "too_long": True}
+    file = prediction_file(tmp_path / "a.json", task="trivia_qa", examples=[*rows, left_out])
+    done = run(tmp_path, "--predictions", f"mine={file}", "--resamples", "200")
+    part = result(tmp_path / "outputs" / "evaluation.json")["trivia_qa"]
+    assert part["mine"]["exact_match"] == 80 and part["too_long"] == {"mine": 1}
+    assert part["perplexity"]["mine"]["perplexity"] == pytest.approx(math.exp(1.5))
+    assert "1 of them were too long for the model of mine" in done.stdout
+    assert "too long for the model of mine" in (tmp_path / "outputs" / "evaluation.html").read_text()

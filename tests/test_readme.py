@@ -29,7 +29,7 @@ def test_the_settings_are_those_of_the_script(name):
 
 
 def test_files_and_flags_that_it_names_exist():
-    for file in set(re.findall(r"\b[\w/]+\.(?:py|sh|yaml|jinja|png)\b", README)):
+    for file in set(re.findall(r"\b[\w/.]+\.(?:py|sh|yaml|jinja|png)\b", README)):
         assert (ROOT / file).exists() or file in ("loss.png",), file
     flags = {
         common.flag_of(setting) for name in NAMES for setting in common.settings_of(importlib.import_module(name))

@@ -64,9 +64,9 @@ def undisturbed(dataset, tmp_path_factory):
 def test_killed_three_times_it_ends_with_the_same_adapter(undisturbed, tmp_path):
     shutil.copytree(undisturbed / "dataset", tmp_path / "dataset")
     moments = random.Random()
-    steps = sorted(moments.sample(range(8, 26), 3))
+    steps = sorted(moments.sample(range(8, 22), 3))
     for step in steps:
-        delay = moments.random() * 0.1
+        delay = moments.random() * 0.05
         code, printed = interrupt(tmp_path, signal.SIGKILL, step, delay)
         assert code == -signal.SIGKILL, (steps, delay, printed)
         assert not (tmp_path / "adapter").exists()

@@ -41,9 +41,8 @@ def test_help_imports_nothing_heavy(name):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("target", [[], ["."], ["tests"]])
-def test_pytest_never_collects_test_llama(target):
-    command = [sys.executable, "-m", "pytest", "--collect-only", *target]
+def test_pytest_never_collects_test_llama():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "."]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
     assert "test_train.py::" in result.stdout and "\ntest_llama.py" not in result.stdout
