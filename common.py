@@ -118,7 +118,8 @@ def script(main):
             print("\ninterrupted: what stood there before still stands; the same command goes on", file=sys.stderr)
             raise SystemExit(130) from None
         except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
+            where = error.filename2 or error.filename
+            where = f"{where}: " if where else ""
             remedy = "make room" if error.errno in FULL else "see to that, or give another --output-dir"
             reason = f"{where}{error.strerror or first_line(error)}"
             fail(f"cannot go on ({reason}): {remedy}, then give the same command again", in_any_process=True)

@@ -1,0 +1,162 @@
+"""All five scripts in a row, and artifacts of two runs mixed: every later script refuses or marks, none mixes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+from conftest import FIXTURES, SMALL, SOURCES, assert_refused, run, snapshot, start
+
+TRAIN = ["--max-steps", "4", "--max-length", "512", "--warmup-steps", "0", "--logging-steps", "1"]
+TRAIN += ["--gradient-accumulation-steps", "1", "--eval-steps", "2", "--save-steps", "2"]
+TEST = ["--samsum-max-new-tokens", "6", "--trivia-qa-max-new-tokens", "4", "--max-batch-tokens", "400"]
+EVALUATE = ["--resamples", "50"]
+MERGE = ["--check-rows", "2"]
+
+
+def succeed(script, output, *arguments):
+    result = run(script, *arguments, "--output-dir", output)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def run_all(output, base, seed):
+    """The five scripts into `output`, on rows and with an adapter of this seed."""
+    succeed("build_dataset.py", output, *SOURCES, *SMALL, "--seed", seed)
+    train(output, base, seed)
+    succeed("test_llama.py", output, *TEST)
+    succeed("evaluations.py", output, *EVALUATE)
+    succeed("merge_llama.py", output, *MERGE)
+
+
+def train(output, base, seed):
+    succeed("train_llama.py", output, "--model", base, *TRAIN, "--learning-rate", "1e-2", "--seed", seed)
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """The output folders of two whole runs, and the base they share."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(FIXTURES / "tiny_llama3", folder / "base")
+    for seed in ("1", "2"):
+        run_all(folder / seed, folder / "base", seed)
+    return folder
+
+
+@pytest.fixture
+def mixed(two_runs, tmp_path):
+    """A copy of the first run in which `mixed(name, ...)` puts the second one's artifacts."""
+    shutil.copytree(two_runs / "1", tmp_path / "out")
+
+    def put(*names):
+        for name in names:
+            target = tmp_path / "out" / name
+            if target.is_dir():
+                shutil.rmtree(target)
+                shutil.copytree(two_runs / "2" / name, target)
+            else:
+                shutil.copy(two_runs / "2" / name, target)
+        return tmp_path / "out"
+
+    return put
+
+
+def card_of(output):
+    return (output / "merged" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_chain_says_what_each_artifact_was_made_from(two_runs):
+    report, output = json.loads((two_runs / "1" / "evaluation.json").read_text()), two_runs / "1"
+    adapter = json.loads((output / "adapter" / "run.json").read_text())
+    for task in ("samsum", "trivia_qa"):
+        assert adapter["adapter_sha256"].startswith(report[task]["made_from"]["tuned"]["adapter"])
+    assert report["training"]["settings"]["seed"] == 1 and report["data"]["samsum"]["train"]["kept"] == 12
+    merged = json.loads((output / "merged" / "merge.json").read_text())
+    assert merged["adapter_sha256"] == adapter["adapter_sha256"]
+    assert merged["base_weights"] == adapter["run"]["weights"]
+    assert "ot measured" not in card_of(output) and "12" in card_of(output)
+
+
+def test_another_data_set_is_refused_by_training_and_testing_and_gives_the_card_no_data(mixed, two_runs):
+    output = mixed("dataset", "dataset_report.json")
+    result = run("train_llama.py", "--model", two_runs / "base", *TRAIN, "--learning-rate", "1e-2", "--seed", "1",
+                 "--output-dir", output)  # fmt: skip
+    assert_refused(result, "train rows", "another run")
+    assert_refused(run("test_llama.py", *TEST, "--output-dir", output), "rows", "another run")
+    succeed("evaluations.py", output, *EVALUATE)
+    report = json.loads((output / "evaluation.json").read_text())
+    assert report["data"] is None and report["training"]["settings"]["seed"] == 1
+    succeed("merge_llama.py", output, *MERGE)
+    assert "Summarize the dialogue" not in card_of(output)  # whose prompts these are is not known
+
+
+def test_another_adapter_is_refused_beside_the_old_predictions_and_gets_none_of_their_scores(mixed):
+    output = mixed("adapter")
+    assert_refused(run("test_llama.py", *TEST, "--output-dir", output), "adapter", "another run")
+    succeed("evaluations.py", output, *EVALUATE)
+    assert json.loads((output / "evaluation.json").read_text())["training"] is None
+    succeed("merge_llama.py", output, *MERGE)
+    assert "ot measured" in card_of(output)
+
+
+@pytest.mark.parametrize("task", ["samsum", "trivia_qa"])
+def test_predictions_of_one_task_by_another_adapter_are_refused(task, mixed):
+    output = mixed(f"{task}_predictions.json")
+    before = snapshot(output)
+    assert_refused(run("evaluations.py", *EVALUATE, "--output-dir", output), "different runs", "test_llama.py")
+    assert snapshot(output) == before
+
+
+def test_another_evaluation_gives_the_card_no_scores(mixed):
+    output = mixed("evaluation.json")
+    succeed("merge_llama.py", output, *MERGE)
+    assert "ot measured" in card_of(output)
+
+
+def test_other_base_weights_are_refused_by_training_testing_and_merging(two_runs, tmp_path):
+    shutil.copytree(two_runs / "1", tmp_path / "out")
+    shutil.copytree(two_runs / "base", tmp_path / "base")
+    for name in ("adapter/adapter_config.json", "adapter/run.json"):  # as if the run had been on this folder
+        path = tmp_path / "out" / name
+        path.write_text(path.read_text().replace(str(two_runs / "base"), str(tmp_path / "base")))
+    with (tmp_path / "base" / "model.safetensors").open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\x01\x3c")
+    before = snapshot(tmp_path / "out")
+    result = run("train_llama.py", "--model", tmp_path / "base", *TRAIN, "--learning-rate", "1e-2", "--seed", "1",
+                 "--output-dir", tmp_path / "out")  # fmt: skip
+    assert_refused(result, "weights", "another run")
+    assert_refused(run("test_llama.py", *TEST, "--output-dir", tmp_path / "out"), "weights", "another run")
+    assert_refused(run("merge_llama.py", *MERGE, "--output-dir", tmp_path / "out"), "weights", "run.json names")
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_killed_again_and_again_the_chain_ends_as_if_nothing_had_happened(two_runs, tmp_path):
+    """SIGKILL at random moments of train, test and merge; the same commands again end with the same artifacts."""
+    moments, output, base = random.Random(), tmp_path / "out", two_runs / "base"
+    shutil.copytree(two_runs / "1" / "dataset", output / "dataset")
+    shutil.copy(two_runs / "1" / "dataset_report.json", output)
+    commands = {
+        "train_llama.py": ["--model", base, *TRAIN, "--learning-rate", "1e-2", "--seed", "1"],
+        "test_llama.py": TEST,
+        "merge_llama.py": MERGE,
+    }
+    for script, arguments in commands.items():
+        for _ in range(3):
+            log = tmp_path / "log"
+            process = start(script, *arguments, "--output-dir", output, streams=[log, log])
+            time.sleep(moments.uniform(0.5, 2.5))
+            os.kill(process.pid, signal.SIGKILL)
+            process.join(60)
+        if script == "merge_llama.py":
+            succeed("evaluations.py", output, *EVALUATE)
+        succeed(script, output, *arguments)
+    for name in ("adapter/adapter_model.safetensors", "samsum_predictions.json", "trivia_qa_predictions.json"):
+        expected = (two_runs / "1" / name).read_bytes().replace(bytes(two_runs / "1"), bytes(output))
+        assert (output / name).read_bytes() == expected, name
+    weights = "merged/model.safetensors"
+    assert (output / weights).read_bytes() == (two_runs / "1" / weights).read_bytes()
+    assert not [path for path in output.rglob("*") if path.name.endswith((".new", ".old")) or "part" in path.name]
