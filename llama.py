@@ -44,6 +44,8 @@ def load_rows(output_dir, split):
         fail(f"no dataset at {folder}: run build_dataset.py first")
     try:
         rows = load_from_disk(str(folder / split))
+        # load_from_disk hashes it once more; dataset_report.json has the one that was written
+        rows._fingerprint = json.loads((folder / split / "state.json").read_text())["_fingerprint"]
         missing = [name for name, kind in columns.items() if rows.features.get(name) != kind]
         missing = missing or [name for name in columns if rows.data.column(name).null_count]
     except IndexError:  # how datasets reads back a split that was saved without rows
