@@ -164,8 +164,8 @@ def load_tokenizer(model):
         load_failed(model, error)
     if tokenizer.pad_token is None:  # labels and attention are masked by length, so EOS is still learned
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    if tokenizer("a").input_ids[:2].count(tokenizer.bos_token_id) != 1:
-        fail(f"the tokenizer of {model} does not put exactly one BOS in front: this is no Llama tokenizer")
+    if tokenizer("a").input_ids[:2].count(tokenizer.bos_token_id) > 1:
+        fail(f"the tokenizer of {model} puts BOS in front twice: mend its post_processor in tokenizer.json")
     return tokenizer
 
 
@@ -262,8 +262,8 @@ def end_tokens(model, tokenizer):
 def encode(tokenizer, rows):
     """Token ids of a batch of rows: {"prompt_ids", "completion_ids"}, lists of lists; the completion ends with EOS.
 
-    The prompt is encoded as in generation, with its one BOS; the completion is what follows it when both are encoded
-    together. A row whose prompt would be split otherwise in the two encodings raises ValueError.
+    The prompt is encoded as in generation, with one BOS, or none where the tokenizer puts none. The completion is what
+    follows it when both are encoded together; a row whose prompt would be split otherwise then raises ValueError.
     """
     texts = [prompt + completion for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True)]
     options = {"split_special_tokens": True, "verbose": False}  # "</s>" in a dialogue is text, and ends nothing

@@ -220,3 +220,26 @@ def test_a_run_that_diverges_leaves_the_old_adapter(chain, tmp_path):
 def test_the_training_loss_of_a_run_is_a_mean_over_its_steps():
     history = [{"step": 4, "loss": 2.0}, {"step": 4, "eval_loss": 9.0}, {"step": 5, "loss": 7.0}]
     assert train_llama.mean_training_loss(history) == pytest.approx((4 * 2.0 + 7.0) / 5)
+
+
+def test_a_tokenizer_without_bos_is_taken_as_it_is_and_two_are_refused(dataset, tmp_path):
+    for name in ("none", "two"):
+        shutil.copytree(FIXTURES / "tiny_llama3", tmp_path / name)
+        path = tmp_path / name / "tokenizer.json"
+        content = json.loads(path.read_text())
+        if name == "none":
+            content["post_processor"] = None
+        else:
+            bos = next(
+                part for part in content["post_processor"]["processors"] if part["type"] == "TemplateProcessing"
+            )
+            bos["single"].insert(0, bos["single"][0])
+        path.write_text(json.dumps(content))
+    shutil.copytree(dataset / "dataset", tmp_path / "out" / "dataset")
+    tiny = ["--max-steps", 1, "--max-length", 512, "--output-dir", tmp_path / "out"]
+    assert_refused(run("train_llama.py", "--model", tmp_path / "two", *tiny), "BOS in front twice")
+    assert run("train_llama.py", "--model", tmp_path / "none", *tiny).returncode == 0
+    rows = load_from_disk(str(dataset / "dataset"))["train"]
+    tokenizer = llama.load_tokenizer(str(tmp_path / "none"))
+    for row in train_llama.tokenize(rows, tokenizer, 4096, "train"):
+        assert tokenizer.bos_token_id not in row["input_ids"] and row["labels"][-1] == tokenizer.eos_token_id
