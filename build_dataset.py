@@ -24,17 +24,15 @@ import sys
 import threading
 import unicodedata
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy
-import pyarrow
-import pyarrow.parquet as pq
+import huggingface_hub  # loads its parts where they are used
+import pyarrow.parquet
 from tqdm import tqdm
 
 import common
@@ -55,7 +53,6 @@ NUM_PROC = 0  # processes that choose contexts; 0 = one per CPU
 OUTPUT_DIR = "outputs"  # gets dataset/ and dataset_report.json
 
 # Fixed
-CHOICES = {"TASKS": common.TASKS, "CONTEXT": ("question", "first", "none")}
 PROMPTS = {  # the prompt ends without a blank and the completion begins with one, so both tokenizers split there
     "samsum": "Summarize the dialogue.\n\nDialogue:\n{dialogue}\n\nSummary:",
     "trivia_qa": "Answer the question from the context.\n\nContext:\n{context}\n\nQuestion: {question}\nAnswer:",
@@ -63,12 +60,10 @@ PROMPTS = {  # the prompt ends without a blank and the completion begins with on
 }
 LICENCES = {"samsum": "CC BY-NC-ND 4.0", "trivia_qa": "Apache 2.0; its pages: Wikipedia, CC BY-SA"}
 SPLITS = ("train", "validation", "test")
-SAMSUM_COLUMNS = ("id", "dialogue", "summary")
 TRIVIA_QA_TEXTS = ("question", "question_id", "answer.value", "answer.aliases.*", "entity_pages.wiki_context.*")
 PASSAGE_WORDS = 100  # a passage ends at the first sentence or line end after so many words
 NEAR = 0.8  # Jaccard similarity of word 5-grams from which two texts are near duplicates
-BM25_K1, BM25_B = 1.2, 0.75  # Robertson & Zaragoza 2009
-LINE_ENDS = ("\r\n", "\r", "\x0b", "\x0c", "\x85", "\u2028", "\u2029")
+BM25_K1, BM25_B = 1.2, 0.75  # Robertson & Zaragoza 2009; among a question's own pages, after Clark & Gardner 2017
 INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 SENTENCE_END = re.compile(r"([.!?\n][ \n]+)")  # after a blank was put behind every \n: 4 times as fast as with a |
 STOP_WORDS = (  # left out of the query: rare in a page or not, they say nothing about where the answer stands
@@ -79,9 +74,7 @@ STOP_WORDS = (  # left out of the query: rare in a page or not, they say nothing
 normalized = common.normalize_answer.__wrapped__  # past its cache, which would keep every context in memory
 
 
-class Row(NamedTuple):
-    """A row as it was drawn, not yet rendered."""
-
+class Row(NamedTuple):  # as it was drawn, not yet rendered
     id: str
     key: str  # what two rows must share to be the same; "" where there is no text
     place: tuple  # samsum: (dialogue, summary); trivia_qa: (file, row group, row), where question and pages are
@@ -100,11 +93,10 @@ class NearTexts:
                 self.holders[gram].append(key)
 
     def near(self, key):
-        """The texts with a Jaccard similarity to this one of NEAR or more, itself among them, best first."""
+        """The texts with a Jaccard similarity to this one of NEAR or more, itself among them."""
         grams = word_5_grams(key)
         shared = Counter(other for gram in grams for other in self.holders.get(gram, ()))
-        found = [(n / (len(grams) + self.sizes[other] - n), other) for other, n in shared.items()]
-        return [other for similarity, other in sorted(found, reverse=True) if similarity >= NEAR]
+        return [other for other, n in shared.items() if n / (len(grams) + self.sizes[other] - n) >= NEAR]
 
 
 def word_5_grams(key):
@@ -113,7 +105,8 @@ def word_5_grams(key):
 
 
 def parse_args(argv=None):
-    args = common.parse_settings(sys.modules[__name__], argv, CHOICES)
+    choices = {"TASKS": common.TASKS, "CONTEXT": ("question", "first", "none")}
+    args = common.parse_settings(sys.modules[__name__], argv, choices)
     if not args.tasks or isinstance(args.tasks, str):
         fail(f"--tasks must be a list of one or both of {', '.join(common.TASKS)}")
     if not re.fullmatch(r"[\w.-]+", args.trivia_qa_config):
@@ -124,45 +117,31 @@ def parse_args(argv=None):
 
 def find_files(task, args):
     """{split: sorted paths} of a task's source, and what the report says of it."""
-    source = getattr(args, task)
+    source, revision = getattr(args, task), None
     patterns = {split: f"{split}.csv" for split in SPLITS}
     if task == "trivia_qa":  # the hub's test has no answers: its validation is our test, ours is carved out of train
         folder = args.trivia_qa_config
         patterns = {"train": f"{folder}/train-*.parquet", "test": f"{folder}/validation-*.parquet"}
-    local = Path(source).is_dir()
-    root = Path(source) if local else fetch(task, source, list(patterns.values()))
+    root = Path(source)
+    if not root.is_dir():
+        try:
+            wanted = [*patterns.values()]
+            root = Path(huggingface_hub.snapshot_download(source, repo_type="dataset", allow_patterns=wanted))
+        except Exception as error:  # a dozen kinds, from no network to a full disk
+            remedy = f"check name and network, or give a local folder with {common.flag_of(task)}"
+            fail(f"{task}: cannot load {source} ({first_line(error)}): {remedy}")
+        revision = root.name  # the hub's cache names a folder by its commit
     files = {split: sorted(root.glob(pattern)) for split, pattern in patterns.items()}
     for split, pattern in patterns.items():
         if not files[split]:
             fail(f"{task}: no {pattern} in {source}: the folder must be laid out like the hub repository")
     hashes = {path.relative_to(root).as_posix(): common.sha256(path) for paths in files.values() for path in paths}
-    revision = None if local else root.name
     return files, {"source": source, "revision": revision, "licence": LICENCES[task], "sha256": hashes}
 
 
-def fetch(task, source, patterns):
-    """The folder in the hub's cache that holds these files of a dataset repository; its name is the commit."""
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        fail(f"{task}: no folder {source}, and it is no hub id (owner/name) either")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, repo_type="dataset", allow_patterns=patterns))
-    except Exception as error:  # a dozen kinds, from no network to a full disk
-        flag = f"--{task.replace('_', '-')}"
-        remedy = f"check the name and the network, or give a local folder with {flag}"
-        fail(f"{task}: cannot load {source} ({first_line(error)}): {remedy}")
-
-
 def clean(text):
-    """Text with `\\n` as its only line end, without control and zero-width characters and stray blanks, or None.
-
-    The joiners U+200C and U+200D stay: they make emoji and letters of one piece.
-    """
-    if not text:
-        return None
-    for end in LINE_ENDS:
-        text = text.replace(end, "\n")
+    """Text without control characters, zero-width ones (not the joiners of emoji) and stray blanks; None if empty."""
+    text = "\n".join((text or "").splitlines())
     text = INVISIBLE.sub("", text.replace("\t", " ").replace("\xa0", " "))
     text = re.sub("  +", " ", text)
     text = "\n".join(line.strip(" ") for line in text.split("\n"))
@@ -170,8 +149,7 @@ def clean(text):
 
 
 def one_line(text):
-    text = clean(text)
-    return text and re.sub(r"\s+", " ", text)
+    return " ".join((clean(text) or "").split()) or None
 
 
 def comparison_key(text):
@@ -180,47 +158,30 @@ def comparison_key(text):
 
 
 def read_samsum(path, counts):
-    """The Rows of a CSV file; lines that are no row of the header's columns are counted."""
+    """The Rows of a CSV file; a line that has not the header's columns is counted."""
     csv.field_size_limit(2**31 - 1)
-    rows, in_step = [], True
+    rows = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = next(reader, [])
-            if missing := [column for column in SAMSUM_COLUMNS if column not in header]:
-                fail(f"samsum: {path} has no column {', '.join(missing)}")
-            for fields in csv_rows(reader):
-                row = dict(zip(header, fields, strict=False))
-                # After a stray quote the reader may be inside a dialogue: a row counts again from the next real id on.
-                in_step = len(fields) == len(header) and (in_step or re.fullmatch(r"[\w-]*\d[\w-]*", row["id"]))
-                if in_step:
+            reader = csv.DictReader(file, restkey="more", strict=True)
+            if missing := {"id", "dialogue", "summary"} - set(reader.fieldnames or []):
+                fail(f"samsum: {path} has no column {', '.join(sorted(missing))}")
+            for row in reader:
+                if "more" in row or None in row.values():
+                    counts["broken CSV line"] += 1
+                else:
                     place = (row["dialogue"], row["summary"])
                     rows.append(Row(one_line(row["id"]), comparison_key(row["dialogue"]), place))
-                elif fields:  # not just an empty line
-                    counts["broken CSV line"] += 1
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        fail(f"samsum: cannot read {path} ({first_line(error)}): the file is cut off or no CSV in UTF-8")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:  # past a stray quote, nobody knows what is a row
+        fail(f"samsum: cannot read {path} ({first_line(error)}): it is cut off, has stray quotes or is no UTF-8 CSV")
     return rows
-
-
-def csv_rows(reader):
-    """Yield the fields of each row, one empty field in the place of a row with stray quotes."""
-    while True:
-        try:
-            yield next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if "unexpected end" in str(error):
-                raise
-            yield [""]
 
 
 @contextmanager
 def open_parquet(path):
     """A pyarrow ParquetFile; what is wrong with it ends the script, in whatever process it is read."""
     try:
-        with pq.ParquetFile(path, buffer_size=1 << 20) as file:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as file:
             yield file
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         fail(f"trivia_qa: cannot read {path} ({first_line(error)}): the file is cut off or no parquet file")
@@ -245,9 +206,7 @@ def read_trivia_qa(path, _):
 def draw_rows(task, files, args, counts):
     """{split: [Row]}: all rows, in an order drawn with the seed."""
     read = {"samsum": read_samsum, "trivia_qa": read_trivia_qa}[task]
-    rows = {}
-    for split, paths in files.items():
-        rows[split] = [row for path in paths for row in read(path, counts[split])]
+    rows = {split: [row for path in paths for row in read(path, counts[split])] for split, paths in files.items()}
     if task == "trivia_qa":  # a tenth of train becomes validation, or as many rows as can be needed
         drawn = shuffled(rows["train"], args.seed)
         size = min(max(1, len(drawn) // 10), with_spares(args.validation_examples_per_task) or len(drawn))
@@ -263,46 +222,33 @@ def with_spares(limit):
     return limit and 2 * limit + 50  # some rows are dropped later
 
 
-def take(rows, limit, refuse, render, counts):
-    """({key: rendered row}, hits) of the first `limit` rows that can be used and some spares; counts all others.
-
-    refuse: the reason why a Row cannot be used, or None; render: [Row] to [(rendered row or reason, found)].
-    hits: how often each way to choose a context found the answer.
-    """
-    kept, ids, hits = {}, set(), Counter()
-    while drawn := list(islice(rows, with_spares(limit - len(kept)) if limit else None)):
+def take(rows, limit, others, render, counts):
+    """{key: rendered row} of the first `limit` rows that can be used and some spares; counts all others by reason."""
+    kept, ids = {}, set()
+    while drawn := list(islice(rows, with_spares(max(0, limit - len(kept))) if limit else None)):
         counts["looked at"] += len(drawn)
-        for row, (rendered, found) in zip(drawn, render(drawn), strict=True):
-            reason = refuse(row)
-            # Twins are told apart only now: a row that cannot be used makes no duplicate of the next one.
-            if not reason and (row.key in kept or row.id in ids):
-                reason = "duplicate" if row.key in kept else "duplicate id"
-            if not reason:
-                hits.update({"rows": 1} | found if found else {})
-                reason = rendered if isinstance(rendered, str) else None
+        for row, rendered in zip(drawn, render(drawn), strict=True):
+            reason = why_not(row, others, kept, ids) or (rendered if isinstance(rendered, str) else None)
             if reason:
                 counts[reason] += 1
             else:
                 kept[row.key] = rendered
                 ids.add(row.id)
-        if limit and len(kept) >= limit:
-            break
-    return kept, hits
+    return kept
 
 
-def refuse(row, others, split, task, examples):
-    """Why a row cannot be used beside the splits that go before its own, {split: NearTexts}; None where it can."""
-    if not row.id:
-        return "no id"
-    if not row.key:
-        return "empty dialogue" if task == "samsum" else "empty question"
+def why_not(row, others, kept, ids):
+    """Why a row cannot be used beside other splits and those kept of its own, or None."""
+    if not row.id or not row.key:
+        return "no text" if row.id else "no id"
     for other, texts in others.items():
         if row.key in texts.sizes:
             return f"also in {other}"
-        if matches := texts.near(row.key):
-            examples.append({"split": split, "text": row.key, "near": matches[0]})
+        if texts.near(row.key):
             return f"nearly in {other}"
-    return None
+    if row.key in kept:
+        return "duplicate"
+    return "duplicate id" if row.id in ids else None
 
 
 def passages(pages):
@@ -317,16 +263,11 @@ def passages(pages):
                 result.append("".join(current))
                 current, words = [], 0
         result.append("".join(current))
-    texts = [text.replace("\n ", "\n").strip() for text in result]
-    return [text for text in texts if text]
+    return [text for passage in result if (text := passage.replace("\n ", "\n").strip())]
 
 
 def nearest_first(question, texts):
-    """The indices of texts by their BM25 with the question, best first; a tie goes to the earlier one.
-
-    Within a question's own pages, after Clark & Gardner 2017, who rank by TF-IDF; BM25 needs only the question's words
-    counted, which is faster.
-    """
+    """The indices of texts by their BM25 with the question, best first; a tie goes to the earlier one."""
     query = set(re.findall(r"\w+", question.lower())) - set(STOP_WORDS.split())
     wanted = re.compile(rf"\b(?:{'|'.join(map(re.escape, query)) or '(?!)'})\b")
     counts = [Counter(wanted.findall(text.lower())) for text in texts]
@@ -342,10 +283,7 @@ def nearest_first(question, texts):
 
 
 def choose_context(question, pages, max_words):
-    """The passages nearest to the question, in document order, at most max_words words.
-
-    Of the passage that no longer fits, the first whole sentences are taken.
-    """
+    """The passages nearest to the question, in document order, at most max_words words, whole sentences."""
     texts = passages(pages)
     chosen, left = {}, max_words
     for i in nearest_first(question, texts):
@@ -384,74 +322,60 @@ def rendered_row(task, row_id, prompt, completion, references, answer_in_context
     return row | {"references": references, "answer_in_context": answer_in_context}
 
 
-def render_samsum(rows):
-    """[(rendered row or the reason why there is none, {})]"""
-    results = []
-    for row in rows:
-        dialogue, summary = clean(row.place[0]), one_line(row.place[1])
-        prompt = PROMPTS["samsum"].format(dialogue=dialogue)
-        rendered = rendered_row("samsum", row.id, prompt, summary, [summary], True) if summary else "empty summary"
-        results.append((rendered, {}))
-    return results
+def render_dialogue(row):
+    """The rendered row, or the reason (a string) why there is none."""
+    dialogue, summary = clean(row.place[0]), one_line(row.place[1])
+    prompt = PROMPTS["samsum"].format(dialogue=dialogue)
+    return rendered_row("samsum", row.id, prompt, summary, [summary], True) if summary else "empty summary"
 
 
 def render_question(row, split, context, max_words):
-    """The rendered row, or the reason (a string) why there is none, and where an alias was: {way: bool}."""
+    """The rendered row, or the reason (a string) why there is none."""
     question, answer = one_line(row["question"]), row["answer"] or {}
     value = one_line(answer.get("value"))
     aliases = [alias for alias in map(one_line, answer.get("aliases") or []) if alias and normalized(alias)]
     if not value or not aliases:
-        return "no answer or no aliases", {}
-    references = list(dict.fromkeys([value, *aliases]))
-    texts = {}
+        return "no answer or no aliases"
+    references, text = list(dict.fromkeys([value, *aliases])), ""
     if context != "none":
         pages = [page for page in map(clean, (row["entity_pages"] or {}).get("wiki_context") or []) if page]
         if not pages:
-            return "no pages", {}
+            return "no pages"
         # By the question alone: a context that was found by its answer would be a leak in test.
-        texts = {"question": choose_context(question or "", pages, max_words), "first": first_words(pages, max_words)}
-    names = {name for name in map(normalized, references) if name}
-    found = {way: holds(text, names) for way, text in texts.items()}
-    if split != "test" and not found.get(context, True):
-        return "answer not in context", found
-    prompt = template("trivia_qa", context).format(context=texts.get(context), question=question)
-    in_context = found.get(context, False)
-    return rendered_row("trivia_qa", row["question_id"], prompt, value, references, in_context), found
+        first = context == "first"
+        text = first_words(pages, max_words) if first else choose_context(question or "", pages, max_words)
+    found = holds(text, {name for name in map(normalized, references) if name})
+    if not found and context != "none" and split != "test":
+        return "answer not in context"
+    prompt = template("trivia_qa", context).format(context=text, question=question)
+    return rendered_row("trivia_qa", row["question_id"], prompt, value, references, found)
 
 
 def render_row_group(places, split, context, max_words):
-    """{place: (rendered row or reason, found)} for places in one row group of one file; runs in another process.
-
-    The row group is read in small batches, so that memory does not grow with it.
-    """
+    """{place: rendered row or reason} for places in one row group of one file; runs in another process."""
     path, group, _ = places[0]
-    last = max(places)
     columns = ["question", "question_id", "answer"] + ["entity_pages.wiki_context"] * (context != "none")
-    wanted, results, start = set(places), {}, 0
+    wanted, results = set(places), {}
     with open_parquet(path) as file:
-        for table in file.iter_batches(batch_size=16, row_groups=[group], columns=columns):
-            for i in range(len(table)):
-                place = (path, group, start + i)
-                if place in wanted:
-                    row = table.slice(i, 1).to_pylist()[0]
-                    results[place] = render_question(row, split, context, max_words)
-            start += len(table)
-            if start > last[2]:
-                break
+        batches = file.iter_batches(batch_size=16, row_groups=[group], columns=columns)  # memory stays small
+        rows = (batch.slice(i, 1) for batch in batches for i in range(len(batch)))
+        for number, row in enumerate(rows):
+            place = (path, group, number)
+            if place in wanted:
+                results[place] = render_question(row.to_pylist()[0], split, context, max_words)
     return results
 
 
-def render_trivia_qa(rows, split, args, each):
-    """[(rendered row or reason, found)]; `each` is map, over processes or not."""
+def render_trivia_qa(split, args, each, rows):
+    """[rendered row or reason]; `each` is map, over processes or not."""
     groups = defaultdict(list)
     for row in rows:
         groups[row.place[:2]].append(row.place)
     render = partial(render_row_group, split=split, context=args.context, max_words=args.max_context_words)
+    parts = each(render, groups.values())
     results = {}
-    with tqdm(total=len(rows), desc=f"trivia_qa {split}", disable=None, leave=False) as progress:
-        for found in each(render, groups.values()):
-            results |= found
-            progress.update(len(found))
+    for part in tqdm(parts, f"trivia_qa {split}", total=len(groups), disable=None, leave=False):
+        results |= part
     return [results[row.place] for row in rows]
 
 
@@ -462,18 +386,12 @@ def processes(number):
         yield map
         return
     pool = ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), end_with_parent)
-
-    def each(*arguments):
-        # Workers start here and inherit what is blocked: Ctrl-C is for this process alone, which gets it right after.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return pool.map(*arguments)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
     try:
-        yield each
-    except BrokenProcessPool:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is for this process
+        pool.submit(int)  # starts the workers
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        yield pool.map
+    except BrokenExecutor:
         fail("a process that chose contexts was killed, often for want of memory: try again with a lower --num-proc")
     finally:
         pool.shutdown(cancel_futures=True)
@@ -487,121 +405,86 @@ def end_with_parent():
 
 def build_task(task, files, args, each):
     """({split: rendered rows}, the task's part of the report)."""
-    counts, examples, result, rates = {split: Counter() for split in SPLITS}, [], {}, {}
+    counts, result, rates = {split: Counter() for split in SPLITS}, {}, {}
     drawn, others = draw_rows(task, files, args, counts), {}
     for split in ("test", "train", "validation"):  # test goes before train, and train before validation
         rows, limit = iter(drawn[split]), getattr(args, f"{split}_examples_per_task")
-        why_not = partial(refuse, others=others, split=split, task=task, examples=examples)
-        render = render_samsum if task == "samsum" else partial(render_trivia_qa, split=split, args=args, each=each)
-        usable, hits = take(rows, limit, why_not, render, counts[split])
+        renders = {"samsum": partial(map, render_dialogue), "trivia_qa": partial(render_trivia_qa, split, args, each)}
+        usable = take(rows, limit, others, renders[task], counts[split])
         kept = dict(islice(usable.items(), limit or None))
         result[split] = list(kept.values())
-        rates[split] = {way: hits[way] / max(1, hits["rows"]) for way in ("question", "first")}
-        rates[split]["rows"] = hits["rows"]
+        found = sum(row["answer_in_context"] for row in usable.values())
+        rates[split] = {args.context: found / max(1, len(usable) + counts[split]["answer not in context"])}
         counts[split] = {"available": len(drawn[split])} | counts[split]
         counts[split] |= {"spare": len(usable) - len(kept), "kept": len(kept)}
-        if not kept and split != "validation":  # another task's validation rows may do
-            found = ", ".join(f"{reason}: {n}" for reason, n in counts[split].items())
-            fail(f"{task}: no usable row for {split} ({found}): check the source and the example counts")
+        if not kept:
+            reasons = ", ".join(f"{reason}: {n}" for reason, n in counts[split].items())
+            fail(f"{task}: no usable row for {split} ({reasons}): check the source and the example counts")
         # Spares and rows that were not looked at stay test's own, too: a later test may take more rows.
         others[split] = NearTexts([*usable, *(row.key for row in rows)] if split == "test" else kept)
-    report = {"counts": counts, "near_duplicates": examples[:10]}
-    return result, report | ({"answer_in_context": rates} if task == "trivia_qa" else {})
+    return result, {"counts": counts} | ({"answer_in_context": rates} if task == "trivia_qa" else {})
 
 
-def describe(rows):
-    """The report on a split: its number of rows, a hash of them, and how long their texts are."""
-    digest, lengths = hashlib.sha256(), defaultdict(list)
-    for row in rows:
-        digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        for column in ("prompt", "completion"):
-            name = f"{row['task']} {column}"
-            lengths[f"{name} words"].append(len(row[column].split()))
-            lengths[f"{name} characters"].append(len(row[column]))
-    report = {"rows": len(rows), "sha256": digest.hexdigest()}
-    for name, sizes in lengths.items():
-        p50, p95 = numpy.percentile(sizes, [50, 95])
-        report[name] = {"mean": sum(sizes) / len(sizes), "p50": float(p50), "p95": float(p95), "max": max(sizes)}
+def save(tasks, seed, folder):
+    """Combine and shuffle the tasks' rows, write them into `folder`; {split: {rows, sha256}} for the report."""
+    from datasets import Dataset, DatasetDict, disable_progress_bars
+    from datasets.table import InMemoryTable
+
+    disable_progress_bars()
+    splits, report = {}, {}
+    for split in SPLITS:
+        rows = [row for task in tasks for row in task.pop(split)]
+        random.Random(seed).shuffle(rows)
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        report[split] = {"rows": len(rows), "sha256": digest.hexdigest()}
+        table = InMemoryTable(pyarrow.Table.from_pylist(rows))  # Dataset.from_list takes six times the rows' memory
+        # The fingerprint by which train and test know these rows: of their content, on every machine the same.
+        splits[split] = Dataset(table, fingerprint=digest.hexdigest()[:32])
+    DatasetDict(splits).save_to_disk(folder)
     return report
 
 
-def save(tasks, seed, report, folder):
-    """Combine and shuffle the tasks' rows, write them into `folder`, complete the report."""
-    from datasets import Dataset, DatasetDict
-    from datasets.table import InMemoryTable
-
-    splits, report["splits"] = {}, {}
-    for split in SPLITS:
-        rows = [row for task in tasks for row in task.pop(split)]
-        if not rows:
-            fail(f"no usable row for {split}: check the sources and the example counts")
-        random.Random(seed).shuffle(rows)
-        report["splits"][split] = describe(rows)
-        # The fingerprint by which train and test know these rows: of their content, on every machine the same.
-        fingerprint = report["splits"][split]["sha256"][:32]
-        table = InMemoryTable(pyarrow.Table.from_pylist(rows))  # Dataset.from_list takes six times the rows' memory
-        splits[split] = Dataset(table, fingerprint=fingerprint)
-    DatasetDict(splits).save_to_disk(folder)
-
-
-def print_report(report):
-    def line(name, cells):
-        say(f"{name:<28}" + "".join(f"{cell:>17}" for cell in cells))
-
-    for task, part in report["tasks"].items():
-        say()
-        line(task, SPLITS)
-        reasons = dict.fromkeys(name for split in SPLITS for name in part["counts"][split])
-        for name in sorted(reasons, key=lambda name: name in ("spare", "kept")):  # these two last
-            line(f"  {name}", [f"{part['counts'][split].get(name, 0):,}" for split in SPLITS])
-        for way in ("question", "first") if "answer_in_context" in part else ():
-            line(f"  answer in, {way}", [f"{part['answer_in_context'][split][way]:.1%}" for split in SPLITS])
-
-
-def print_examples(train):
-    """One short training row of each task, as the model sees it."""
-    for task in sorted(train.unique("task")):
-        some = islice((i for i, other in enumerate(train["task"]) if other == task), 200)
-        row = min(train.select(list(some)), key=lambda row: len(row["prompt"]))
-        say(f"\n--- {task}: {row['id']} (prompt, then [completion]) ---\n{row['prompt']}[{row['completion']}]")
-
-
-def build(args, output_dir):
-    """Build the data set in `output_dir`, write and print its report."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    folder = output_dir / "dataset"
-    common.put_back(folder)
-    if folder.exists() and not (folder / "dataset_dict.json").exists() and any(folder.iterdir()):
-        fail(f"{folder} is no data set: move it away, or choose another --output-dir")
-    sources = {task: find_files(task, args) for task in args.tasks}
-    report = {
-        "settings": {name: value for name, value in vars(args).items() if name not in ("num_proc", "output_dir")},
-        "sources": {task: source for task, (_, source) in sources.items()},
-        "prompts": {task: template(task, args.context) for task in args.tasks},
-        "versions": common.versions("datasets"),
-        "git_commit": common.git_commit(),
-        "tasks": {},
-    }
-    rows = []
-    with processes(args.num_proc or os.cpu_count()) as each:
-        for task, (files, _) in sources.items():
-            of_task, report["tasks"][task] = build_task(task, files, args, each)
-            rows.append(of_task)
-    with common.whole_folder(folder) as fresh:
-        save(rows, args.seed, report, fresh)
-    common.write_whole(output_dir / "dataset_report.json", json.dumps(report, indent=2) + "\n")
-    print_examples(datasets.load_from_disk(str(folder / "train")))
-    print_report(report)
-    say(f"\nwrote {folder} and {output_dir / 'dataset_report.json'}")
+def print_report(task, part, row):
+    """A row as the model sees it, and a table of what came in, what was dropped and why, and what was kept."""
+    say(f"\n--- {row['id']} (prompt, then [completion]) ---\n{row['prompt']}[{row['completion']}]")
+    say(f"\n{task:<28}" + "".join(f"{split:>17}" for split in SPLITS))
+    reasons = dict.fromkeys(name for split in SPLITS for name in part["counts"][split])
+    for name in sorted(reasons, key=lambda name: name in ("spare", "kept")):  # these two last
+        say(f"  {name:<26}" + "".join(f"{part['counts'][split].get(name, 0):>17,}" for split in SPLITS))
+    if rates := part.get("answer_in_context"):
+        cells = [f"{rate:>17.1%}" for split in SPLITS for rate in rates[split].values()]
+        say(f"  {'answer in context':<26}" + "".join(cells))
 
 
 @common.script
 def main(argv=None):
     args = parse_args(argv)
-    with common.only_run_in(args.output_dir):
-        build(args, Path(args.output_dir))
+    output, folder = Path(args.output_dir), Path(args.output_dir) / "dataset"
+    with common.only_run_in(output):
+        common.put_back(folder)
+        if folder.exists() and not (folder / "dataset_dict.json").exists() and any(folder.iterdir()):
+            fail(f"{folder} is no data set: move it away, or choose another --output-dir")
+        sources = {task: find_files(task, args) for task in args.tasks}
+        report = {
+            "settings": {name: value for name, value in vars(args).items() if name not in ("num_proc", "output_dir")},
+            "sources": {task: source for task, (_, source) in sources.items()},
+            "prompts": {task: template(task, args.context) for task in args.tasks},
+            "versions": common.versions("datasets"),
+            "git_commit": common.git_commit(),
+            "tasks": {},
+        }
+        rows = []
+        for task, (files, _) in sources.items():
+            with processes((args.num_proc or os.cpu_count()) if task == "trivia_qa" else 1) as each:
+                of_task, report["tasks"][task] = build_task(task, files, args, each)
+            print_report(task, report["tasks"][task], of_task["train"][0])
+            rows.append(of_task)
+        with common.whole_folder(folder) as fresh:
+            report["splits"] = save(rows, args.seed, fresh)
+        common.write_whole(output / "dataset_report.json", json.dumps(report, indent=2) + "\n")
+        say(f"\nwrote {folder} and {output / 'dataset_report.json'}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,10 @@ def build(output, *arguments):
     return run("build_dataset.py", *SOURCES, *SMALL, "--output-dir", output, *arguments)
 
 
+def counts_of(output, task):
+    return json.loads((output / "dataset_report.json").read_text())["tasks"][task]["counts"]
+
+
 def rows_of(output):
     return {split: rows.to_list() for split, rows in load_from_disk(str(output / "dataset")).items()}
 
@@ -57,9 +61,17 @@ def test_the_same_seed_gives_the_same_rows_and_another_does_not(dataset, tmp_pat
     assert rows_of(tmp_path / "other") != rows_of(dataset)
 
 
-def test_no_row_of_train_or_validation_stands_in_test(tmp_path):
-    assert run("build_dataset.py", *SOURCES, "--test-examples-per-task", 0, "--output-dir", tmp_path).returncode == 0
-    splits = rows_of(tmp_path)
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """An output dir with every row of the fixtures."""
+    output = tmp_path_factory.mktemp("everything")
+    sizes = [f"--{split}-examples-per-task=0" for split in ("train", "validation", "test")]
+    assert run("build_dataset.py", *SOURCES, *sizes, "--output-dir", output).returncode == 0
+    return output
+
+
+def test_no_row_of_train_or_validation_stands_in_test(everything):
+    splits = rows_of(everything)
     prompts = {split: {row["prompt"] for row in rows} for split, rows in splits.items()}
     assert not prompts["test"] & (prompts["train"] | prompts["validation"])
     assert not prompts["validation"] & prompts["train"]
@@ -191,7 +203,7 @@ def test_a_broken_source_is_named_and_the_old_dataset_stays(break_it, words, dat
 
 
 def test_no_folder_no_network_and_no_place_to_write(tmp_path):
-    assert_refused(build(tmp_path, "--samsum", "./nowhere"), "no folder ./nowhere")
+    assert_refused(build(tmp_path, "--samsum", "./nowhere"), "cannot load ./nowhere", "a local folder with --samsum")
     assert_refused(build(tmp_path, "--samsum", "nobody/nothing"), "cannot load nobody/nothing", "--samsum")
     (tmp_path / "file").write_text("")
     assert_refused(build(tmp_path / "file"), str(tmp_path / "file"), "--output-dir")
@@ -203,10 +215,8 @@ def test_a_flag_out_of_range(flag, tmp_path):
     assert_refused(build(tmp_path, flag), flag.split("=")[0])
 
 
-def test_each_planted_flaw_is_counted_under_its_reason_and_nothing_else_is_dropped(tmp_path):
-    everything = [f"--{split}-examples-per-task=0" for split in ("train", "validation", "test")]
-    assert run("build_dataset.py", *SOURCES, *everything, "--output-dir", tmp_path).returncode == 0
-    report = json.loads((tmp_path / "dataset_report.json").read_text())
+def test_each_planted_flaw_is_counted_under_its_reason_and_nothing_else_is_dropped(everything):
+    report = json.loads((everything / "dataset_report.json").read_text())
     for part in report["tasks"].values():
         for counts in part["counts"].values():
             dropped = sum(n for reason, n in counts.items() if reason not in ("available", "looked at", "kept"))
@@ -215,7 +225,7 @@ def test_each_planted_flaw_is_counted_under_its_reason_and_nothing_else_is_dropp
     assert counts["train"] == {
         "available": SAMSUM_ROWS["train"],
         "looked at": SAMSUM_ROWS["train"],
-        "empty dialogue": PLANTED["samsum_empty_dialogue_train"],
+        "no text": PLANTED["samsum_empty_dialogue_train"],
         "duplicate": PLANTED["samsum_duplicate_in_train"],
         "also in test": PLANTED["samsum_train_dialogue_in_test"],
         "nearly in test": PLANTED["samsum_near_duplicate_train_test"],
@@ -230,13 +240,10 @@ def test_each_planted_flaw_is_counted_under_its_reason_and_nothing_else_is_dropp
     assert both["available"] == TRIVIA_QA_ROWS["train"]
     assert both["also in test"] == PLANTED["trivia_qa_train_question_in_validation"]
     assert both["nearly in test"] == PLANTED["trivia_qa_near_duplicate_train_validation"]
-    assert both["empty question"] == PLANTED["trivia_qa_empty_question_train"]
+    assert both["no text"] == PLANTED["trivia_qa_empty_question_train"]
     assert both["no pages"] == PLANTED["trivia_qa_empty_pages_train"]
     assert both["no answer or no aliases"] == PLANTED["trivia_qa_no_aliases_train"]
     assert both["duplicate id"] == 0  # of the two questions with one id, only one has its answer in the context
-    near = report["tasks"]["samsum"]["near_duplicates"]
-    assert len(near) == PLANTED["samsum_near_duplicate_train_test"]
-    assert all(example["text"] != example["near"] for example in near)
 
 
 def test_the_report_names_sources_and_prints_hashes_of_what_was_read_and_written(dataset):
@@ -254,21 +261,23 @@ def test_the_report_names_sources_and_prints_hashes_of_what_was_read_and_written
         assert report["splits"][split]["sha256"] == hashlib.sha256(lines.encode()).hexdigest()
         state = json.loads((dataset / "dataset" / split / "state.json").read_text())
         assert state["_fingerprint"] == report["splits"][split]["sha256"][:32]
-        words = [len(row["completion"].split()) for row in rows[split] if row["task"] == "samsum"]
-        assert report["splits"][split]["samsum completion words"]["max"] == max(words)
-        assert report["splits"][split]["samsum completion words"]["mean"] == pytest.approx(sum(words) / len(words))
 
 
 def test_the_question_finds_the_answer_more_often_than_the_first_words_do(tmp_path):
-    arguments = ["--tasks", "trivia_qa", "--test-examples-per-task", 0, "--max-context-words", 120]
-    assert run("build_dataset.py", *SOURCES, *arguments, "--output-dir", tmp_path / "question").returncode == 0
-    rates = json.loads((tmp_path / "question" / "dataset_report.json").read_text())
-    rates = rates["tasks"]["trivia_qa"]["answer_in_context"]["test"]
-    assert rates["question"] > rates["first"] + 0.2 and rates["rows"] == TRIVIA_QA_ROWS["validation"]
-    arguments += ["--context", "first"]
-    assert run("build_dataset.py", *SOURCES, *arguments, "--output-dir", tmp_path / "first").returncode == 0
-    found = [row["answer_in_context"] for row in rows_of(tmp_path / "first")["test"]]
-    assert sum(found) / len(found) == pytest.approx(rates["first"])
+    rates = {}
+    for way in ("question", "first"):
+        arguments = ["--tasks", "trivia_qa", "--test-examples-per-task", 0, "--max-context-words", 120]
+        assert build(tmp_path / way, *arguments, "--train-examples-per-task", 0, "--context", way).returncode == 0
+        found = [row["answer_in_context"] for row in rows_of(tmp_path / way)["test"]]
+        assert len(found) == TRIVIA_QA_ROWS["validation"]
+        part = json.loads((tmp_path / way / "dataset_report.json").read_text())["tasks"]["trivia_qa"]
+        rates[way] = part["answer_in_context"]["test"][way]
+        assert sum(found) / len(found) == pytest.approx(rates[way])
+        train = part["counts"]["train"]
+        usable = train["kept"] + train["spare"]
+        share = usable / (usable + train["answer not in context"])  # all that were kept hold their answer
+        assert part["answer_in_context"]["train"][way] == pytest.approx(share)
+    assert rates["question"] > rates["first"] + 0.2
 
 
 def test_closed_book_shows_no_page_and_keeps_the_rows(tmp_path):
@@ -316,14 +325,28 @@ def test_a_killed_build_leaves_the_old_dataset_and_the_next_one_succeeds(moment,
         assert time.time() < deadline
 
 
-def test_a_row_with_stray_quotes_is_dropped_and_the_others_stay(tmp_path):
+def samsum_with(line, tmp_path):
+    """The arguments for a samsum source whose train.csv has another line behind the header."""
     shutil.copytree(FIXTURES / "samsum", tmp_path / "samsum")
     path = tmp_path / "samsum" / "train.csv"
-    path.write_bytes(b'id,dialogue,summary\r\n1,"A: he said "no" twice",B\r\n2,only two\r\n' + path.read_bytes()[21:])
-    assert build(tmp_path / "out", "--samsum", tmp_path / "samsum", "--tasks", "samsum").returncode == 0
-    report = json.loads((tmp_path / "out" / "dataset_report.json").read_text())
-    assert report["tasks"]["samsum"]["counts"]["train"]["broken CSV line"] == 2
-    assert report["tasks"]["samsum"]["counts"]["train"]["available"] == SAMSUM_ROWS["train"]
+    header, rest = path.read_bytes().split(b"\n", 1)
+    path.write_bytes(header + b"\n" + line + rest)
+    return ["--samsum", tmp_path / "samsum", "--tasks", "samsum", "--train-examples-per-task", 0]
+
+
+def test_a_line_without_the_columns_of_the_header_is_counted_and_the_others_stay(tmp_path):
+    huge = b'987654,"Ann: hello\r\n' + b"Bo: well, yes, ok\r\n" * 10000 + b'Ann: bye",They talk.\r\n'
+    arguments = samsum_with(b"2,only two\r\n3,a,b,one too many\r\n\r\n" + huge, tmp_path)
+    assert build(tmp_path / "out", *arguments).returncode == 0
+    counts = counts_of(tmp_path / "out", "samsum")["train"]
+    assert counts["broken CSV line"] == 2 and counts["available"] == SAMSUM_ROWS["train"] + 1
+    assert "samsum:987654" in {row["id"] for row in rows_of(tmp_path / "out")["train"]}
+
+
+@pytest.mark.parametrize("line", [b'1,"A: he said "no" twice",B\r\n', b'1,"Ann: no end\r\nWell, yes, ok\r\n'])
+def test_after_a_stray_quote_no_line_of_a_dialogue_passes_for_a_row(line, tmp_path):
+    assert_refused(build(tmp_path / "out", *samsum_with(line, tmp_path)), "train.csv", "stray quotes")
+    assert not (tmp_path / "out" / "dataset").exists()
 
 
 def test_a_near_duplicate_has_four_fifths_of_the_word_5_grams():
@@ -352,31 +375,18 @@ def test_near_duplicates_are_those_that_comparing_every_pair_finds():
     assert 10 < found < 60
 
 
-def test_text_that_looks_like_the_template_stays_data(tmp_path):
-    everything = [f"--{split}-examples-per-task=0" for split in ("train", "validation", "test")]
-    assert run("build_dataset.py", *SOURCES, *everything, "--output-dir", tmp_path).returncode == 0
-    rows = [row for split in rows_of(tmp_path).values() for row in split]
+def test_text_that_looks_like_the_template_stays_data(everything):
+    rows = [row for split in rows_of(everything).values() for row in split]
     marked = [row for row in rows if row["prompt"].count("Summary:") > 1]
     assert marked and all(row["prompt"].endswith("\n\nSummary:") for row in marked)
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_a_broken_dataset_is_built_anew(split, dataset, tmp_path):
-    shutil.copytree(dataset, tmp_path / "out")
-    arrow = next((tmp_path / "out" / "dataset" / split).glob("*.arrow"))
+def test_a_dataset_that_is_broken_or_of_another_build_is_built_anew(dataset, tmp_path):
+    assert build(tmp_path, "--seed", 9).returncode == 0
+    arrow = next((tmp_path / "dataset" / "train").glob("*.arrow"))
     arrow.write_bytes(arrow.read_bytes()[:200])
-    result = build(tmp_path / "out")
-    assert result.returncode == 0, result.stderr
-    assert rows_of(tmp_path / "out") == rows_of(dataset)
-
-
-def test_rows_of_another_build_are_not_taken_for_those_of_the_report(dataset, tmp_path):
-    assert build(tmp_path / "other", "--seed", 9).returncode == 0
-    shutil.copytree(dataset, tmp_path / "out")
-    shutil.rmtree(tmp_path / "out" / "dataset" / "train")
-    shutil.copytree(tmp_path / "other" / "dataset" / "train", tmp_path / "out" / "dataset" / "train")
-    assert build(tmp_path / "out").returncode == 0
-    assert rows_of(tmp_path / "out") == rows_of(dataset)
+    assert build(tmp_path).returncode == 0
+    assert rows_of(tmp_path) == rows_of(dataset)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +424,7 @@ def test_rows_with_empty_fields_are_dropped_under_their_reason(tmp_path):
 
     edits = {
         "no id": [{"question_id": None}, {"question_id": " \r\n"}],
-        "empty question": [{"question": None}, {"question": "\u200b"}],
+        "no text": [{"question": None}, {"question": "\u200b"}],
         "no answer or no aliases": [{"answer": None}, answer(None, ["x"]), answer("x", None), answer("x", [None])],
         "no pages": [{"entity_pages": None}, pages(None), pages([]), pages([None, " "])],
     }
@@ -423,36 +433,18 @@ def test_rows_with_empty_fields_are_dropped_under_their_reason(tmp_path):
     arguments = ["--tasks", "trivia_qa", "--trivia-qa", source]
     arguments += ["--train-examples-per-task", 0, "--validation-examples-per-task", 0]
     assert build(tmp_path / "out", *arguments).returncode == 0
-    counts = json.loads((tmp_path / "out" / "dataset_report.json").read_text())["tasks"]["trivia_qa"]["counts"]
+    counts = counts_of(tmp_path / "out", "trivia_qa")
     both = Counter(counts["train"]) + Counter(counts["validation"])
-    planted = {"empty question": "empty_question", "no pages": "empty_pages", "no answer or no aliases": "no_aliases"}
+    planted = {"no text": "empty_question", "no pages": "empty_pages", "no answer or no aliases": "no_aliases"}
     for reason, rows in edits.items():
         before = PLANTED[f"trivia_qa_{planted[reason]}_train"] if reason in planted else 0
         assert len(rows) <= both[reason] <= len(rows) + before, reason  # an edit may hit a planted row
 
 
-def test_after_a_stray_quote_no_line_of_a_dialogue_passes_for_a_row(tmp_path):
-    shutil.copytree(FIXTURES / "samsum", tmp_path / "samsum")
-    path = tmp_path / "samsum" / "train.csv"
-    header, rest = path.read_bytes().split(b"\n", 1)
-    bad = b'\r\n1,"Ann: he said "no" to me\r\nWell, yes, ok\r\nAnn: fine, then, bye",They talk.\r\n'
-    huge = b'987654,"Ann: hello\r\n' + b"Bo: well, yes, ok\r\n" * 10000 + b'Ann: bye",They talk.\r\n'
-    path.write_bytes(header + bad + b" 42 ,Ann: so we meet at noon,They meet.\r\n" + huge + rest)
-    arguments = ["--samsum", tmp_path / "samsum", "--tasks", "samsum", "--train-examples-per-task", 0]
-    assert build(tmp_path / "out", *arguments).returncode == 0
-    counts = json.loads((tmp_path / "out" / "dataset_report.json").read_text())["tasks"]["samsum"]["counts"]["train"]
-    assert counts["available"] == SAMSUM_ROWS["train"] + 1  # the row whose id has blanks cannot be told from a line
-    ids = {row["id"] for row in rows_of(tmp_path / "out")["train"]}
-    assert "samsum:987654" in ids and not any("Well" in row_id for row_id in ids)
-
-
 def test_blanks_around_an_id_go(tmp_path):
-    shutil.copytree(FIXTURES / "samsum", tmp_path / "samsum")
-    with (tmp_path / "samsum" / "test.csv").open("a", newline="") as file:
-        file.write(" 42\u200b ,Ann: so we meet at noon,They meet.\r\n")
-    arguments = ["--samsum", tmp_path / "samsum", "--tasks", "samsum", "--test-examples-per-task", 0]
+    arguments = samsum_with(" 42\u200b ,Ann: so we meet at noon,They meet.\r\n".encode(), tmp_path)
     assert build(tmp_path / "out", *arguments).returncode == 0
-    assert "samsum:42" in {row["id"] for row in rows_of(tmp_path / "out")["test"]}
+    assert "samsum:42" in {row["id"] for row in rows_of(tmp_path / "out")["train"]}
 
 
 def test_what_is_no_data_set_is_not_replaced(tmp_path):
@@ -506,17 +498,14 @@ def test_a_killed_worker_ends_in_one_sentence(dataset, tmp_path):
 
 
 def test_an_example_of_each_task_is_printed_and_everything_else_fits_80_columns(tmp_path):
-    questions = iter(range(1000))
-    source = edit_trivia_qa(tmp_path / "in", lambda row: row | ({"question": None} if next(questions) > 3 else {}))
-    arguments = ["--tasks", "trivia_qa", "samsum", "trivia_qa", "--trivia-qa", source]
-    result = build(tmp_path, *arguments, "--train-examples-per-task", 0, "--seed", 3)
+    result = build(tmp_path, "--tasks", "trivia_qa", "samsum", "trivia_qa")
     rows = rows_of(tmp_path)["train"]
-    assert {row["task"] for row in rows[:200]} == {"samsum"}  # the few questions come later
     for task in ("samsum", "trivia_qa"):
         shown = [f"{row['prompt']}[{row['completion']}]" for row in rows if row["task"] == task]
         assert sum(text in result.stdout for text in shown) == 1
-    table = result.stdout[result.stdout.rindex("\nsamsum  ") :].split("\nwrote")[0]
-    assert "kept" in table and max(map(len, table.split("\n"))) <= 80
+    for task in ("samsum", "trivia_qa"):
+        table = result.stdout[result.stdout.index(f"\n{task}  ") :].split("\n---")[0].split("\nwrote")[0]
+        assert "kept" in table and max(map(len, table.split("\n"))) <= 80
 
 
 @pytest.mark.parametrize("setting, value", [("TASKS", []), ("TASKS", "samsum"), ("CONTEXT", "frist")])
@@ -589,7 +578,7 @@ def test_only_a_row_that_was_kept_makes_the_next_one_a_duplicate(seed, tmp_path)
     assert len(kept["train"]) == 9  # one of the three that are equal
     assert kept["validation"] == {"validation0", "validation1", "validation2", "g2"}
     assert kept["test"] == {"test0", "test1", "test2", "e3"}
-    counts = json.loads((tmp_path / "out" / "dataset_report.json").read_text())["tasks"]["samsum"]["counts"]
+    counts = counts_of(tmp_path / "out", "samsum")
     assert counts["train"]["available"] == len(train) + 3 == sum(counts["train"].values()) - 2 * (len(train) + 3)
     assert counts["train"]["also in test"] == 1 and counts["validation"]["also in train"] == 1
 
@@ -599,7 +588,7 @@ def test_what_a_small_test_leaves_over_stays_out_of_training(tmp_path):
     train = [(f"f{i}", dialogue, "Ed is.") for i, (_, dialogue, _) in enumerate(extra)]
     source = write_samsum(tmp_path / "in", train=train, test=extra)
     assert build(tmp_path / "out", "--tasks", "samsum", "--samsum", source).returncode == 0
-    report = json.loads((tmp_path / "out" / "dataset_report.json").read_text())["tasks"]["samsum"]["counts"]
+    report = counts_of(tmp_path / "out", "samsum")
     assert report["test"]["kept"] == 6 and report["test"]["looked at"] < 200
     assert {row["id"][:12] for row in rows_of(tmp_path / "out")["train"]} == {"samsum:train"}
 
@@ -616,7 +605,7 @@ def test_a_disk_that_is_full_ends_in_one_sentence(size, dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "out")
     before = snapshot(tmp_path / "out")
     result = with_size_limit(size, tmp_path / "out", "--seed", 9)
-    assert_refused(result, "make room" if size else "No usable temporary directory")
+    assert_refused(result, "make room")
     assert result.stderr.strip().count("\n") == 0
     assert snapshot(tmp_path / "out") == before
 
