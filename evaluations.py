@@ -9,8 +9,8 @@ nor, without a judge, the network.
 
 Reads:  OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json, whichever exist, or the files of
         --predictions: {"task": "samsum", "examples": [{"references": ["..."], "prediction": "..."}]} is enough, or
-        the examples alone, one a line. For the page, where they are of the same run: OUTPUT_DIR/dataset/ (prompts),
-        dataset_report.json, adapter/run.json, adapter/log.jsonl.
+        the examples alone, one a line, with the task in each. For the page, where they are of the same run:
+        OUTPUT_DIR/dataset/ (prompts), dataset_report.json, adapter/run.json, adapter/log.jsonl.
 Writes: OUTPUT_DIR/evaluation.html and evaluation.json, which holds every number of the page; with a judge also
         judge_cache.jsonl, which a rerun or an interrupted run reads instead of asking again.
 
@@ -25,6 +25,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,10 +33,10 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 import significance
-from common import TASKS, fail, parse_settings, read_json, say, script, versions, write_whole
+from common import TASKS, fail, parse_settings, read_json, refuse_another, say, script, versions, write_whole
 
 # Settings: edit here, or override for one run on the command line.
 PREDICTIONS = ()  # FILE: base and tuned, as test_llama.py writes; NAME=FILE: another system; none: those in OUTPUT_DIR
@@ -54,12 +55,11 @@ SCORES = {  # what each task reports, in the order of the table
     "samsum": (*ROUGES, "bleu", "exact_match", "length_ratio"),
     "trivia_qa": ("exact_match", "f1", "contains", "bleu_effective_order", *ROUGES),
 }
+BLEU = {"samsum": "bleu", "trivia_qa": "bleu_effective_order"}  # the one score that is no mean over examples
 KEYS = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "intervals", "comparisons", "groups")
 RESERVED = (*KEYS, "per_example", "judge")  # what evaluation.json holds beside a task's systems: no system's name
 NAME = re.compile(r"([\w.+-]+)=(.+)", re.DOTALL)  # --predictions NAME=FILE
-PROMPT_ENDS = {"samsum": "Summary:", "trivia_qa": "Answer:"}  # build_dataset.py's, for examples without a task
 SAME_RUN = ("adapter", "weights", "rows", "4_bit")  # what the predictions of two tasks must have in common
-LENGTH_GROUPS = 4  # equal parts of the rows, by words of the prompt
 
 
 def parse_args(argv=None):
@@ -72,20 +72,12 @@ def parse_args(argv=None):
     return args
 
 
-def listed(value):
-    return [value] if isinstance(value, str) else value
-
-
-def numbered(value):
-    return str(value) if type(value) in (int, float) else value
-
-
 class Example(BaseModel, strict=True):
     """A row of a prediction file: `references` and `prediction` are enough."""
 
-    references: Annotated[list[str], BeforeValidator(listed), Field(min_length=1)]
+    references: list[str] = Field(min_length=1)
     prediction: str
-    id: Annotated[str | None, BeforeValidator(numbered)] = None
+    id: Annotated[str, Field(strict=False, coerce_numbers_to_str=True)] | None = None
     base_prediction: str | None = None
     prompt: str | None = None
     answer_in_context: bool | None = None
@@ -103,10 +95,9 @@ class PredictionFile(BaseModel, strict=True):
     """What test_llama.py writes for a task; of another system's file `task` and `examples` are enough."""
 
     task: Literal[TASKS]
-    examples: Annotated[list[Example], Field(min_length=1)]
+    examples: list[Example] = Field(min_length=1)
     perplexity: dict[str, Perplexity] = {}
     settings: Any = None
-    model: Any = None
 
     @model_validator(mode="after")
     def all_or_none(self):
@@ -114,23 +105,20 @@ class PredictionFile(BaseModel, strict=True):
             given = [getattr(example, name) is not None for example in self.examples]
             if any(given) and not all(given):
                 raise ValueError(f"examples.{given.index(False)} has no {name}: give it to all examples or none")
-        counts = Counter(example.id for example in self.examples if example.id is not None)
-        for row_id, times in counts.most_common(1):
-            if times > 1:
-                raise ValueError(f"id {row_id!r} stands there {times} times: every example needs its own")
+        times = Counter(example.id for example in self.examples if example.id is not None)
+        if twice := [row_id for row_id, count in times.items() if count > 1]:
+            raise ValueError(f"id {twice[0]!r} stands there more than once: every example needs its own")
         return self
 
 
 @dataclass
 class System:
-    """The column of one system: `nll` and `tokens` per example, if known; `made_from` as its file says."""
+    """The column of one system; `losses` (nll, tokens) per example, if known; `made_from` as its file says."""
 
-    predictions: list
     file: str
-    nll: list | None
-    tokens: list | None
+    predictions: list
+    losses: list | None
     perplexity: dict | None
-    model: Any
     made_from: dict | None
     too_long: int = 0  # examples that its model could not read
 
@@ -161,20 +149,14 @@ def parse(raw):
     return value
 
 
-def as_file(value):
-    """Examples alone become a prediction file of the task that the first one names or its prompt shows."""
-    if not isinstance(value, list):
-        return value
-    first = value[0] if value and isinstance(value[0], dict) else {}
-    prompt = str(first.get("prompt")).rstrip()
-    shown = [task for task, end in PROMPT_ENDS.items() if prompt.endswith(end)]
-    return {"task": first.get("task") or next(iter(shown), None), "examples": value}
-
-
 def read_file(path, remedy=""):
     """One checked PredictionFile; anything wrong with it ends the script in one sentence."""
     try:
-        return PredictionFile.model_validate(as_file(parse(Path(path).read_bytes())))
+        value = parse(Path(path).read_bytes())
+        if isinstance(value, list):
+            task = next((row["task"] for row in value if isinstance(row, dict) and "task" in row), None)
+            value = {"task": task, "examples": value}
+        return PredictionFile.model_validate(value)
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")
     except ValidationError as error:
@@ -195,46 +177,37 @@ def column(examples, name):
 def systems_of(name, path, data, examples):
     """{system: System}: base and tuned of a file of test_llama.py, or its `prediction` alone as system `name`."""
     systems = {}
-    for system, prefix in {name: ""}.items() if name else {"base": "base_", "tuned": ""}.items():
+    read = [example for example in examples if not example.too_long]  # the others add nothing to a sum
+    for system, prefix in [(name, "")] if name else [("base", "base_"), ("tuned", "")]:
         predictions = column(examples, f"{prefix}prediction")
         if predictions is None:
             continue
-        scored = [example for example in examples if not example.too_long]  # the others add nothing to a sum
-        known = column(scored, f"{prefix}nll") and min(column(scored, "tokens") or [0]) > 0
-        nll = [getattr(example, f"{prefix}nll") or 0.0 for example in examples]
-        tokens = [example.tokens or 0 for example in examples]
-        block = data.perplexity.get("tuned" if name else system)
+        known = column(read, f"{prefix}nll") and min(column(read, "tokens") or [0]) > 0
+        losses = [(getattr(example, f"{prefix}nll") or 0.0, example.tokens or 0) for example in examples]
+        perplexity = data.perplexity.get("tuned" if name else system)
         systems[system] = System(
-            predictions=predictions,
             file=str(path),
-            nll=nll if known else None,
-            tokens=tokens if known else None,
-            perplexity=block and block.model_dump(),
-            model=data.model,
+            predictions=predictions,
+            losses=losses if known else None,
+            perplexity=perplexity and perplexity.model_dump(),
             made_from=data.settings if isinstance(data.settings, dict) else None,
-            too_long=len(examples) - len(scored),
+            too_long=len(examples) - len(read),
         )
     return systems
 
 
 def aligned(rows, path, examples):
-    """The examples in the order of `rows`; exits 2 where they are not the same ones."""
-    if len(examples) != len(rows.references):
-        count = f"{path} has {len(examples)} examples and {rows.file} has {len(rows.references)}"
-        fail(f"{count}: systems are compared on the same rows")
-    if (rows.ids is None) != (examples[0].id is None):
-        fail(f"only one of {rows.file} and {path} has ids: give them to both")
-    if rows.ids:
-        place = {example.id: example for example in examples}
-        missing = [row_id for row_id in rows.ids if row_id not in place]
-        if missing:
-            told = f"{path} lacks {len(missing)} ids of {rows.file}, such as {missing[:1]}"
-            fail(f"{told}: systems are compared on the same rows")
-        examples = [place[row_id] for row_id in rows.ids]
-    for index, (example, references) in enumerate(zip(examples, rows.references, strict=True)):
-        if example.references != references:
-            fail(f"{path}: {example.id or f'example {index}'} has other references than in {rows.file}")
-    return examples
+    """The examples in the order of `rows`, by id or else by place; exits 2 where they are not the same ones."""
+    order = rows.ids or range(len(rows.references))
+    place = {i if example.id is None else example.id: example for i, example in enumerate(examples)}
+    odd = sorted(set(order) ^ set(place), key=str)
+    if odd:
+        told = f"{path} and {rows.file} differ in {len(odd)} examples, such as {odd[0]}"
+        fail(f"{told}: systems are compared on the same rows")
+    for row_id, references in zip(order, rows.references, strict=True):
+        if place[row_id].references != references:
+            fail(f"{path}: example {row_id} has other references than in {rows.file}")
+    return [place[row_id] for row_id in order]
 
 
 def read_all(args):
@@ -255,8 +228,7 @@ def read_all(args):
         examples = aligned(rows, path, data.examples)
         for system, values in systems_of(name, path, data, examples).items():
             if system in rows.systems:
-                advice = f"name the systems, --predictions a={rows.file} b={path}"
-                fail(f"{path} is a second file for {data.task}: {advice}")
+                fail(f"{path} is a second file for {data.task}: name both, --predictions a={rows.file} b={path}")
             rows.systems[system] = values
     if not args.predictions:
         refuse_two_runs(tasks)
@@ -268,11 +240,9 @@ def refuse_two_runs(tasks):
     """Exit 2 where the tasks' predictions in OUTPUT_DIR are of two adapters, bases or data sets."""
     one, *others = [next(iter(rows.systems.values())) for rows in tasks.values()]
     for other in others:
-        for name in SAME_RUN:
-            mine, its = (system.made_from or {} for system in (one, other))
-            if name in mine and name in its and mine[name] != its[name]:
-                sides = f"{one.file} has {name} {mine[name]}, {other.file} has {its[name]}"
-                fail(f"the predictions are of different runs: {sides}; run test_llama.py --overwrite")
+        mine, its = one.made_from or {}, other.made_from or {}
+        told = {name: mine[name] for name in SAME_RUN if name in mine and name in its}
+        refuse_another(other.file, its, told, f"{one.file} is the other; run test_llama.py --overwrite")
 
 
 def add_prompts(output_dir, tasks):
@@ -302,20 +272,15 @@ def score(task, references, predictions):
         return metric.compute(predictions=predictions, references=references)
 
 
-def bleu_name(task):
-    return next(name for name in SCORES[task] if name.startswith("bleu"))
-
-
 def means(task):
     """The metrics of the task that are means over examples, in their order."""
-    return [name for name in SCORES[task] if not name.startswith("bleu")]
+    return [name for name in SCORES[task] if name != BLEU[task]]
 
 
 def table_of(task, scores, system):
     """(examples, columns): a score per metric of `means`, BLEU's 10 counts, nll, tokens: sums make a corpus."""
-    counts = scores["bleu_counts"]
-    extra = [system.nll, system.tokens] if system.nll else np.zeros((2, len(counts)))
-    return np.column_stack([*(scores[name] for name in means(task)), counts, *extra])
+    losses = system.losses or np.zeros((len(scores["bleu_counts"]), 2))
+    return np.column_stack([*(scores[name] for name in means(task)), scores["bleu_counts"], losses])
 
 
 def corpus_scores(task, sums, examples):
@@ -325,7 +290,7 @@ def corpus_scores(task, sums, examples):
     names = means(task)
     found = {name: sums[..., i] / examples for i, name in enumerate(names)}
     counts, nll, tokens = sums[..., len(names) : -2], sums[..., -2], sums[..., -1]
-    found[bleu_name(task)] = bleu_of(counts, effective_order=task == "trivia_qa")
+    found[BLEU[task]] = bleu_of(counts, effective_order=task == "trivia_qa")
     scores = {name: found[name] for name in SCORES[task]}
     if np.all(tokens > 0):
         scores["perplexity"] = np.exp(np.minimum(nll / tokens, 700))  # 700: the largest that a float holds
@@ -341,19 +306,14 @@ def adjust(results):
         test |= {"p_holm": adjusted, "significant": adjusted < significance.LEVEL}
 
 
-def groups_of(rows):
-    """{kind: {label: bool per example}}: whether the context holds the answer; equal parts by words of the prompt."""
-    groups = {}
-    if rows.inside and not all(rows.inside):
-        inside = np.array(rows.inside)
-        groups["answer_in_context"] = {"in the context": inside, "not in the context": ~inside}
-    if rows.prompts:
-        words = np.array([len(prompt.split()) for prompt in rows.prompts])
-        edges = np.unique(np.quantile(words, np.linspace(0, 1, LENGTH_GROUPS + 1), method="higher"))
-        part = np.searchsorted(edges[1:-1], words, side="right")
-        picks = [part == i for i in np.unique(part)]
-        groups["prompt_words"] = {f"{words[pick].min()} to {words[pick].max()}": pick for pick in picks}
-    return {kind: {label: pick for label, pick in parts.items() if pick.any()} for kind, parts in groups.items()}
+def measure_groups(by_sums, tables, inside, args):
+    """Scores of the rows whose context holds the answer and of the others; {} where there are no others."""
+    if not inside or all(inside):
+        return {}
+    groups = {"in the context": np.array(inside), "not in the context": ~np.array(inside)}
+    groups = {label: pick for label, pick in groups.items() if pick.any()}
+    parts = {label: {name: table[pick] for name, table in tables.items()} for label, pick in groups.items()}
+    return {"answer_in_context": {label: significance.measure(by_sums, part, args) for label, part in parts.items()}}
 
 
 def score_task(task, rows, args):
@@ -361,10 +321,9 @@ def score_task(task, rows, args):
     scores = {name: score(task, rows.references, system.predictions) for name, system in rows.systems.items()}
     tables = {name: table_of(task, scores[name], system) for name, system in rows.systems.items()}
     columns = {metric: i for i, metric in enumerate(means(task))}
-    tested = columns | {"perplexity": -2}
     by_sums = partial(corpus_scores, task)
     whole = significance.measure(by_sums, tables, args)
-    bleu = bleu_name(task)
+    tested = columns | {"perplexity": -2}
     result = {
         "examples": len(rows.references),
         "ids": rows.ids or [str(i) for i in range(len(rows.references))],
@@ -372,21 +331,16 @@ def score_task(task, rows, args):
         "made_from": {name: system.made_from for name, system in rows.systems.items()},
         "too_long": {name: system.too_long for name, system in rows.systems.items() if system.too_long},
         "perplexity": {},
+        "intervals": whole["intervals"],
+        "comparisons": significance.compare(by_sums, tables, tested, whole["differences"], args),
+        "groups": measure_groups(by_sums, tables, rows.inside, args),
     }
     for name, system in rows.systems.items():
         perplexity = whole["scores"][name].pop("perplexity", None)
-        if system.perplexity or system.nll:
+        if system.perplexity or system.losses:
             result["perplexity"][name] = system.perplexity or {"perplexity": perplexity}
-        exact = {bleu: scores[name]["bleu"], f"{bleu}_signature": scores[name]["bleu_signature"]}
+        exact = {BLEU[task]: scores[name]["bleu"], f"{BLEU[task]}_signature": scores[name]["bleu_signature"]}
         result[name] = whole["scores"][name] | exact
-    result["intervals"] = whole["intervals"]
-    result["comparisons"] = significance.compare(by_sums, tables, tested, whole["differences"], args)
-    result["groups"] = {}
-    for kind, picks in groups_of(rows).items():
-        result["groups"][kind] = {}
-        for label, pick in picks.items():
-            part = {name: table[pick] for name, table in tables.items()}
-            result["groups"][kind][label] = significance.measure(by_sums, part, args)
     result["per_example"] = {
         name: {metric: np.round(table[:, i], 4).tolist() for metric, i in columns.items()}
         for name, table in tables.items()
@@ -402,34 +356,25 @@ def same(short, digest):
 def read_training(output_dir, adapter):
     """What train_llama.py noted of this adapter: facts, settings, loss {curve: [[step, loss]]}; None of another's."""
     folder = Path(output_dir) / "adapter"
-    run = read_json(folder / "run.json")
+    run, loss = read_json(folder / "run.json"), {}
     if not same(adapter, run.get("adapter_sha256")):
         return None
-    training = {
-        "facts": {key: value for key, value in run.items() if isinstance(value, str | int | float)},
-        "settings": run["settings"] if isinstance(run.get("settings"), dict) else {},
-        "loss": {},
-    }
-    try:
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
-        log = []
-    for entry in (entry for entry in log if isinstance(entry, dict) and "step" in entry):
-        for key, value in entry.items():
-            if re.fullmatch(r"loss|eval_(\w+_)?loss", key) and isinstance(value, int | float) and np.isfinite(value):
-                training["loss"].setdefault(key, []).append([entry["step"], value])
-    return training
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            for name in entry:
+                if re.fullmatch(r"loss|eval_(\w+_)?loss", name) and np.isfinite(entry[name]):
+                    loss.setdefault(name, []).append([entry["step"], entry[name]])
+    facts = {name: value for name, value in run.items() if isinstance(value, str | int | float)}
+    return {"facts": facts, "settings": run.get("settings", {}), "loss": loss}
 
 
 def read_data(output_dir, rows):
     """{task: {split: {reason: rows}}} of the data set with these test rows, as build_dataset.py counted; or None."""
     report = read_json(Path(output_dir) / "dataset_report.json")
-    try:
+    with suppress(KeyError, TypeError):
         if same(rows, report["splits"]["test"]["sha256"]):
             return {task: part["counts"] for task, part in report["tasks"].items()}
-    except (KeyError, TypeError):
-        pass
-    return None
 
 
 def common_setting(tasks, name):
@@ -441,26 +386,23 @@ def common_setting(tasks, name):
 
 def print_table(task, result):
     """The scores of one task; per comparison: the first system, the other, difference, its interval, p after Holm."""
-    first, *others = result["files"]
     from page import scores_of
 
-    scores = scores_of(result)
+    scores, (first, *others) = scores_of(result), result["files"]
     title = f"{task} ({result['examples']} examples)"
-    if not others:
-        say(f"\n{title:<25}{first[:8]:>9}  95 % interval")
-        for metric in scores[first]:
-            ends = result["intervals"][first].get(metric)
-            say(f"{metric:<24}{short(scores[first][metric]):>10}  {between(ends)}".rstrip())
-    for name in others:
-        say(f"\n{title:<25}{first[:8]:>8}{name[:8]:>9}  difference, 95 % interval         p")
+    for name in others or [first]:
+        shown = [first, name] if others else [first]
+        heads = "".join(f"{system[:8]:>9}" for system in shown)[1:]
+        say(f"\n{title:<25}{heads}  {'difference, 95 % interval         p' if others else '95 % interval'}")
         for metric in [metric for metric in scores[first] if metric in scores[name]]:
-            test = result["comparisons"][name].get(metric, {})
-            values = [scores[first][metric], scores[name][metric]]
-            gain = between(test.get("interval"), "+")
-            p = p_value(test["p_holm"]) if "p_holm" in test else ""
-            pair = "".join(f"{short(value):>9}" for value in values)
-            say(f"{metric:<24}{pair}{short(values[1] - values[0], '+'):>9} {gain:<20}{p:>8}".rstrip())
-
+            values = "".join(f"{short(scores[system][metric]):>9}" for system in shown)
+            beside = "  " + between(result["intervals"][first].get(metric))
+            if others:
+                test = result["comparisons"][name].get(metric, {})
+                p = p_value(test["p_holm"]) if "p_holm" in test else ""
+                gain = short(scores[name][metric] - scores[first][metric], "+")
+                beside = f"{gain:>9} {between(test.get('interval'), '+'):<20}{p:>8}"
+            say(f"{metric:<24}{values}{beside}".rstrip())
     for name, count in result["too_long"].items():
         say(f"{count} of them were too long for the model of {name}: wrong answers, and not in its perplexity")
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -23,7 +22,7 @@ import significance
 from common import fail, say
 
 CACHE = "judge_cache.jsonl"
-WAITS = (0.5, 1, 2, 4, 8)  # seconds before a request is sent again, where the server does not say
+WAITS = (1, 2, 4, 8, 16, 32)  # seconds before a request is sent again to a busy server
 MAX_REFERENCES = 20  # aliases shown; some answers have hundreds
 ACCEPTS = 75  # from this score on the judge calls a prediction right: 3 points of 4
 BESIDE = {"samsum": ("exact_match", "rougeLsum"), "trivia_qa": ("exact_match", "f1", "contains")}  # never alone
@@ -64,75 +63,8 @@ SCHEMA = {
 OPTIONS = {  # of a request, as far as the server takes them
     "temperature": 0,
     "max_completion_tokens": 2000,  # a judge that thinks needs more than its answer
-    "response_format": {
-        "type": "json_schema",
-        "json_schema": {"name": "judgement", "strict": True, "schema": SCHEMA},
-    },
+    "response_format": {"type": "json_schema", "json_schema": {"name": "judgement", "strict": True, "schema": SCHEMA}},
 }
-
-
-class Server:
-    """A server that speaks OpenAI's protocol: asks it as it can be asked, waits for it, counts what was sent."""
-
-    def __init__(self, url, timeout):
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not self.key and "api.openai.com" in url:
-            fail("no key for the judge: set OPENAI_API_KEY")
-        if not re.fullmatch(r"[!-~]*", self.key):
-            fail("OPENAI_API_KEY holds blanks or letters no key has: set it again")
-        # the client's own retries would also send again what timed out
-        self.client = openai.OpenAI(api_key=self.key or "none", base_url=url, timeout=timeout, max_retries=0)
-        self.refused = set()
-        self.sent, self.usages = [], []  # threads may append to a list
-
-    def complete(self, options, **request):
-        """The text of one answer to a chat, "" where there is none; raises openai.APIError.
-
-        Of `options`, what the server refuses is left out, and of later requests too.
-        """
-        options = {name: value for name, value in options.items() if name not in self.refused}
-        known = set(options)
-        while True:
-            try:
-                answer = self.send(**request, **options)
-                break
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                named = [name for name in options if name in str(error)] or list({"response_format"} & set(options))
-                if not named:
-                    raise
-                options = {name: value for name, value in options.items() if name not in named}
-        self.refused |= known - set(options)
-        try:
-            self.usages.append((answer.usage.prompt_tokens, answer.usage.completion_tokens))
-            return answer.choices[0].message.content or ""
-        except (AttributeError, IndexError, TypeError):
-            return ""  # not the protocol
-
-    def send(self, **request):
-        """One request, sent again when the server is busy or lost it; never when it may still be working on it."""
-        for wait in (*WAITS, None):
-            self.sent.append(1)
-            try:
-                return self.client.chat.completions.create(**request)
-            except (openai.APIResponseValidationError, ValueError):
-                return None  # not the protocol
-            except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError) as error:
-                if wait is None or isinstance(error, openai.APITimeoutError):
-                    raise
-                headers = error.response.headers if isinstance(error, openai.APIStatusError) else {}
-                said = headers.get("retry-after", "")
-                time.sleep(min(float(said), 60) if said.isdigit() else wait)
-
-    def hide(self, text):
-        """Text of the server without the key, should it repeat it; a short one is a placeholder."""
-        return text.replace(self.key, "[key]") if len(self.key) > 7 else text
-
-    def why(self, error):
-        """What went wrong, for a person: one line without the key (a 401's text has parts of it)."""
-        name, text = type(error).__name__, str(error).split("\n")[0][:300]
-        if isinstance(error, openai.AuthenticationError):
-            return name
-        return self.hide(f"{name}: {text}" if isinstance(error, openai.APIError) else text)
 
 
 def judge_messages(task, prompt, references, prediction):
@@ -146,12 +78,6 @@ def judge_messages(task, prompt, references, prediction):
     ]
 
 
-def reason_and_score(pairs):
-    if [key for key, _ in pairs] != ["reason", "score"]:  # also refuses a second score
-        raise ValueError
-    return dict(pairs)
-
-
 def parse_judgement(text):
     """{"reason": str, "score": 0 to 1}, or None where `text` is anything but the one JSON object asked for.
 
@@ -160,11 +86,13 @@ def parse_judgement(text):
     text = re.sub(r"\A\s*<think>.*</think>", "", text, flags=re.DOTALL)
     text = re.sub(r"\A\s*```(?:json)?\n(.*)\n```\s*\Z", r"\1", text, flags=re.DOTALL)
     try:
-        answer = json.loads(text, object_pairs_hook=reason_and_score)
-    except (ValueError, RecursionError):
+        pairs = json.loads(text, object_pairs_hook=tuple)  # a dict would hide a second score
+        (reason, why), (score, points) = pairs
+    except (ValueError, TypeError, RecursionError):
         return None
-    sound = isinstance(answer, dict) and isinstance(answer["reason"], str) and type(answer["score"]) is int
-    return answer | {"score": answer["score"] / 4} if sound and 0 <= answer["score"] <= 4 else None
+    asked_for = isinstance(pairs, tuple) and (reason, score) == ("reason", "score")
+    sound = asked_for and isinstance(why, str) and type(points) is int and 0 <= points <= 4
+    return {"reason": why, "score": points / 4} if sound else None
 
 
 def read_cache(path):
@@ -174,83 +102,105 @@ def read_cache(path):
         for line in lines:
             with suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
-                if entry["score"] is not None:
-                    judgements[entry.pop("hash")] = entry
+                judgements[entry.pop("hash")] = entry
     return judgements
 
 
 class Judge:
-    """Asks for judgements, several at once, and keeps each in the cache file as it comes."""
+    """Asks a server for judgements, several at once, and keeps each in the cache file as it comes."""
 
     def __init__(self, args):
-        self.args = args
-        self.path = Path(args.output_dir) / CACHE
+        self.args, self.path = args, Path(args.output_dir) / CACHE
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip() or (
+            "" if "api.openai.com" in args.judge_url else "none"
+        )
+        if not re.fullmatch(r"[!-~]+", self.key):
+            fail("no key for the judge: set OPENAI_API_KEY, to the key alone")
         # a server that answers one after the other works on all the others of a request before it
-        self.server = Server(args.judge_url, args.judge_timeout * args.judge_concurrency)
-        self.slots, self.at_once = threading.Semaphore(args.judge_concurrency), args.judge_concurrency
-        self.lock = threading.Lock()
+        timeout = args.judge_timeout * args.judge_concurrency
+        # the client's own retries would also send again what timed out
+        self.client = openai.OpenAI(api_key=self.key, base_url=args.judge_url, timeout=timeout, max_retries=0)
+        self.options = dict(OPTIONS)  # without those that the server refused
+        self.sent, self.usages = [], []  # threads may append to a list
+
+    def complete(self, messages):
+        """The answer to a chat; raises openai.APIError. What is not the protocol raises anything else."""
+        create = partial(self.client.chat.completions.create, model=self.args.judge_model, messages=messages)
+        options, waits = dict(self.options), iter(WAITS)
+        while True:
+            self.sent.append(1)
+            try:
+                answer = create(**options)
+                break
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                named = [name for name in options if name in str(error)] or list({"response_format"} & set(options))
+                if not named:
+                    raise
+                options = {name: value for name, value in options.items() if name not in named}
+            except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError) as error:
+                wait = next(waits, None)
+                if wait is None or isinstance(error, openai.APITimeoutError):  # it may still be working on it
+                    raise
+                time.sleep(wait)
+        self.options = options
+        if answer.usage:
+            self.usages.append((answer.usage.prompt_tokens, answer.usage.completion_tokens))
+        return answer.choices[0].message.content or ""
 
     def ask(self, messages):
         """(judgement or None, what went wrong or None); asks a second time where the answer cannot be read."""
         system, user = messages
-        error = None
-        self.slots.acquire()
         try:
             for reminder in ("", REMINDER):
-                asked = [system, user | {"content": user["content"] + reminder}]
-                text = self.server.complete(OPTIONS, model=self.args.judge_model, messages=asked)
+                text = self.complete([system, user | {"content": user["content"] + reminder}])
                 judgement = parse_judgement(text)
                 if judgement:
-                    return judgement | {"reason": self.server.hide(judgement["reason"])}, None
-            error = ValueError(f"its answer is not the JSON asked for: {text[:60]!r}")
-        except openai.APIError as trouble:
-            error = trouble
-        finally:
-            self.free_slot(isinstance(error, openai.APITimeoutError))
-        return None, error
+                    return judgement | {"reason": self.hide(judgement["reason"])}, None
+            return None, ValueError(f"its answer is not the JSON asked for: {text[:60]!r}")
+        except (openai.APIError, ValueError, AttributeError, LookupError, TypeError) as error:
+            return None, error
 
-    def free_slot(self, timed_out):
-        """Let the next request begin; after a time-out the server may still be busy, so that fewer go at once."""
-        with self.lock:
-            if timed_out and self.at_once > 1:
-                self.at_once -= 1
-            else:
-                self.slots.release()
+    def hide(self, text):
+        """Text of the server without the key, should it repeat it; a short one is a placeholder."""
+        return text.replace(self.key, "[key]") if len(self.key) > 7 else text
+
+    def why(self, error):
+        """What went wrong, for a person: one line without the key (a 401's text has parts of it)."""
+        name, text = type(error).__name__, str(error).split("\n")[0][:300]
+        if isinstance(error, openai.AuthenticationError):
+            return name
+        return self.hide(f"{name}: {text}" if isinstance(error, openai.APIError) else text)
 
     def ask_all(self, messages):
         """({key: judgement}, errors) for {key: messages}; exits 2 where the server has stopped answering."""
         judgements, errors, in_row = {}, [], 0
-        with open(self.path, "a", encoding="utf-8") as file, ThreadPoolExecutor(self.at_once) as pool:
+        with open(self.path, "a", encoding="utf-8") as file, ThreadPoolExecutor(self.args.judge_concurrency) as pool:
             file.write("\n")  # ends a line that an interruption cut off
             bar = tqdm(self.answers(messages, pool), "judge", len(messages), disable=None, leave=False)
             try:
-                for key, judgement, error in bar:
+                for key, (judgement, error) in bar:
                     if judgement:
-                        judgements[key] = judgement
+                        judgements[key], in_row = judgement, 0
                         file.write(json.dumps({"hash": key, **judgement}, ensure_ascii=False) + "\n")
                         file.flush()
-                        in_row = 0
                         continue
                     errors.append(error)
                     in_row += 1
                     refused = isinstance(error, openai.APIError) and not isinstance(error, openai.BadRequestError)
                     if in_row > 2 * self.args.judge_concurrency or (refused and len(errors) + len(judgements) == 1):
-                        self.give_up(error)
+                        told = f"the judge at {self.args.judge_url} gives no answers ({self.why(error)})"
+                        fail(f"{told}; run again to go on from those in {self.path}")
             finally:
                 pool.shutdown(cancel_futures=True)
         return judgements, errors
 
     def answers(self, messages, pool):
-        """(key, judgement, error) as they come; the first alone: a wrong key or address costs one request."""
+        """(key, ask's answer) as they come; the first alone: a wrong key or address costs one request."""
         first, *others = messages
-        yield first, *self.ask(messages[first])
+        yield first, self.ask(messages[first])
         jobs = {pool.submit(self.ask, messages[key]): key for key in others}
         for job in as_completed(jobs):
-            yield jobs[job], *job.result()
-
-    def give_up(self, error):
-        told = f"the judge at {self.args.judge_url} gives no answers ({self.server.why(error)})"
-        fail(f"{told}; run again to go on from those in {self.path}")
+            yield jobs[job], job.result()
 
 
 def judge(tasks, args):
@@ -276,77 +226,62 @@ def judge(tasks, args):
     cached = len(messages) - len(new)
     say(f"judge {args.judge_model}: {len(new)} predictions to ask about, {cached} answers in {judge.path}")
     answers, errors = judge.ask_all(new) if new else ({}, [])
-    known |= answers
-    found = {task: {name: {} for name in rows.systems} for task, rows in tasks.items()}
-    for task, name, i, key in wanted:
-        found[task][name][i] = known.get(key)
-    return found, summary(judge, cached, errors, answers)
-
-
-def summary(judge, cached, errors, answers):
-    """The counts of a run, also printed; exits 2 where nobody gave a readable answer."""
-    server = judge.server
-    reason = server.why(errors[0]) if errors else ""
+    reason = judge.why(errors[0]) if errors else ""
     if errors and not cached and not answers:
-        fail(f"the judge at {judge.args.judge_url} gave no readable answer ({reason})")
+        fail(f"the judge at {args.judge_url} gave no readable answer ({reason})")
     counts = {
-        "requests": len(server.sent),
-        "prompt_tokens": sum(asked for asked, _ in server.usages),
-        "completion_tokens": sum(answered for _, answered in server.usages),
+        "requests": len(judge.sent),
+        "prompt_tokens": sum(asked for asked, _ in judge.usages),
+        "completion_tokens": sum(answered for _, answered in judge.usages),
         "cached": cached,
         "unanswered": len(errors),
     }
     say(", ".join(f"{value} {name.replace('_', ' ')}" for name, value in counts.items()))
     if errors:
         say(f"{len(errors)} predictions without a readable answer; the first: {reason}")
-    return counts
+    found = {task: {name: {} for name in rows.systems} for task, rows in tasks.items()}
+    for task, name, i, key in wanted:
+        found[task][name][i] = answers.get(key) or known.get(key)
+    return found, counts
 
 
 def report(task, result, judged, args):
-    """The judge's scores (0 to 100) with exact match and others on the same rows, their agreement, points by score.
+    """The judge's scores (0 to 100) beside others, and its agreement with those, on the rows judged for every system.
 
     result: score_task's; gets the judge's score of each example. judged: {system: {row: judgement or None}}.
     """
     metrics, per_example = ("judge", *BESIDE[task]), result["per_example"]
     report = {"model": args.judge_model, "url": args.judge_url, "metrics": metrics, "failed": {}, "reasons": {}}
     report |= {"agreement": {}, "scores": {}, "comparisons": {}, "examples": 0}
-    values = {}  # {system: {row: its metrics}}
     for name, judgements in judged.items():
-        given = {i: judgement for i, judgement in sorted(judgements.items()) if judgement}
-        scores = {i: 100 * judgement["score"] for i, judgement in given.items()}
-        per_example[name]["judge"] = [scores.get(i) for i in range(result["examples"])]
-        values[name] = {i: [per_example[name][metric][i] for metric in metrics] for i in given}
+        given = {i: judgement for i, judgement in judgements.items() if judgement}
+        scores = [100 * given[i]["score"] if i in given else None for i in range(result["examples"])]
+        per_example[name]["judge"] = scores
         report["failed"][name] = len(judgements) - len(given)
-        report["reasons"][name] = {result["ids"][i]: judgement["reason"] for i, judgement in given.items()}
-        report["agreement"][name] = agreements(metrics, values[name])
-    rows = sorted(set.intersection(*map(set, values.values())))  # judged for every system
-    if not rows:
+        report["reasons"][name] = {result["ids"][i]: given[i]["reason"] for i in sorted(given)}
+    tables = {name: np.array([per_example[name][metric] for metric in metrics], dtype=float).T for name in judged}
+    rows = ~np.any([np.isnan(table[:, 0]) for table in tables.values()], axis=0)  # None is nan here
+    if not rows.any():
         return report
-    tables = {name: np.array([values[name][i] for i in rows]) for name in values}
+    tables = {name: table[rows] for name, table in tables.items()}
     by_sums = partial(means_of, metrics)
     report |= significance.measure(by_sums, tables, args)
     tested = {name: {"judge": part["judge"]} for name, part in report["differences"].items() if part}
-    return report | {"comparisons": significance.compare(by_sums, tables, {"judge": 0}, tested, args)}
+    report["comparisons"] = significance.compare(by_sums, tables, {"judge": 0}, tested, args)
+    yes_or_no = [(metric, i) for i, metric in enumerate(metrics) if metric in YES_OR_NO]
+    for name, table in tables.items():
+        accepted = table[:, 0] >= ACCEPTS
+        report["agreement"][name] = {metric: agreement(accepted, table[:, i] == 100) for metric, i in yes_or_no}
+    return report
 
 
 def means_of(metrics, sums, examples):
     return {metric: sums[..., i] / examples for i, metric in enumerate(metrics)}
 
 
-def agreements(metrics, rows):
-    """{metric: agreement} of the judge with those metrics that say yes or no, too."""
-    table = np.array([*rows.values()])
-    pairs = [(metric, i) for i, metric in enumerate(metrics) if metric in YES_OR_NO and len(table)]
-    return {metric: agreement(table[:, 0] >= ACCEPTS, table[:, i] == 100) for metric, i in pairs}
-
-
 def agreement(judge, metric):
-    """Of two yes-or-no columns: percent of equal ones, Cohen's kappa (None: undefined), yes by one alone."""
+    """Of two yes-or-no columns: percent of equal ones, and Cohen's kappa (None: undefined)."""
     equal, yes, sure = np.mean(judge == metric), np.mean(judge), np.mean(metric)
     chance = yes * sure + (1 - yes) * (1 - sure)
-    return {
-        "agreement": 100 * float(equal),
-        "kappa": float((equal - chance) / (1 - chance)) if chance < 1 else None,
-        "judge_only": int((judge & ~metric).sum()),
-        "metric_only": int((metric & ~judge).sum()),
-    }
+    kappa = float((equal - chance) / (1 - chance)) if chance < 1 else None
+    return {"agreement": 100 * float(equal), "kappa": kappa}

@@ -31,21 +31,16 @@ def label(metric):
     return words[0].upper() + words[1:]
 
 
-def draw(caption, xlabel, ylabel, lines, ticks=None, first=0):
+def draw(caption, xlabel, ylabel, lines, first=0):
     """{"caption", "svg"}: lines {label: (x, y, style)} as inline SVG, from the colour number `first` on."""
-
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it writes of its font cache
-
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.2, 2.8), layout="constrained")
         axes = figure.subplots()
         axes.set(xlabel=xlabel, ylabel=ylabel)
         for i, (name, (x, y, style)) in enumerate(lines.items(), first):
-            axes.errorbar(x, y, label=name, color=f"#0{i % 6}0404", capsize=3, markersize=4, linewidth=1.5, **style)
+            axes.plot(x, y, label=name, color=f"#0{i % 6}0404", markersize=4, **style)
         axes.set_ylim(bottom=0)
-        if ticks:
-            axes.set_xticks(range(len(ticks)), ticks, fontsize=8)
-            axes.set_xlim(-0.5, len(ticks) - 0.5)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above: nothing lies under it
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
@@ -61,34 +56,17 @@ def histogram(values, edges):
     return edges, [*share, share[-1]], {"drawstyle": "steps-post"}
 
 
-def by_group(parts, names, metric):
-    """Lines of draw(): each system's score in each group, side by side, with intervals."""
-    lines = {}
-    for i, name in enumerate(names):
-        scores = np.array([part["scores"][name][metric] for part in parts.values()])
-        ends = np.array([part["intervals"][name][metric] for part in parts.values()]).T
-        x = np.arange(len(parts)) + (i - (len(names) - 1) / 2) * 0.12
-        lines[name] = x, scores, {"yerr": np.abs(ends - scores), "fmt": "o"}
-    return lines
-
-
 def draw_task(task, result):
-    """Figures of a task: scores and differences per example, scores by group."""
+    """Figures of a task: scores and differences per example."""
     names, metric, share = list(result["files"]), MAIN_SCORE[task], "% of the examples"
-    title, groups = label(metric), result["groups"]
     values = {name: np.array(result["per_example"][name][metric]) for name in names}
     lines = {name: histogram(values[name], np.linspace(0, 100, 21)) for name in names}
-    figures = [draw(f"How {title} is spread over the examples of {task}", title, share, lines)]
+    figures = [draw(f"How {label(metric)} is spread over the examples of {task}", label(metric), share, lines)]
     if len(names) > 1:
         edges = np.linspace(-105, 105, 22)  # equal scores stand in the middle of a bin
         lines = {name: histogram(values[name] - values[names[0]], edges) for name in names[1:]}
-        caption = f"Difference in {title} to {names[0]}, example by example"
+        caption = f"Difference in {label(metric)} to {names[0]}, example by example"
         figures.append(draw(caption, "difference", share, lines, first=1))
-    captions = {"prompt_words": "words of the prompt", "answer_in_context": "whether the context holds the answer"}
-    for kind, parts in groups.items():
-        caption = f"{title} by {captions[kind]}, with 95 % intervals"
-        xlabel = "words" if kind == "prompt_words" else ""
-        figures.append(draw(caption, xlabel, title, by_group(parts, names, metric), list(parts)))
     return figures
 
 
@@ -97,7 +75,7 @@ def draw_loss(loss):
     lines = {}
     for name, points in loss.items():
         words = name.replace("eval_", "validation, ").replace("_loss", "")
-        lines[words] = (*np.array(points).T, {"fmt": "-" if name == "loss" else "o-"})
+        lines[words] = (*np.array(points).T, {"marker": "" if name == "loss" else "o"})
     return [draw("Loss by optimizer step", "step", "loss, nats per token", lines)] if loss else []
 
 
@@ -131,11 +109,11 @@ def page(report, tasks):
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # jinja2 sorts keys: the first system is first
     parts = [part_of(task, rows, report[task]) for task, rows in tasks.items()]
-    systems = [system for rows in tasks.values() for system in rows.systems.values()]
+    made_from = [made or {} for part in parts for made in part["result"]["made_from"].values()]
     return environment.get_template("evaluation.html.jinja").render(
         report=report,
         tasks=parts,
-        models=list(dict.fromkeys(system.model for system in systems if isinstance(system.model, str))),
+        models=list(dict.fromkeys(made["model"] for made in made_from if "model" in made)),
         loss_figures=draw_loss(report["training"]["loss"]) if report["training"] else [],
         labels={metric: label(metric) for part in parts for metric in (*part["metrics"], "judge")},
         main_score=MAIN_SCORE,

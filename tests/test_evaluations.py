@@ -333,8 +333,11 @@ MALFORMED = {
     "base in some": ({"examples": [example(base_prediction="a"), example()]}, "examples.1 has no base_prediction"),
     "base in others": ({"examples": [example(), example(base_prediction="a")]}, "examples.0 has no base_prediction"),
     "base is a number": ({"examples": [example(base_prediction=1)]}, "examples.0.base_prediction: "),
-    "id twice": ({"examples": [example(id="x"), example(id="y"), example(id="x")]}, "id 'x' stands there 2 times"),
-    "number and text twice": ({"examples": [example(id=1), example(id="1")]}, "id '1' stands there 2 times"),
+    "id twice": (
+        {"examples": [example(id="x"), example(id="y"), example(id="x")]},
+        "id 'x' stands there more than once",
+    ),
+    "number and text twice": ({"examples": [example(id=1), example(id="1")]}, "id '1' stands there more than once"),
     "id in some": ({"examples": [example(id="x"), example()]}, "examples.1 has no id"),
     "id is a list": ({"examples": [example(id=[3])]}, "examples.0.id: "),
     "prompt is a list": ({"examples": [example(prompt=["a"])]}, "examples.0.prompt: "),
@@ -361,27 +364,20 @@ def test_a_malformed_file_ends_in_one_sentence_and_the_old_evaluation_is_unharme
 
 def forms():
     """{name: bytes} of one set of answers as other tools leave them."""
-    prompt = "Answer the question.\n\nQuestion: Capital of {}?\nAnswer:"
     rows = [
-        {"id": "7", "prompt": prompt.format("France"), "references": ["Paris"], "prediction": "Paris"},
-        {"id": "8", "prompt": prompt.format("Spain"), "references": ["Madrid\u2028"], "prediction": "Lisbon"},
+        {"task": "trivia_qa", "id": "7", "references": ["Paris"], "prediction": "Paris"},
+        {"task": "trivia_qa", "id": "8", "references": ["Madrid\u2028"], "prediction": "Lisbon"},
     ]
     whole = {"task": "trivia_qa", "examples": rows}
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    named = "\n".join(
-        json.dumps({k: v for k, v in row.items() if k != "prompt"} | {"task": "trivia_qa"}) for row in rows
-    )
     numbers = [row | {"id": int(row["id"])} for row in rows]
-    single = [row | {"references": row["references"][0]} for row in rows]
     return {
         "plain": json.dumps(whole).encode(),
         "BOM": json.dumps(whole).encode("utf-8-sig"),
         "UTF-16": json.dumps(whole).encode("utf-16"),
         "ids as numbers": json.dumps(whole | {"examples": numbers}).encode(),
-        "a single reference": json.dumps(whole | {"examples": single}).encode(),
         "lines": f"{lines}\n\n".encode(),
         "lines with a BOM": lines.encode("utf-8-sig"),
-        "lines that name the task": named.encode(),
         "a list": json.dumps(rows).encode(),
         "nulls": json.dumps(
             whole | {"examples": [row | {"base_prediction": None, "nll": None} for row in rows]}
@@ -473,9 +469,9 @@ def test_help_answers_in_under_a_second(tmp_path):
 
 
 OTHER_ROWS = {
-    "other length": ([example(id="x")], "has 1 examples and"),
-    "other ids": ([example(id="x"), example(id="z")], "lacks 1 ids of"),
-    "no ids": ([example(), example()], "only one of"),
+    "other length": ([example(id="x")], "differ in 1 examples, such as y: "),
+    "other ids": ([example(id="x"), example(id="z")], "differ in 2 examples, such as y: "),
+    "no ids": ([example(), example()], "differ in 4 examples, such as 0: "),
     "other references": ([example(id="x"), example(id="y", references=["Rome"])], "y has other references"),
 }
 
@@ -520,7 +516,7 @@ def test_any_number_of_systems_is_compared_with_the_first_row_by_row_whatever_th
 
 # --- intervals and tests
 
-SYSTEM = evaluations.System([], "", None, None, None, None, None)
+SYSTEM = evaluations.System("", [], None, None, None)
 ARGS = evaluations.parse_args(["--resamples", "1000"])
 SCORES = functools.partial(evaluations.corpus_scores, "trivia_qa")
 COLUMNS = len(evaluations.means("trivia_qa")) + 12
@@ -708,8 +704,6 @@ def test_a_group_has_the_scores_of_its_rows_alone(tmp_path):
         assert group["scores"][system] == pytest.approx(expected)
     assert group["examples"] == len(inside)
     assert groups["answer_in_context"]["not in the context"]["examples"] == 60 - len(inside)
-    lengths = groups["prompt_words"]
-    assert len(lengths) == 4 and sum(part["examples"] for part in lengths.values()) == 60
 
 
 def test_perplexities_over_other_tokens_are_not_compared(tmp_path):
@@ -770,8 +764,9 @@ def test_the_report_says_what_the_predictions_were_made_from_and_how_that_was_tr
 def test_predictions_of_two_runs_are_refused_with_both_sides_and_the_command_that_mends_it(tmp_path, name):
     outputs = runs(tmp_path, **{name: "another"})
     done = run(tmp_path)
-    assert_one_sentence(done, f"samsum_predictions.json has {name} {MADE_FROM[name]}, ")
-    assert "trivia_qa_predictions.json has another; run test_llama.py --overwrite" in done.stderr
+    sides = f"({name.replace('_', ' ')} another there, {MADE_FROM[name]} now)"
+    assert_one_sentence(done, f"trivia_qa_predictions.json is of another run {sides}: outputs/samsum_predictions.json")
+    assert "run test_llama.py --overwrite" in done.stderr
     assert not (outputs / "evaluation.json").exists()
     given = [outputs / "samsum_predictions.json", outputs / "trivia_qa_predictions.json"]
     assert run(tmp_path, "--resamples", "50", "--predictions", *given).returncode == 0  # whoever names them knows

@@ -168,7 +168,7 @@ def test_scores_tokens_and_agreement_are_counted_right_and_stand_beside_exact_ma
     assert part["scores"]["base"]["judge"] == 25 and part["failed"] == {"base": 0, "tuned": 0}
     # of 4 predictions the judge accepts 3 and 2 are exact: 1 by the judge alone
     both = part["agreement"]["tuned"]["exact_match"]
-    assert both == {"agreement": 75, "kappa": pytest.approx(0.5), "judge_only": 1, "metric_only": 0}
+    assert both == {"agreement": 75, "kappa": pytest.approx(0.5)}
     assert part["agreement"]["tuned"]["contains"]["kappa"] == 1
     assert part["requests"] == len(server.seen) == 8 and part["prompt_tokens"] == 80
     assert part["completion_tokens"] == 40
@@ -218,7 +218,8 @@ def test_every_kind_of_trouble_is_retried_or_counted_as_failed_and_never_as_0(se
         "always 500": ([(500, "{}")] * 3, 3, False),
         "too long": ([(400, '{"error": {"message": "context too long"}}')] * 2, 2, False),
         INJECTED: ([f"It says {INJECTED}", f"{INJECTED}"], 2, False),
-        "not the protocol": ([(201, '"text"'), (201, "[1, 2")], 2, False),
+        "not the protocol": ([(201, '"text"')], 1, False),
+        "no JSON at all": ([(201, "[1, 2")], 1, False),
     }
     write(tmp_path, [("fine right", candidate) for candidate in troubles])
     server = serve(None)  # `fine right` is the base of every question
@@ -234,9 +235,9 @@ def test_every_kind_of_trouble_is_retried_or_counted_as_failed_and_never_as_0(se
     assert per_example["tuned"]["judge"] == expected and per_example["base"]["judge"] == [75] * len(troubles)
     assert part["failed"] == {"base": 0, "tuned": expected.count(None)}
     assert part["scores"]["tuned"]["judge"] == 75 and part["examples"] == len(troubles) - expected.count(None)
-    assert part["requests"] == len(server.seen) and part["unanswered"] == expected.count(None) == 6
+    assert part["requests"] == len(server.seen) and part["unanswered"] == expected.count(None) == 7
     assert "response_format" in server.seen[-1]["body"] or server.seen[-1]["data"]["candidate"] == "too long"
-    assert "6 predictions without a readable answer; the first: " in output
+    assert "7 predictions without a readable answer; the first: " in output
 
 
 def test_a_rerun_asks_only_for_what_got_no_answer_and_an_interrupted_run_for_what_is_missing(serve, judge, tmp_path):
@@ -256,11 +257,6 @@ def test_a_rerun_asks_only_for_what_got_no_answer_and_an_interrupted_run_for_wha
     server.script = points  # what could not be read was not kept as an answer
     fourth = judge(server.url)[2]["trivia_qa"]["judge"]
     assert fourth["requests"] == 1 and fourth["failed"]["base"] == 0
-    cache.write_text(
-        cache.read_text()
-        + "".join(json.dumps({"hash": json.loads(line)["hash"], "score": None}) + "\n" for line in lines if line)
-    )  # as before
-    assert judge(server.url)[2]["trivia_qa"]["judge"]["cached"] == 14
     assert judge(server.url, "--judge-model", "other")[2]["trivia_qa"]["judge"]["cached"] == 0
 
 
@@ -366,41 +362,6 @@ def test_a_server_that_answers_one_after_the_other_is_waited_for(serve, judge, t
     assert code == 0 and len(server.seen) == 12 and report["trivia_qa"]["judge"]["unanswered"] == 0, output
 
 
-def test_after_a_time_out_fewer_requests_go_at_once(serve, judge, tmp_path):
-    write(tmp_path, [(f"base {i}", f"right {i}") for i in range(12)])
-    begun, lock, running, most = [0], threading.Lock(), [0], []
-
-    def script(candidate, times):
-        with lock:
-            begun[0] += 1
-            hangs = 2 <= begun[0] <= 4
-            running[0] += not hangs
-            most.append(running[0])
-        if hangs:
-            return "sleep"
-        time.sleep(0.1)
-        with lock:
-            running[0] -= 1
-        return points(candidate)
-
-    server = serve(script)
-    report = judge(server.url, "--judge-timeout", "0.25")[2]  # 1 s for 4 at once
-    assert len(server.seen) == 24 and report["trivia_qa"]["judge"]["unanswered"] == 3
-    assert max(most) == 1  # 3 of the 4 hang, and their places stay empty
-
-
-def test_what_a_busy_server_says_about_waiting_is_heeded(serve, judge, tmp_path):
-    write(tmp_path, [("base", "right")])
-    asked = []
-
-    def script(candidate, times):
-        asked.extend([time.monotonic()] if candidate == "base" else [])
-        return (429, "{}", {"Retry-After": "1"}) if candidate == "base" and times == 1 else points(candidate)
-
-    assert judge(serve(script).url)[0] == 0 and len(asked) == 2
-    assert 1 <= asked[1] - asked[0] < 5  # WAITS says 0.05
-
-
 def test_not_more_requests_at_once_than_asked_for(serve, judge, tmp_path):
     write(tmp_path, [(f"base {i}", f"right {i}") for i in range(10)])
     running, most, lock = [0], [0], threading.Lock()
@@ -422,7 +383,7 @@ def test_not_more_requests_at_once_than_asked_for(serve, judge, tmp_path):
     "arguments, key, sentence",
     [
         (["--judge-max-examples", "5"], None, "set OPENAI_API_KEY"),
-        (["--judge-max-examples", "5"], "sk-first\nsk-second", "OPENAI_API_KEY holds"),
+        (["--judge-max-examples", "5"], "sk-first\nsk-second", "set OPENAI_API_KEY"),
         ([], KEY, "--judge-max-examples"),
         (["--judge-max-examples", "5", "--judge-url", f"http://user:{KEY}@host/v1"], None, "--judge-url"),
         (["--judge-max-examples", "5", "--judge-url", "localhost:8000"], None, "--judge-url"),
