@@ -1,9 +1,9 @@
 """Merge the adapter of train_llama.py into its base, and prove it: a plain transformers folder, ready to serve.
 
-Base and adapter answer validation rows; the base is merged shard by shard, in no more memory than the largest shard;
-then every tensor is compared with PEFT's merge, and the folder, loaded as a user loads it, with base and adapter. The
-check needs memory for both: 4 bytes a parameter without a GPU, 2 on one, 0.6 to 1.2 where the base is in 4 bits. Only
-what passes takes the place of OUTPUT_DIR/merged; what does not is left beside it, marked.
+Base and adapter answer validation rows; the base is merged shard by shard, in the memory of its largest; then every
+tensor is compared with PEFT's merge, and the folder, loaded as a user loads it, with base and adapter. The check needs
+memory for both: 4 bytes a parameter without a GPU, 2 on one, 0.6 to 1.2 where the base is in 4 bits. Only what passes
+takes the place of OUTPUT_DIR/merged; what does not is left beside it, marked.
 
 Reads:  OUTPUT_DIR/adapter/, its base model, the validation rows of OUTPUT_DIR/dataset/; dataset_report.json and
         evaluation.json for the model card, where they are of this adapter.
@@ -20,8 +20,6 @@ import shutil
 import sys
 import tempfile
 import time
-from contextlib import suppress
-from itertools import zip_longest
 from pathlib import Path
 
 import common
@@ -42,11 +40,10 @@ MAX_RELATIVE_DIFFERENCE = 0.1
 SMALL_FILES = 2**26  # bytes of room for all that is not weights
 ROWS_AT_A_TIME = 8  # in one pass of the check: layers that lie on the disk are read once for all of them
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
-SHOWN = ("adapter_perplexity", "merged_perplexity", "mean_logit_difference", "largest_logit_difference")
-# What adapter_config.json may have besides PEFT's defaults. Anything else is refused by name.
+# What adapter_config.json may have besides PEFT's defaults: what a later PEFT invents is refused, too.
 FOLLOWED = (
-    *("base_model_name_or_path", "peft_type", "peft_version", "task_type", "inference_mode", "auto_mapping"),
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+    *("base_model_name_or_path", "peft_version", "task_type", "inference_mode", "auto_mapping"),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
 )
 
@@ -64,48 +61,35 @@ def refuse_more_than_lora(folder):
     from peft import LoraConfig
 
     config, plain = common.read_json(folder / "adapter_config.json"), LoraConfig().to_dict()
-    # a list of what is followed, not of what is refused: what a later PEFT invents is refused too
-    strange = [name for name in config.keys() - set(FOLLOWED) if config[name] and config[name] != plain.get(name)]
-    # PiSSA, OLoRA and so on start from other base weights
-    for name, fine in {"peft_type": ("LORA",), "init_lora_weights": (True, False, "gaussian")}.items():
-        if config.get(name, fine[0]) not in fine:
-            strange.append(f"{name} {config[name]}")
-    if strange:
-        fail(
-            f"{folder} has {', '.join(sorted(strange))}, which this script does not merge: it handles LoRA on linear "
-            "layers, with rank and alpha patterns and rsLoRA; use PEFT's merge_and_unload"
-        )
+    # "init_lora_weights" too: PiSSA, OLoRA and so on start from other base weights
+    strange = {name: value for name, value in config.items() if value and value != plain.get(name)}
+    if names := ", ".join(f"{name} {strange[name]}" for name in sorted(strange.keys() - set(FOLLOWED))):
+        fail(f"{folder} has {names}, which this script does not merge: use PEFT's merge_and_unload")
 
 
 def read_run(folder, base):
     """run.json of the adapter with "adapter_sha256" and the base's "weights"; exits 2 where it names others."""
     run = common.read_json(folder / "run.json")
-    found = {
-        "adapter_sha256": common.sha256(folder / "adapter_model.safetensors"),
-        "weights": llama.weights_identity(base),
-    }
+    found = {"adapter_sha256": common.sha256(folder / "adapter_model.safetensors")}
+    found["weights"] = llama.weights_identity(base)
     named = {"adapter_sha256": run.get("adapter_sha256"), "weights": run.get("run", {}).get("weights")}
-    for name, path in {"adapter_sha256": folder, "weights": base}.items():
-        if named[name] not in (None, found[name]):  # an adapter from elsewhere names nothing
-            fail(
-                f"{path} does not hold the {name} that {folder}/run.json names ({found[name]} there, {named[name]} "
-                "trained): put those back, or run train_llama.py again"
-            )
+    named = {name: value or found[name] for name, value in named.items()}  # an adapter from elsewhere names nothing
+    remedy = f"put back what {folder}/run.json names, or run train_llama.py again"
+    common.refuse_another(f"the adapter in {folder}, or its base {base},", named, found, remedy)
     return run | found
 
 
 def check_rows(args, tokenizer):
-    """Pairs of prompt and completion ids (lists): CHECK_ROWS validation rows, the first of each task in turn."""
+    """Ids of CHECK_ROWS validation rows, the first of each task in turn, as llama.encode gives them."""
+    from datasets import interleave_datasets
+
     rows = llama.load_rows(args.output_dir, "validation")
+    tasks = [llama.rows_of(rows, task) for task in sorted(rows.unique("task"))]
+    rows = interleave_datasets(tasks, stopping_strategy="all_exhausted_without_replacement")
     try:
-        ids = llama.encode(tokenizer, rows[:])
+        return llama.encode(tokenizer, rows[: args.check_rows])
     except ValueError as error:
         fail(f"cannot compare on the validation rows: {first_line(error)}")
-    tasks = {task: [] for task in sorted(set(rows["task"]))}
-    for task, *pair in zip(rows["task"], ids["prompt_ids"], ids["completion_ids"], strict=True):
-        tasks[task].append(pair)
-    turns = zip_longest(*tasks.values())
-    return [pair for turn in turns for pair in turn if pair][: args.check_rows]
 
 
 def load_tuned(base, kind, folder):
@@ -118,18 +102,14 @@ def load_tuned(base, kind, folder):
 
 
 def scales_of(model, folder):
-    """{weight: scale} of what the adapter changes, as PEFT resolved rank, alpha, their patterns and rsLoRA.
-
-    Exits 2 where merging would change more than linear layers.
-    """
+    """{weight: scale} of what the adapter changes, as PEFT resolved rank, alpha, their patterns and rsLoRA."""
     from peft.tuners.lora import LoraLayer
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, layer in layers.items():
-        if not hasattr(layer.get_base_layer(), "in_features"):
-            fail(f"the adapter in {folder} trains {name}, no linear layer: use PEFT's merge_and_unload")
-        if name == "lm_head" and model.config.tie_word_embeddings:
-            fail(f"the adapter in {folder} trains lm_head, whose weights are also the embeddings: not merged")
+        tied = name == "lm_head" and model.config.tie_word_embeddings
+        if tied or not hasattr(layer.get_base_layer(), "in_features"):
+            fail(f"the adapter in {folder} trains {name}, no linear layer of its own: use PEFT's merge_and_unload")
     return {f"{name}.weight": layer.scaling["default"] for name, layer in layers.items()}
 
 
@@ -155,6 +135,8 @@ def through_nf4(weight):
 
 def merge_tensor(name, stored, lora, scales, nf4):
     """`stored`, a base weight [out, in], with scale x B A added in float32 and rounded once, to its own dtype."""
+    if name not in scales and name not in nf4:
+        return stored
     weight = through_nf4(stored) if name in nf4 else stored.float()
     if name in scales:
         prefix = f"base_model.model.{name.removesuffix('weight')}lora_"
@@ -166,62 +148,46 @@ def merge_tensor(name, stored, lora, scales, nf4):
     return weight
 
 
-def merge_shard(source, target, lora, scales, nf4):
-    """Write `target`: the safetensors file `source`, its adapted weights merged. Returns {name: dtype}.
-
-    scales: {weight: scale}; nf4: names of weights that go through NF4.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    tensors = {}
-    for name, tensor in tensors_in(source):
-        if tensor.dtype.itemsize < 2:
-            fail(f"{source.name} of the base has {name} as {tensor.dtype}: take its 16-bit weights")
-        changed = name in scales or name in nf4
-        tensors[name] = merge_tensor(name, tensor, lora, scales, nf4) if changed else tensor
-    try:
-        save_file(tensors, target, metadata={"format": "pt"})
-    except SafetensorError as error:  # how a full disk reaches us
-        fail(f"cannot write {target} ({first_line(error)}): make room, then give the same command again")
-    target.chmod(0o644)  # a server may be another user
-    return {name: tensor.dtype for name, tensor in tensors.items()}
-
-
 def merge(model, base, folder, fresh):
-    """Write the merged shards of `base` into `fresh`, under its names; returns the names of their dtypes.
-
-    model: base and adapter, which says what the adapter changes, how much, and what is held in NF4.
-    """
-    from safetensors.torch import load_file
+    """Write the merged shards of `base` into `fresh`; `model` says what the adapter changes. Returns the dtypes."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
     from tqdm import tqdm
 
     files = llama.weight_files(base)
-    needed = sum(path.stat().st_size for path in files) + SMALL_FILES
-    free = shutil.disk_usage(fresh).free
+    needed, free = sum(path.stat().st_size for path in files) + SMALL_FILES, shutil.disk_usage(fresh).free
     if free < needed:
         fail(f"merging needs {needed / 1e9:.2f} GB, {fresh.parent} has {free / 1e9:.2f} GB free: make room")
     scales = scales_of(model, folder)
     held = {name for name, module in model.named_modules() if hasattr(module, "quant_state")}
     nf4 = {name.removesuffix(".base_layer") + ".weight" for name in held}
-    lora = load_file(folder / "adapter_model.safetensors")
-    dtypes = {}
+    lora, dtypes = load_file(folder / "adapter_model.safetensors"), {}
     # the base's own names and shards: its index holds for the merged folder too
     for path in tqdm(files, desc="merging", unit="shard", disable=None, leave=False):
-        dtypes |= merge_shard(path, fresh / path.name, lora, scales, nf4)
+        tensors, target = {}, fresh / path.name
+        for name, stored in tensors_in(path):
+            if stored.dtype.itemsize < 2:
+                fail(f"{path.name} of the base has {name} as {stored.dtype}: take its 16-bit weights")
+            tensors[name] = merge_tensor(name, stored, lora, scales, nf4)
+            dtypes[name] = str(stored.dtype).removeprefix("torch.")
+        try:
+            save_file(tensors, target, metadata={"format": "pt"})
+        except SafetensorError as error:  # how a full disk reaches us
+            fail(f"cannot write {target} ({first_line(error)}): make room, then give the same command again")
+        target.chmod(0o644)  # a server may be another user
     if lost := scales.keys() - dtypes.keys():
         fail(f"the weight files of {base} name their tensors otherwise: no {min(lost)}; save it with transformers")
-    return sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})
+    return sorted(set(dtypes.values()))
 
 
 def write_small_files(base, model, tokenizer, target):
     """Tokenizer, index, config and generation config; the last is greedy and ends at every end token, as tested."""
     source = llama.fetch(base)
-    kept = [path for pattern in TOKENIZER_FILES for path in source.glob(pattern)]
-    if not (target / "model.safetensors").exists():  # beside it an index is a leftover of other weights
-        kept.append(source / "model.safetensors.index.json")
-    for path in kept:  # as they are: saved again, an older transformers could not read them
-        shutil.copyfile(path, target / path.name)
+    # beside a single file an index is a leftover of other weights
+    whole = (target / "model.safetensors").exists()
+    patterns = TOKENIZER_FILES if whole else (*TOKENIZER_FILES, "model.safetensors.index.json")
+    for path in (path for pattern in patterns for path in source.glob(pattern)):
+        shutil.copyfile(path, target / path.name)  # saved again, an older transformers could not read them
     config = common.read_json(source / "config.json")
     config.pop("auto_map", None)  # names code, which is not copied
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -233,7 +199,7 @@ def write_small_files(base, model, tokenizer, target):
     generation.save_pretrained(target)
 
 
-def logits_of(model, rows):
+def logits_of(model, ids):
     """Logits [answer tokens, vocabulary] before each completion token of all rows, and those tokens' ids."""
     import torch
     from tqdm import tqdm
@@ -243,18 +209,17 @@ def logits_of(model, rows):
     step = ROWS_AT_A_TIME if attention == "packed" else 1
     found = []
     with torch.inference_mode():
-        for start in tqdm(range(0, len(rows), step), desc="checking", disable=None, leave=False):
-            prompts, completions = zip(*rows[start : start + step], strict=True)
-            logits, golds = llama.read(model, prompts, completions)
+        for start in tqdm(range(0, len(ids["prompt_ids"]), step), desc="checking", disable=None, leave=False):
+            part = slice(start, start + step)
+            logits, golds = llama.read(model, ids["prompt_ids"][part], ids["completion_ids"][part])
             found.append((logits.float().cpu(), golds.cpu()))
     return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
 def merged_by_peft(layer, stored):
-    """What a merged weight must be, in float32; None where it must be as the base has it.
+    """What a merged weight must be, in float32; None where it must be `stored`, the base's.
 
-    layer: its module in base + adapter (None: it has none); stored: the base's weight. The update is PEFT's, weights
-    in NF4 are those that transformers and bitsandbytes have loaded.
+    layer: its module in base + adapter, None where it has none. Update and NF4 weights are PEFT's and bitsandbytes'.
     """
     from bitsandbytes.functional import dequantize_4bit
     from peft.tuners.lora import LoraLayer
@@ -271,34 +236,24 @@ def merged_by_peft(layer, stored):
 
 def wrong_tensors(model, base, fresh):
     """Sentences on the tensors in `fresh` that are not those of `model`, base and adapter under PEFT."""
+    import torch
+
     layers = dict(model.named_modules())
     for path in llama.weight_files(base):
         pairs = zip(tensors_in(path), tensors_in(fresh / path.name), strict=True)
         for (name, stored), (same_name, merged) in pairs:
             expected = merged_by_peft(layers.get(name.removesuffix(".weight")), stored)
-            if name != same_name:
-                yield f"{same_name} stands where the base has {name}"
-            elif problem := difference(merged, stored, expected):
-                yield f"{name} {problem}"
-
-
-def difference(merged, stored, expected):
-    """What is wrong with a merged tensor, or None; stored: the base's; expected: float32, None for the base's bytes.
-
-    A step of rounding is not, nor 1e-6 of the largest value: float32 sums depend on their order.
-    """
-    import torch
-
-    if (merged.dtype, merged.shape) != (stored.dtype, stored.shape):
-        return "has another dtype or shape than in the base"
-    if expected is None:
-        same = torch.equal(merged.view(torch.uint8), stored.view(torch.uint8))
-        return None if same else "differs from the base, and should not"
-    limits = torch.finfo(merged.dtype)
-    slack = 1e-6 * expected.abs().max() + limits.smallest_normal * limits.eps
-    off = (merged.float() - expected).abs()
-    fine = (off <= limits.eps * expected.abs() + slack).all()  # NaN: no
-    return None if fine else f"differs from PEFT's merge, by up to {off.max().item():.3g}"
+            if (same_name, merged.dtype, merged.shape) != (name, stored.dtype, stored.shape):
+                yield f"{same_name} has another dtype, shape or name than {name} of the base"
+            elif expected is None:
+                if not torch.equal(merged.view(torch.uint8), stored.view(torch.uint8)):
+                    yield f"{name} differs from the base, and should not"
+            else:
+                limits, off = torch.finfo(merged.dtype), (merged.float() - expected).abs()
+                # a step of rounding is fine, and 1e-6 of the largest value: float32 sums depend on their order
+                slack = 1e-6 * expected.abs().max() + limits.smallest_normal * limits.eps
+                if not (off <= limits.eps * expected.abs() + slack).all():  # NaN: no
+                    yield f"{name} differs from PEFT's merge, by up to {off.max().item():.3g}"
 
 
 def compare(tuned, merged, golds):
@@ -316,27 +271,13 @@ def compare(tuned, merged, golds):
     }
 
 
-def read_tuned(kinds, base, folder, rows):
-    """Base and adapter on each of `kinds` of base weights, one in memory at a time.
-
-    Returns {kind: logits}, the ids of the answer tokens, and the model of the last kind.
-    """
-    logits, model = {}, None
-    for kind in kinds:
-        del model
-        gc.collect()  # torch's modules and PEFT's refer to one another
-        model = load_tuned(base, kind, folder)
-        logits[kind], golds = logits_of(model, rows)
-    return logits, golds, model
-
-
-def read_merged(folder, rows):
+def read_merged(folder, ids):
     """Logits of the merged model, loaded as a user loads it; layers that have no room stay on the disk."""
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as offload:
         places = {"dtype": llama.compute_dtype(), "device_map": "auto", "offload_folder": offload}
-        return logits_of(AutoModelForCausalLM.from_pretrained(folder, **places), rows)[0]
+        return logits_of(AutoModelForCausalLM.from_pretrained(folder, **places), ids)[0]
 
 
 def merge_and_check(args, base, run, fresh):
@@ -346,19 +287,23 @@ def merge_and_check(args, base, run, fresh):
     trained = "4bit" if run.get("settings", {}).get("load_in_4bit", True) else "16bit"
     into = trained if args.merge_base == "auto" else args.merge_base
     tokenizer = llama.load_tokenizer(base)
-    rows = check_rows(args, tokenizer)
-    times = [time.time()]
-    logits, golds, model = read_tuned(dict.fromkeys((trained, into)), base, folder, rows)
-    times.append(time.time())
+    ids = check_rows(args, tokenizer)
+    begun, logits, model = time.time(), {}, None
+    for kind in dict.fromkeys((trained, into)):
+        model = None  # one in memory at a time; torch's modules and PEFT's refer to one another
+        gc.collect()
+        model = load_tuned(base, kind, folder)
+        logits[kind], golds = logits_of(model, ids)
+    ready = time.time()
     dtypes = merge(model, base, folder, fresh)
     write_small_files(base, model, tokenizer, fresh)
-    times.append(time.time())
+    merged_at = time.time()
     problems, comparison = [], {}
     try:
         problems += wrong_tensors(model, base, fresh)
-        del model
+        model = None
         gc.collect()
-        merged = read_merged(fresh, rows)
+        merged = read_merged(fresh, ids)
         comparison = {kind: compare(tuned, merged, golds) for kind, tuned in logits.items()}
         off = comparison[into]["relative_difference"]
         if not off <= MAX_RELATIVE_DIFFERENCE:  # NaN is beyond it
@@ -371,62 +316,42 @@ def merge_and_check(args, base, run, fresh):
         "merge_base": into,
         "trained_on": trained,
         "dtypes": dtypes,
-        "check_rows": len(rows),
+        "check_rows": len(ids["prompt_ids"]),
         "answer_tokens": len(golds),
-        "computed_in": str(llama.compute_dtype()).removeprefix("torch."),
-        "max_relative_difference": MAX_RELATIVE_DIFFERENCE,
         "comparison": comparison,
-        "seconds_merging": times[2] - times[1],
-        "seconds_verifying": times[1] - times[0] + time.time() - times[2],
+        "seconds_merging": merged_at - ready,
+        "seconds_verifying": time.time() - merged_at + ready - begun,
     }
 
 
 def show(report):
     """The comparison as a table of at most 80 columns, and what it took."""
-    say(f"{report['check_rows']} validation rows, {report['answer_tokens']} answer tokens\n")
-    say(f"{'':<33}{'answer perplexity':>18}{'logit difference':>18}{'other':>9}")
-    say(f"{'':<33}{'itself':>9}{'merged':>9}{'mean':>9}{'largest':>9}{'tokens':>9}")
+    say(f"{'base + adapter':<18}{'perplexity':>11}{'merged':>9}{'logits off':>12}{'at most':>9}{'same tokens':>13}")
+    line = "{:<18}{adapter_perplexity:>11.4g}{merged_perplexity:>9.4g}{mean_logit_difference:>12.3g}"
+    line += "{largest_logit_difference:>9.3g}{equal_greedy_tokens:>13.1%}"
     for kind, figures in report["comparison"].items():
-        name = f"base + adapter, {kind}" + (" (as trained)" if kind == report["trained_on"] else "")
-        cells = [figures[key] for key in SHOWN]
-        others = 1 - figures["equal_greedy_tokens"]
-        say(f"{name:<33}" + "".join(f"{cell:>9.4g}" for cell in cells) + f"{others:>9.1%}")
-    took = "merged in {seconds_merging:.1f} s, checked in {seconds_verifying:.1f} s".format(**report)
-    say(f"\n{took}, peak memory {llama.peak_memory():.2f} GB")
-
-
-def scores_of(output, adapter):
-    """{task: part of evaluation.json} where this adapter made the predictions, and the base some beside them."""
-    scores = {}
-    for task, part in common.read_json(output / "evaluation.json").items():
-        with suppress(KeyError, TypeError):
-            if part["made_from"]["tuned"]["adapter"] == adapter and part["base"]:
-                scores[task] = part
-    return scores
-
-
-def built_from(output, run):
-    """dataset_report.json where it is of the rows that the adapter was trained on, else {}."""
-    built = common.read_json(output / "dataset_report.json")
-    rows = built.get("splits", {}).get("train", {}).get("sha256", "")[:32]
-    return built if rows and rows == run.get("run", {}).get("train rows") else {}
+        say(line.format(kind + " (as trained)" * (kind == report["trained_on"]), **figures))
+    took = "{check_rows} validation rows, merged in {seconds_merging:.1f} s, checked in {seconds_verifying:.1f} s"
+    say(f"{took.format(**report)}, peak memory {llama.peak_memory():.2f} GB")
 
 
 def model_card(args, base, run, report):
-    """README.md of the merged folder: model_card.md.jinja, filled in."""
+    """README.md of the merged folder: model_card.md.jinja, filled in with what is of this adapter."""
     import jinja2
 
-    output = Path(args.output_dir)
-    hub_id = None if Path(base).is_dir() else base
-    metas = re.search(r"^meta-llama/.*llama-?(2|3(\.\d)?)(?!\d)", (hub_id or "").lower())
+    output, hub_id = Path(args.output_dir), None if Path(base).is_dir() else base
+    built = common.read_json(output / "dataset_report.json")
+    rows = built.get("splits", {}).get("train", {}).get("sha256", "")[:32]
+    metas = re.search(r"^meta-llama/.*llama-?(2|3(\.\d)?)(?!\d)", base.lower())
     template = Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")
-    return jinja2.Template(template, trim_blocks=True, keep_trailing_newline=True).render(
+    options = {"trim_blocks": True, "keep_trailing_newline": True, "undefined": jinja2.ChainableUndefined}
+    return jinja2.Template(template, **options).render(
         hub_id=hub_id,
         licence=f"llama{metas[1]}" if metas else "other",
         report=report,
         run=run,
-        built=built_from(output, run),
-        scores=scores_of(output, run["adapter_sha256"][:16]),
+        built=built if rows == run.get("run", {}).get("train rows") else {},
+        evaluation=common.read_json(output / "evaluation.json"),
         here="." if args.push_to_hub == "none" else args.push_to_hub,
     )
 
@@ -446,32 +371,20 @@ def finish(args, base, run, report, fresh):
     (fresh / "merge.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def leave_unverified(fresh, report):
-    """Move a merge that failed its check beside the place of a good one, and exit 1."""
-    place = fresh.with_name("merged.unverified")  # on the same disk, where merged/ is a link
-    shutil.rmtree(place, ignore_errors=True)
-    fresh.rename(place)
-    problems = "; ".join(report["problems"][:3])
-    print(f"error: the merge failed its check ({problems}): left in {place}, merged/ was not touched", file=sys.stderr)
-    raise SystemExit(1)
-
-
 def push(args, folder):
     """Upload the verified folder; the token is the one of `hf auth login`, or HF_TOKEN."""
     from huggingface_hub import HfApi
 
+    api = HfApi()
     try:
-        api = HfApi()
         url = api.create_repo(args.push_to_hub, private=args.private, exist_ok=True)
         if args.private and not api.model_info(args.push_to_hub).private:
             raise ValueError("it is there already, and public: give --no-private if that is meant")
         api.upload_folder(repo_id=args.push_to_hub, folder_path=folder, commit_message="Merged model")
         say(f"pushed to {url}")
     except Exception as error:  # no login, no network, no right to
-        fail(
-            f"cannot push to {args.push_to_hub} ({first_line(error)}): {folder} stays as it is; "
-            "if it says that you may not: hf auth login"
-        )
+        reason = first_line(error)
+        fail(f"cannot push to {args.push_to_hub} ({reason}): see to that, or run hf auth login; {folder} stays")
 
 
 @common.script
@@ -488,7 +401,12 @@ def main(argv=None):
             finish(args, base, run, report, fresh)
             show(report)
             if not report["verified"]:
-                leave_unverified(fresh, report)
+                place = fresh.with_name("merged.unverified")  # on the same disk, where merged/ is a link
+                shutil.rmtree(place, ignore_errors=True)
+                fresh.rename(place)
+                problems = f"the merge failed its check ({'; '.join(report['problems'][:3])})"
+                print(f"error: {problems}: left in {place}, merged/ was not touched", file=sys.stderr)
+                raise SystemExit(1)
         say(f"wrote {target} ({report['merge_base']} base, {', '.join(report['dtypes'])})")
         if args.push_to_hub != "none":
             push(args, target)
