@@ -122,16 +122,15 @@ def find_files(task, args):
     if task == "trivia_qa":  # the hub's test has no answers: its validation is our test, ours is carved out of train
         folder = args.trivia_qa_config
         patterns = {"train": f"{folder}/train-*.parquet", "test": f"{folder}/validation-*.parquet"}
-    root = Path(source)
-    if not root.is_dir():
+    root = source
+    if not Path(root).is_dir():
         try:
-            wanted = [*patterns.values()]
-            root = Path(huggingface_hub.snapshot_download(source, repo_type="dataset", allow_patterns=wanted))
+            root = huggingface_hub.snapshot_download(source, repo_type="dataset", allow_patterns=[*patterns.values()])
         except Exception as error:  # a dozen kinds, from no network to a full disk
             remedy = f"check name and network, or give a local folder with {common.flag_of(task)}"
             fail(f"{task}: cannot load {source} ({first_line(error)}): {remedy}")
-        revision = root.name  # the hub's cache names a folder by its commit
-    files = {split: sorted(root.glob(pattern)) for split, pattern in patterns.items()}
+        revision = Path(root).name  # the hub's cache names a folder by its commit
+    files = {split: sorted(Path(root).glob(pattern)) for split, pattern in patterns.items()}
     for split, pattern in patterns.items():
         if not files[split]:
             fail(f"{task}: no {pattern} in {source}: the folder must be laid out like the hub repository")

@@ -87,15 +87,8 @@ def test_one_task_alone(tmp_path):
 
 def with_other_answers(pattern, folder):
     """The trivia_qa fixture in `folder`, every answer and alias of its `pattern` file replaced."""
-    shutil.copytree(FIXTURES / "trivia_qa", folder)
-    path = next(folder.rglob(pattern))
-    table = pq.read_table(path)
-    rows = table.to_pylist()
-    for row in rows:
-        if row["answer"]["aliases"]:
-            row["answer"] |= {"value": "With", "aliases": ["with", "Quetzalcoatl"]}
-    pq.write_table(table.from_pylist(rows, schema=table.schema), path)
-    return folder
+    other = {"value": "With", "aliases": ["with", "Quetzalcoatl"]}
+    return edit_trivia_qa(folder, lambda row: row | {"answer": row["answer"] | other}, pattern=pattern)
 
 
 def test_test_prompts_do_not_depend_on_the_answers(dataset, tmp_path):
@@ -400,15 +393,13 @@ def test_a_dataset_that_is_broken_or_of_another_build_is_built_anew(dataset, tmp
 )
 def test_a_column_of_another_type_is_named(name, value, column, tmp_path):
     source = edit_trivia_qa(tmp_path / "trivia_qa", lambda row: row | {name: value}, schema=None)
-    assert_refused(
-        build(tmp_path / "out", "--trivia-qa", source), f"no column {column}", "train-00000-of-00001.parquet"
-    )
+    assert_refused(build(tmp_path, "--trivia-qa", source), f"no column {column}", "train-00000-of-00001.parquet")
 
 
-def edit_trivia_qa(folder, edit, schema="as it was"):
-    """The trivia_qa fixture in `folder`, `edit` applied to each train row."""
+def edit_trivia_qa(folder, edit, schema="as it was", pattern="train-*.parquet"):
+    """The trivia_qa fixture in `folder`, `edit` applied to each row of a file."""
     shutil.copytree(FIXTURES / "trivia_qa", folder)
-    path = next(folder.rglob("train-*.parquet"))
+    path = next(folder.rglob(pattern))
     table = pq.read_table(path)
     rows = [edit(row) for row in table.to_pylist()]
     pq.write_table(pa.Table.from_pylist(rows, schema=schema and table.schema), path)
