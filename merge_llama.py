@@ -49,8 +49,7 @@ FOLLOWED = (
 
 
 def parse_args(argv=None):
-    choices = {"MERGE_BASE": ("auto", "16bit", "4bit")}
-    args = common.parse_settings(sys.modules[__name__], argv, choices=choices)
+    args = common.parse_settings(sys.modules[__name__], argv, choices={"MERGE_BASE": ("auto", "16bit", "4bit")})
     if args.push_to_hub != "none" and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to_hub):
         fail("--push-to-hub must be OWNER/NAME, or none")
     return args
@@ -92,15 +91,6 @@ def check_rows(args, tokenizer):
         fail(f"cannot compare on the validation rows: {first_line(error)}")
 
 
-def load_tuned(base, kind, folder):
-    """Base and adapter, the base as stored (kind 16bit) or in NF4 (4bit)."""
-    import torch
-
-    # in 4 bits the rest is float32: else NF4 would be made of weights that were rounded first
-    dtype = torch.float32 if kind == "4bit" else llama.compute_dtype()
-    return llama.load_adapter(llama.load_model(base, kind == "4bit", dtype=dtype), folder).get_base_model()
-
-
 def scales_of(model, folder):
     """{weight: scale} of what the adapter changes, as PEFT resolved rank, alpha, their patterns and rsLoRA."""
     from peft.tuners.lora import LoraLayer
@@ -124,20 +114,17 @@ def tensors_in(path):
             yield name, file.get_tensor(name)
 
 
-def through_nf4(weight):
-    """`weight` quantised as llama.load_model loads it in 4 bits, and back, in float32."""
+def merge_tensor(name, stored, lora, scales, nf4):
+    """`stored`, a base weight [out, in], with scale x B A added in float32 and rounded once, to its own dtype."""
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    weight = weight.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
-    return dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True)).float().cpu()
-
-
-def merge_tensor(name, stored, lora, scales, nf4):
-    """`stored`, a base weight [out, in], with scale x B A added in float32 and rounded once, to its own dtype."""
     if name not in scales and name not in nf4:
         return stored
-    weight = through_nf4(stored) if name in nf4 else stored.float()
+    weight = stored.float()
+    if name in nf4:  # quantised as llama.load_model loads it in 4 bits, and back
+        weight = weight.to("cuda" if torch.cuda.is_available() else "cpu")
+        weight = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True)).float().cpu()
     if name in scales:
         prefix = f"base_model.model.{name.removesuffix('weight')}lora_"
         a, b = lora[f"{prefix}A.weight"].float(), lora[f"{prefix}B.weight"].float()
@@ -217,10 +204,7 @@ def logits_of(model, ids):
 
 
 def merged_by_peft(layer, stored):
-    """What a merged weight must be, in float32; None where it must be `stored`, the base's.
-
-    layer: its module in base + adapter, None where it has none. Update and NF4 weights are PEFT's and bitsandbytes'.
-    """
+    """What a merged weight must be, in float32, by its module in base + adapter; None: as `stored`, the base's."""
     from bitsandbytes.functional import dequantize_4bit
     from peft.tuners.lora import LoraLayer
 
@@ -292,7 +276,10 @@ def merge_and_check(args, base, run, fresh):
     for kind in dict.fromkeys((trained, into)):
         model = None  # one in memory at a time; torch's modules and PEFT's refer to one another
         gc.collect()
-        model = load_tuned(base, kind, folder)
+        # in 4 bits the rest is float32: else NF4 would be made of weights that were rounded first
+        dtype = "float32" if kind == "4bit" else llama.compute_dtype()
+        model = llama.load_model(base, kind == "4bit", dtype=dtype)
+        model = llama.load_adapter(model, folder).get_base_model()
         logits[kind], golds = logits_of(model, ids)
     ready = time.time()
     dtypes = merge(model, base, folder, fresh)
@@ -383,8 +370,9 @@ def push(args, folder):
         api.upload_folder(repo_id=args.push_to_hub, folder_path=folder, commit_message="Merged model")
         say(f"pushed to {url}")
     except Exception as error:  # no login, no network, no right to
-        reason = first_line(error)
-        fail(f"cannot push to {args.push_to_hub} ({reason}): see to that, or run hf auth login; {folder} stays")
+        fail(
+            f"cannot push to {args.push_to_hub} ({first_line(error)}): see to that, or: hf auth login; {folder} stays"
+        )
 
 
 @common.script

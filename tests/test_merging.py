@@ -214,9 +214,9 @@ def test_one_model_is_in_memory_at_a_time(out, tmp_path, monkeypatch):
 
     make_adapter(out / "adapter", tmp_path / "base", trained_in_4bit=True)
     before, seen = models(), []
-    for name in ("load_tuned", "read_merged"):
-        real = getattr(merge_llama, name)
-        monkeypatch.setattr(merge_llama, name, lambda *a, real=real: (seen.append(models()), real(*a))[1])
+    for module, name in ((llama, "load_model"), (merge_llama, "read_merged")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, **o: (seen.append(models()), real(*a, **o))[1])
     assert merge(out, "--merge-base", "16bit", "--check-rows", 1) == 0
     assert seen == [before] * 3
 
@@ -301,14 +301,6 @@ def test_what_changes_between_merge_and_check_is_found(what, out, tmp_path, caps
     assert_unverified(out, capsys, words)
 
 
-def test_an_adapter_that_changes_after_it_was_loaded_is_found(out, tmp_path, capsys, monkeypatch):
-    make_adapter(out / "adapter", tmp_path / "base")
-    real, path = merge_llama.merge, out / "adapter" / "adapter_model.safetensors"
-    monkeypatch.setattr(merge_llama, "merge", lambda *a: (flip(path), real(*a))[1])
-    assert merge(out) == 1
-    assert_unverified(out, capsys, "differs from PEFT's merge")
-
-
 def test_ctrl_c_is_one_line_and_leaves_the_old_folder(out, tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         assert (out / ".merged.new" / "config.json").is_file()
@@ -337,12 +329,16 @@ def test_a_tensor_that_was_merged_wrong_is_named(out, tmp_path, capsys, monkeypa
         assert_unverified(out, capsys, name, "differs from")
 
 
-def test_a_wrong_scale_is_found(out, tmp_path, capsys, monkeypatch):
+def test_a_wrong_scale_and_an_adapter_that_changes_after_it_was_loaded_are_found(out, tmp_path, capsys, monkeypatch):
     make_adapter(out / "adapter", tmp_path / "base")
-    real = merge_llama.scales_of
-    monkeypatch.setattr(merge_llama, "scales_of", lambda *a: {key: 1.01 * scale for key, scale in real(*a).items()})
-    assert merge(out) == 1
+    scales, real, path = merge_llama.scales_of, merge_llama.merge, out / "adapter" / "adapter_model.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_llama, "scales_of", lambda *a: {key: 1.01 * scale for key, scale in scales(*a).items()})
+        assert merge(out) == 1
     assert_unverified(out, capsys, "model.layers.0.", "differs from PEFT's merge")
+    monkeypatch.setattr(merge_llama, "merge", lambda *a: (flip(path), real(*a))[1])
+    assert merge(out) == 1
+    assert_unverified(out, capsys, "differs from PEFT's merge")
 
 
 @pytest.mark.parametrize("off", [0.2, math.nan])
@@ -449,15 +445,14 @@ def test_tied_lm_head_and_trained_embeddings_are_refused(out, tmp_path, capsys):
         shutil.rmtree(out / "adapter")
 
 
-def identified(base, out, **others):
+def identified(base):
     """What run.json of a new adapter says of what it was made from."""
-    run = {"weights": llama.weights_identity(str(base)), "train rows": "a" * 32, "validation rows": "b" * 32}
-    return {"run": run | others}
+    return {"run": {"weights": llama.weights_identity(str(base)), "train rows": "a" * 32, "validation rows": "b" * 32}}
 
 
 def test_another_base_or_adapter_than_run_json_names_is_refused(out, tmp_path, capsys):
     base = tmp_path / "base"
-    make_adapter(out / "adapter", base, run=identified(base, out))
+    make_adapter(out / "adapter", base, run=identified(base))
     path, now = out / "adapter" / "adapter_model.safetensors", llama.weights_identity(str(base))
     flip(shards(base)[-1])
     then = llama.weights_identity(str(base))
@@ -477,32 +472,28 @@ def test_another_base_or_adapter_than_run_json_names_is_refused(out, tmp_path, c
     assert content["dataset"] == {"train rows": "a" * 32, "validation rows": "b" * 32}
 
 
-@pytest.mark.parametrize("stale", ["shards of other weights", "an index without shards"])
-def test_of_two_sets_of_weights_those_that_transformers_loads_are_merged(stale, out, tmp_path):
-    base = tmp_path / "base"
+@pytest.mark.parametrize("what", ["shards of other weights", "an index without shards", "a single shard"])
+def test_the_weights_that_transformers_loads_are_merged_whatever_else_lies_there(what, out, tmp_path):
+    base, kept = tmp_path / "base", ["model.safetensors"]
     for path in shards(base):
-        if stale == "an index without shards":
-            path.unlink()
+        if what == "shards of other weights":
+            change_file(path, lambda c: c.update({name: 1.05 * tensor for name, tensor in c.items()}))
         else:
-            save_file({n: 1.05 * t for n, t in load_file(path).items()}, path, metadata={"format": "pt"})
+            path.unlink()
     shutil.copy(make_base(tmp_path / "whole", "tiny_llama2") / "model.safetensors", base)
+    if what == "a single shard":
+        kept = ["model-00001-of-00001.safetensors"]
+        names = dict.fromkeys(load_file(base / "model.safetensors"), kept[0])
+        (base / "model.safetensors").rename(base / kept[0])
+        (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     make_adapter(out / "adapter", base)
     assert merge(out) == 0
-    assert [path.name for path in shards(out / "merged")] == ["model.safetensors"]
-    assert not list((out / "merged").glob("*.index.json"))
+    assert [path.name for path in shards(out / "merged")] == kept
+    assert (out / "merged" / "model.safetensors.index.json").exists() == (what == "a single shard")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     expected = PeftModel.from_pretrained(model, out / "adapter").merge_and_unload().state_dict()
     loaded = AutoModelForCausalLM.from_pretrained(out / "merged").state_dict()
     assert all((loaded[name] - tensor).abs().max() < 1e-6 for name, tensor in expected.items())
-
-
-def test_a_single_shard_that_an_index_names_keeps_both(out, tmp_path):
-    base = make_base(tmp_path / "single", "tiny_llama2")
-    names = dict.fromkeys(load_file(base / "model.safetensors"), "model-00001-of-00001.safetensors")
-    (base / "model.safetensors").rename(base / "model-00001-of-00001.safetensors")
-    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    make_adapter(out / "adapter", base)
-    assert merge(out) == 0
 
 
 def test_merged_and_adapter_and_the_output_folder_may_be_links(out, tmp_path, capsys, monkeypatch):
@@ -627,7 +618,9 @@ LOCAL = {"source": "/secret/place/samsum", "revision": None, "licence": "CC BY-N
 def test_the_folder_ends_at_every_end_token_holds_no_code_and_its_cards_example_runs(
     name, out, tmp_path, monkeypatch, capsys
 ):
-    make_adapter(out / "adapter", FIXTURES / name, run=identified(FIXTURES / name, out))
+    base = make_base(tmp_path / "model", name)
+    (base / "generation_config.json").unlink()  # whatever the base says
+    make_adapter(out / "adapter", base, run=identified(base))
     built_by(out, samsum=LOCAL)
     if name == "tiny_llama3":  # once as a user does
         result = run("merge_llama.py", "--output-dir", out)
@@ -646,7 +639,7 @@ def test_the_folder_ends_at_every_end_token_holds_no_code_and_its_cards_example_
     assert set(generation["eos_token_id"]) >= {vocabulary[t] for t in llama.END_TOKENS if t in vocabulary}
     assert generation["do_sample"] is False and "temperature" not in generation
     card = (merged / "README.md").read_text()
-    assert not any(str(path) in card + json.dumps(content) for path in (FIXTURES, out, Path.home(), "/secret"))
+    assert not any(str(path) in card + json.dumps(content) for path in (base, out, Path.home(), "/secret"))
     assert "license: other" in card and "local folder" in card and "datasets:" not in card  # the rows are invented
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     monkeypatch.chdir(merged)
@@ -710,7 +703,7 @@ def test_transformers_serve_answers_a_completion_from_the_folder(out, tmp_path):
 
 
 def test_the_verified_folder_goes_to_a_private_repository_and_to_no_public_one(out, tmp_path, capsys, monkeypatch):
-    make_adapter(out / "adapter", tmp_path / "base", run=identified(tmp_path / "base", out))
+    make_adapter(out / "adapter", tmp_path / "base", run=identified(tmp_path / "base"))
     built_by(out, samsum=LOCAL)
     hub = create_autospec(huggingface_hub.HfApi, instance=True)  # whose calls must have the real one's arguments
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
@@ -791,13 +784,3 @@ def test_scores_of_another_adapter_are_not_the_cards(out):
     for unknown in ({"trivia_qa": part}, {"trivia_qa": part | {"made_from": {"tuned": None}}}, {"trivia_qa": None}):
         (out / "evaluation.json").write_text(json.dumps(unknown))
         assert "Not measured" in card_of(out, "someone/model")
-
-
-def test_llama3_ends_at_each_of_its_end_tokens_whatever_the_base_says(out, tmp_path):
-    base = make_base(tmp_path / "three", "tiny_llama3")
-    (base / "generation_config.json").unlink()
-    make_adapter(out / "adapter", base)
-    assert merge(out, "--check-rows", 1) == 0
-    ids = json.loads((out / "merged" / "generation_config.json").read_text())["eos_token_id"]
-    tokens = AutoTokenizer.from_pretrained(base).convert_ids_to_tokens(ids)
-    assert set(tokens) >= {"<|end_of_text|>", "<|eot_id|>"}
