@@ -311,9 +311,8 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state)
             file.write("\n" + json.dumps(item))  # on a line of its own, whatever a kill left of the one before
             file.flush()
             bar.update(len(batch))
-    speed = f"{tokens:,} tokens in {time.time() - started:.1f} s"
-    who = " (first process)" if state.num_processes > 1 else ""
-    say(f"{task}: {len(rows)} rows, {len(done)} of them from before; {speed}{who}")
+    took = f"{time.time() - started:.1f} s" + (" (first process)" if state.num_processes > 1 else "")
+    say(f"{task}: {len(rows)} rows, {len(done)} of them from before; {tokens:,} tokens in {took}")
 
 
 def perplexity(examples, prefix, texts):

@@ -1,5 +1,6 @@
 """test_llama.py: perplexity is the textbook's, predictions are each row's own, nothing is lost when it is killed."""
 
+import contextlib
 import io
 import json
 import math
@@ -56,6 +57,24 @@ def test(out, *arguments):
 
 
 test.__test__ = False
+
+
+@pytest.fixture
+def out(chain, tmp_path):
+    return copied(chain, tmp_path)
+
+
+@pytest.fixture
+def refused(capsys):
+    def refused(*arguments):
+        """The one sentence with which test_llama.py exits with 2."""
+        capsys.readouterr()
+        assert test(*arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+
+    return refused
 
 
 def base_of(chain):
@@ -182,7 +201,7 @@ def test_batches_hold_every_row_once_and_no_more_than_their_budget():
 
 
 @ONE
-def test_an_answer_ends_at_the_line_and_keeps_what_shares_its_last_token(chain, tmp_path, monkeypatch):
+def test_an_answer_ends_at_the_line_and_keeps_what_shares_its_last_token(chain, out, monkeypatch):
     tokenizer = llama.load_tokenizer(str(chain / "adapter"))
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=1))
     ends, line_ends = llama.end_tokens(model, tokenizer), tester.line_ends(tokenizer)
@@ -191,7 +210,6 @@ def test_an_answer_ends_at_the_line_and_keeps_what_shares_its_last_token(chain, 
     name, more = tokenizer([" Lydbrook", " more"], add_special_tokens=False).input_ids
     ids = [*name, last, *more, last]
     monkeypatch.setattr(tester, "test_rows", lambda model, prompts, *rest: [(1.0, ids) for _ in prompts])
-    out = copied(chain, tmp_path)
     limits = ["--trivia-qa-max-new-tokens", len(ids), "--samsum-max-new-tokens", len(ids)]
     assert test(out, *limits) == 0
     assert set(column(out, "trivia_qa", "prediction")) == {"Lydbrook."}
@@ -200,7 +218,7 @@ def test_an_answer_ends_at_the_line_and_keeps_what_shares_its_last_token(chain, 
 
 
 @ONE
-def test_a_batch_too_large_for_memory_is_halved_and_a_row_too_large_is_said(chain, tmp_path, monkeypatch, capsys):
+def test_a_batch_too_large_for_memory_is_halved_and_a_row_too_large_is_said(chain, out, monkeypatch, refused):
     test_rows, sizes = tester.test_rows, []
 
     def small(model, prompts, *rest, limit=2):
@@ -210,32 +228,30 @@ def test_a_batch_too_large_for_memory_is_halved_and_a_row_too_large_is_said(chai
         return test_rows(model, prompts, *rest)
 
     monkeypatch.setattr(tester, "test_rows", small)
-    out = copied(chain, tmp_path)
     assert test(out, *SHORT) == 0
     assert max(sizes) == 6 and sizes.count(2) + sizes.count(1) > 6
     same_columns(out, chain, "prediction")
     same_columns(out, chain, "nll", rel=1e-5)
     monkeypatch.setattr(tester, "test_rows", lambda *rest: small(*rest, limit=0))
-    assert test(out, *SHORT, "--overwrite") == 2
-    assert "one row is too much for the GPU's memory" in capsys.readouterr().err
+    assert "one row is too much for the GPU's memory" in refused(out, *SHORT, "--overwrite")
 
 
 @ONE
-def test_killed_three_times_it_goes_on_and_writes_the_same_bytes(chain, tmp_path):
-    out, printed = copied(chain, tmp_path), tmp_path / "printed"
+def test_stopped_by_ctrl_c_and_killed_twice_it_goes_on_and_writes_the_same_bytes(chain, out, tmp_path):
+    printed = tmp_path / "printed"
     arguments = ["--max-batch-tokens", "1", "--samsum-max-new-tokens", "40", "--output-dir", out]
-    for count in (1, 3, 5):  # of the twelve batches, counting those of a file that is whole
-        process = start("test_llama.py", *arguments, streams=[printed, printed])
-        while True:
-            work = [path.read_bytes().count(b"\n") for path in out.glob(".*.jsonl") if path.exists()]
-            if sum(work) + 6 * len(list(out.glob("samsum_predictions.json"))) >= count:
-                break
+    for count, stop in ((1, signal.SIGINT), (3, signal.SIGKILL), (5, signal.SIGKILL)):
+        process, done = start("test_llama.py", *arguments, streams=[tmp_path / "stdout", printed]), 0
+        while done < count:  # of the twelve batches, counting those of a file that is whole
             assert process.is_alive(), printed.read_text()
             time.sleep(0.002)
+            work = [path.read_bytes().count(b"\n") for path in out.glob(".*.jsonl") if path.exists()]
+            done = sum(work) + 6 * (out / "samsum_predictions.json").exists()
         time.sleep(random.uniform(0, 0.05))
-        process.kill()
+        os.kill(process.pid, stop)
         process.join()
-        assert process.exitcode == -signal.SIGKILL
+        assert process.exitcode == (130 if stop == signal.SIGINT else -stop)
+    assert "the same command goes on" in printed.read_text() and "Traceback" not in printed.read_text()
     result = run("test_llama.py", *arguments)
     assert result.returncode == 0, result.stderr
     assert not result.stdout.startswith("samsum: 6 rows, 0 of them") and not list(out.glob(".*"))
@@ -244,21 +260,7 @@ def test_killed_three_times_it_goes_on_and_writes_the_same_bytes(chain, tmp_path
 
 
 @ONE
-def test_stopped_by_ctrl_c_it_says_how_to_go_on(chain, tmp_path):
-    out, printed = copied(chain, tmp_path), tmp_path / "printed"
-    process = start("test_llama.py", "--max-batch-tokens", 1, "--output-dir", out, streams=[tmp_path / "x", printed])
-    while not list(out.glob(".*.part0.jsonl")):
-        assert process.is_alive(), printed.read_text()
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGINT)
-    process.join()
-    assert process.exitcode == 130 and "the same command goes on" in printed.read_text()
-    assert "Traceback" not in printed.read_text()
-
-
-@ONE
-def test_two_processes_write_the_same_files_as_one(chain, tmp_path, capsys):
-    out = copied(chain, tmp_path)
+def test_two_processes_write_the_same_files_as_one(out, capsys):
     arguments = [*SHORT, "--max-batch-tokens", "400", "--output-dir", str(out)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "test_llama.py", "--name", "two"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -277,8 +279,7 @@ def test_two_processes_write_the_same_files_as_one(chain, tmp_path, capsys):
 
 @ONE
 @pytest.mark.parametrize("cut, healed", [(0, 6), (1, 5), (20, 5)])
-def test_work_left_behind_is_used_and_a_cut_off_line_healed(cut, healed, chain, tmp_path, monkeypatch, capsys):
-    out = copied(chain, tmp_path)
+def test_work_left_behind_is_used_and_a_cut_off_line_healed(cut, healed, chain, out, monkeypatch, capsys):
     monkeypatch.setattr(tester, "write_predictions", lambda *rest: (_ for _ in ()).throw(RuntimeError))
     with pytest.raises(RuntimeError):
         test(out, *SHORT, "--max-batch-tokens", "1")
@@ -295,35 +296,25 @@ def test_work_left_behind_is_used_and_a_cut_off_line_healed(cut, healed, chain, 
 
 
 @ONE
-def test_a_finished_run_is_not_repeated_and_another_one_needs_overwrite(chain, tmp_path, capsys):
+def test_a_finished_run_is_not_repeated_and_another_one_needs_overwrite(chain, tmp_path, capsys, refused):
     out = copied(chain, tmp_path, predictions=True)
     before = snapshot(out)
     assert test(out, *SHORT) == 0
     assert "nothing to do" in capsys.readouterr().out and snapshot(out) == before
-    assert test(out, "--samsum-max-new-tokens", "9") == 2
-    assert "samsum max new tokens 8 there, 9 now" in capsys.readouterr().err and snapshot(out) == before
+    assert "samsum max new tokens 8 there, 9 now" in refused(out, "--samsum-max-new-tokens", "9")
+    assert snapshot(out) == before
     path = out / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({name: tensor * 0.5 for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-    assert test(out, *SHORT) == 2
-    assert "adapter" in capsys.readouterr().err
+    assert "adapter" in refused(out, *SHORT)
     (out / "samsum_predictions.json").write_text('{"task": "samsum", "examples": []}')  # another system's
-    assert test(out, *SHORT) == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert test(out, *SHORT, "--overwrite") == 0
-    assert column(out, "samsum", "base_nll") == column(chain, "samsum", "base_nll")
-    assert column(out, "samsum", "nll") != column(chain, "samsum", "nll")
-
-
-@ONE
-def test_work_of_another_run_is_named_and_goes_only_with_overwrite(chain, tmp_path, capsys):
-    out = copied(chain, tmp_path)
+    assert "--overwrite" in refused(out, *SHORT)
     part = out / ".samsum_predictions.part0.jsonl"
     part.write_text(json.dumps({"settings": {"model": "another"}}) + "\n")
-    assert test(out, *SHORT) == 2
-    assert "model another there" in capsys.readouterr().err and part.exists()
-    assert test(out, *SHORT, "--overwrite") == 0
-    assert not part.exists() and len(column(out, "samsum", "nll")) == 6
+    assert "model another there" in refused(out, *SHORT) and part.exists()
+    assert test(out, *SHORT, "--overwrite") == 0 and not part.exists()
+    assert column(out, "samsum", "base_nll") == column(chain, "samsum", "base_nll")
+    assert column(out, "samsum", "nll") != column(chain, "samsum", "nll")
 
 
 @ONE
@@ -346,40 +337,38 @@ def test_the_base_alone_and_the_merged_model_beside_the_adapter(chain, tmp_path)
 
 
 @ONE
-def test_what_is_missing_or_of_another_model_is_said_in_one_sentence(chain, dataset, tmp_path, capsys):
-    def refused(*arguments):
-        assert test(*arguments) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1
-        return error
-
+def test_what_is_missing_or_of_another_model_is_said_in_one_sentence(chain, dataset, out, tmp_path, refused):
     assert_refused(run("test_llama.py", "--output-dir", tmp_path), "no dataset at", "run build_dataset.py first")
     assert "run train_llama.py first" in refused(dataset)
-    out = copied(chain, tmp_path)
     other = ["--model", FIXTURES / "tiny_llama2", "--adapter", chain / "adapter"]
     assert "it is another model's" in refused(out, *other)
     shutil.copytree(out / "adapter", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     error = refused(out, *other[:-1], tmp_path / "bare")
     assert "does not load onto its base" in error and "size mismatch" in error
     path = out / "adapter" / "adapter_model.safetensors"
-    save_file(dict(list(load_file(path).items())[4:]), path, metadata={"format": "pt"})
+    tensors = load_file(path)
+    save_file(dict(list(tensors.items())[4:]), path, metadata={"format": "pt"})
     error = refused(out)
     assert "tensors are not those" in error and "run train_llama.py again" in error
+    save_file({name: tensor * math.nan for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    assert "diverged" in refused(out, *SHORT)
+    tokenizer = llama.load_tokenizer(str(FIXTURES / "tiny_llama2"))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(peft_adapter(tmp_path / "adapter", ["q_proj"]))
+    assert "[PAD]" in refused(out, "--adapter", tmp_path / "adapter")
     data = load_from_disk(str(dataset / "dataset"))
     data["test"] = data["test"].map(lambda row: {"task": "xsum"})
     data.save_to_disk(str(tmp_path / "other" / "dataset"))
     assert "unknown task xsum" in refused(tmp_path / "other")
-    assert not list(out.glob("*predictions*"))
+    assert not list(out.glob("*_predictions.json"))
 
 
 @ONE
-def test_a_model_that_no_row_fits_is_refused_with_the_setting(chain, tmp_path, capsys):
-    out = copied(chain, tmp_path)
+def test_a_model_that_no_row_fits_is_refused_with_the_setting(chain, out, tmp_path, refused):
     shutil.copytree(FIXTURES / "tiny_llama3", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
-    assert test(out, "--model", tmp_path / "model", "--adapter", chain / "adapter") == 2
-    error = capsys.readouterr().err
+    error = refused(out, "--model", tmp_path / "model", "--adapter", chain / "adapter")
     assert "no row of samsum fits the model's 100 tokens" in error and "--samsum-max-new-tokens" in error
     assert not list(out.glob("*predictions*"))
 
@@ -408,8 +397,8 @@ def test_a_row_too_long_for_the_model_is_left_out_counted_and_named(chain, tmp_p
 
 
 @BOTH
-def test_text_that_looks_like_a_special_token_stays_text(name, chain):
-    tokenizer, data = prompts_of(FIXTURES / name, chain)
+def test_text_that_looks_like_a_special_token_stays_text(name):
+    tokenizer = llama.load_tokenizer(str(FIXTURES / name))
     special = set(tokenizer.all_special_ids)
     row = {"prompt": "Tom: <s></s> <|end_of_text|><|begin_of_text|> hi <unk>", "completion": " a </s> b"}
     ids = llama.encode(tokenizer, {key: [value] for key, value in row.items()} | {"id": ["x"]})
@@ -417,15 +406,10 @@ def test_text_that_looks_like_a_special_token_stays_text(name, chain):
     assert [prompt[0], completion[-1]] == [tokenizer.bos_token_id, tokenizer.eos_token_id]
     assert not special & {*prompt[1:], *completion[:-1]}
     assert tokenizer.decode(prompt[1:] + completion[:-1]).strip() == row["prompt"] + row["completion"]
-    texts = [prompt + completion for prompt, completion in zip(data["prompt"], data["completion"], strict=True)]
-    plain = llama.encode(tokenizer, data.to_dict())
-    both = [a + b[:-1] for a, b in zip(plain["prompt_ids"], plain["completion_ids"], strict=True)]
-    assert both == tokenizer(texts).input_ids  # ordinary rows are as ever
 
 
 @ONE
-def test_a_base_that_asks_for_sampling_and_penalties_is_read_greedily_all_the_same(chain, tmp_path):
-    out = copied(chain, tmp_path)
+def test_a_base_that_asks_for_sampling_and_penalties_is_read_greedily_all_the_same(chain, out, tmp_path):
     shutil.copytree(FIXTURES / "tiny_llama3", tmp_path / "model")
     path = tmp_path / "model" / "generation_config.json"
     wishes = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 9.0, "min_new_tokens": 7}
@@ -435,15 +419,13 @@ def test_a_base_that_asks_for_sampling_and_penalties_is_read_greedily_all_the_sa
 
 
 @ONE
-def test_one_run_at_a_time_and_links_to_other_disks(chain, tmp_path, capsys):
-    out = copied(chain, tmp_path)
+def test_one_run_at_a_time_and_links_to_other_disks(chain, out, tmp_path, refused):
     (tmp_path / "link").symlink_to(out)
     (tmp_path / "elsewhere.json").write_text("{}")
     (out / "samsum_predictions.json").symlink_to(tmp_path / "elsewhere.json")
     with only_run_in(out):
         before = snapshot(out)
-        assert test(tmp_path / "link", *SHORT, "--overwrite") == 2
-        assert "is in use by" in capsys.readouterr().err and snapshot(out) == before
+        assert "is in use by" in refused(tmp_path / "link", *SHORT, "--overwrite") and snapshot(out) == before
     assert test(tmp_path / "link", *SHORT, "--overwrite") == 0
     assert (out / "samsum_predictions.json").is_symlink() and not list(out.glob(".*"))
     assert json.loads((tmp_path / "elsewhere.json").read_text())["examples"] == read(chain, "samsum")["examples"]
@@ -464,8 +446,7 @@ def peft_adapter(folder, targets, **options):
 
 @ONE
 @pytest.mark.parametrize("layer", ["lm_head", "embed_tokens", "v_proj"])
-def test_an_adapter_of_another_tool_is_tested_as_peft_loads_it(layer, chain, tmp_path):
-    out = copied(chain, tmp_path)
+def test_an_adapter_of_another_tool_is_tested_as_peft_loads_it(layer, out, tmp_path):
     folder = peft_adapter(tmp_path / "adapter", ["q_proj", layer])  # config and weights: the base's tokenizer serves
     assert test(out, "--samsum-max-new-tokens", 2, "--adapter", folder, "--no-load-in-4bit") == 0
     base = llama.load_model(str(FIXTURES / "tiny_llama2"), load_in_4bit=False)
@@ -475,44 +456,22 @@ def test_an_adapter_of_another_tool_is_tested_as_peft_loads_it(layer, chain, tmp
     inputs = {"input_ids": torch.tensor([prompt + completion])}
     inputs["labels"] = torch.tensor([[-100] * len(prompt) + completion])
     model = PeftModel.from_pretrained(base, str(folder))
-    assert column(out, "samsum", "nll")[0] == pytest.approx(model(**inputs).loss.item() * len(completion), rel=1e-5)
-    with model.disable_adapter():
-        alone = model(**inputs).loss.item() * len(completion)
-    assert column(out, "samsum", "base_nll")[0] == pytest.approx(alone, rel=1e-5)
+    for key, context in (("nll", contextlib.nullcontext()), ("base_nll", model.disable_adapter())):
+        with context:
+            expected = model(**inputs).loss.item() * len(completion)
+        assert column(out, "samsum", key)[0] == pytest.approx(expected, rel=1e-5)
     assert column(out, "samsum", "nll") != pytest.approx(column(out, "samsum", "base_nll"), rel=1e-3)
 
 
 @ONE
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
-def test_an_adapter_that_changes_its_base_is_not_shown_beside_it(kind, chain, tmp_path, capsys):
-    out = copied(chain, tmp_path)
+def test_an_adapter_that_changes_its_base_is_not_shown_beside_it(kind, out, tmp_path, refused):
     folder = peft_adapter(tmp_path / "adapter", ["q_proj", "v_proj"], init_lora_weights=kind)
     arguments = ["--samsum-max-new-tokens", 2, "--adapter", folder, "--no-load-in-4bit"]
-    assert test(out, *arguments) == 2
-    assert "--no-compare-with-base" in capsys.readouterr().err and not list(out.glob("*_predictions.json"))
+    assert "--no-compare-with-base" in refused(out, *arguments) and not list(out.glob("*_predictions.json"))
     assert test(out, *arguments, "--no-compare-with-base") == 0
     assert test(out, *arguments[:2], "--model", FIXTURES / "tiny_llama2", "--name", "base") == 0
     same_columns(out, out, "nll", other_name="_base", rel=1e-4)  # untrained it is the base
-
-
-@ONE
-def test_a_tokenizer_with_added_tokens_is_named(chain, tmp_path, capsys):
-    out = copied(chain, tmp_path)
-    tokenizer = llama.load_tokenizer(str(FIXTURES / "tiny_llama2"))
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    tokenizer.save_pretrained(peft_adapter(tmp_path / "adapter", ["q_proj"]))
-    assert test(out, *SHORT, "--adapter", tmp_path / "adapter") == 2
-    assert "[PAD]" in capsys.readouterr().err
-
-
-@ONE
-def test_an_adapter_that_diverged_is_named_instead_of_writing_nan(chain, tmp_path, capsys):
-    out = copied(chain, tmp_path)
-    path = out / "adapter" / "adapter_model.safetensors"
-    save_file({name: tensor * math.nan for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
-    assert test(out, *SHORT) == 2
-    assert "diverged" in capsys.readouterr().err
-    assert not list(out.glob("*_predictions.json"))
 
 
 @pytest.mark.parametrize("flag", ["--max-batch-tokens=0", "--samsum-max-new-tokens=0", "--name=../x"])
