@@ -62,6 +62,8 @@ def refuse_more_than_lora(folder):
     config, plain = common.read_json(folder / "adapter_config.json"), LoraConfig().to_dict()
     # "init_lora_weights" too: PiSSA, OLoRA and so on start from other base weights
     strange = {name: value for name, value in config.items() if value and value != plain.get(name)}
+    if strange.get("init_lora_weights") == "gaussian":  # another start, the base's own weights
+        del strange["init_lora_weights"]
     if names := ", ".join(f"{name} {strange[name]}" for name in sorted(strange.keys() - set(FOLLOWED))):
         fail(f"{folder} has {names}, which this script does not merge: use PEFT's merge_and_unload")
 

@@ -113,11 +113,11 @@ def train(model, folder, length, extra=()):
 def test(folder, log):
     """Tokens/s of test_llama.py's tuned system by task, and whether single rows give the same predictions."""
     found = {}
-    for name, tokens in {"batched": 16384, "single": 1}.items():
-        more = ["--max-batch-tokens", tokens, "--name", name, "--no-compare-with-base", "--overwrite"]
+    for name, limit in {"batched": 16384, "single": 1}.items():
+        more = ["--max-batch-tokens", limit, "--name", name, "--no-compare-with-base", "--overwrite"]
         run_on_gpu([sys.executable, "test_llama.py", "--output-dir", folder / "out", *more], log)
-        speeds = re.findall(r"^(\w+): .* s, ([\d,]+)/s", log.read_text(), re.MULTILINE)
-        found[name] = {task: float(speed.replace(",", "")) for task, speed in speeds}
+        speeds = re.findall(r"^(\w+): .* ([\d,]+) tokens in ([\d.]+) s", log.read_text(), re.MULTILINE)
+        found[name] = {task: int(tokens.replace(",", "")) / float(seconds) for task, tokens, seconds in speeds}
     same = []
     for task in ("samsum", "trivia_qa"):
         pair = [json.loads((folder / "out" / f"{task}_predictions_{name}.json").read_text())["examples"]
