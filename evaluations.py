@@ -1,16 +1,13 @@
 """Score the predictions of test_llama.py, or of any other system, with intervals, tests and one page to read them on.
 
-samsum gets ROUGE-1/2/L/Lsum (stemmed, one sentence per line), BLEU, exact match and length ratio; trivia_qa gets
-exact match and F1 by the official rules over all aliases, whether the prediction contains an alias, BLEU with
-effective order, and ROUGE: metrics.py computes them. Scores run from 0 to 100, each with a 95 % bootstrap interval;
-every other system is compared with the first one, the base, on the same rows. A language model judges the
-predictions where JUDGE_MODEL names one (judge.py); its key is read from OPENAI_API_KEY alone. Needs neither torch
-nor, without a judge, the network.
+metrics.py computes the scores, from 0 to 100, each with a 95 % bootstrap interval; every other system is compared with
+the first one, the base, on the same rows. A language model judges the predictions where JUDGE_MODEL names one
+(judge.py); its key is read from OPENAI_API_KEY alone. Needs neither torch nor, without a judge, the network.
 
 Reads:  OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json, whichever exist, or the files of
-        --predictions: {"task": "samsum", "examples": [{"references": ["..."], "prediction": "..."}]} is enough, or
-        the examples alone, one a line, with the task in each. For the page, where they are of the same run:
-        OUTPUT_DIR/dataset/ (prompts), dataset_report.json, adapter/run.json, adapter/log.jsonl.
+        --predictions: {"task": "samsum", "examples": [{"references": ["..."], "prediction": "..."}]} is enough.
+        For the page, where they are of the same run: OUTPUT_DIR/dataset/ (prompts), dataset_report.json,
+        adapter/run.json, adapter/log.jsonl.
 Writes: OUTPUT_DIR/evaluation.html and evaluation.json, which holds every number of the page; with a judge also
         judge_cache.jsonl, which a rerun or an interrupted run reads instead of asking again.
 
@@ -56,6 +53,7 @@ SCORES = {  # what each task reports, in the order of the table
     "trivia_qa": ("exact_match", "f1", "contains", "bleu_effective_order", *ROUGES),
 }
 BLEU = {"samsum": "bleu", "trivia_qa": "bleu_effective_order"}  # the one score that is no mean over examples
+MEANS = {task: [name for name in names if name != BLEU[task]] for task, names in SCORES.items()}
 KEYS = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "intervals", "comparisons", "groups")
 RESERVED = (*KEYS, "per_example", "judge")  # what evaluation.json holds beside a task's systems: no system's name
 NAME = re.compile(r"([\w.+-]+)=(.+)", re.DOTALL)  # --predictions NAME=FILE
@@ -87,16 +85,12 @@ class Example(BaseModel, strict=True):
     too_long: bool = False  # for its model: test_llama.py left it out, so it has no nll
 
 
-class Perplexity(BaseModel, strict=True, extra="allow"):
-    perplexity: float
-
-
 class PredictionFile(BaseModel, strict=True):
     """What test_llama.py writes for a task; of another system's file `task` and `examples` are enough."""
 
     task: Literal[TASKS]
     examples: list[Example] = Field(min_length=1)
-    perplexity: dict[str, Perplexity] = {}
+    perplexity: dict[str, dict[str, int | float]] = {}
     settings: Any = None
 
     @model_validator(mode="after")
@@ -135,27 +129,12 @@ class Rows:
     systems: dict = field(default_factory=dict)
 
 
-def parse(raw):
-    """The value in the bytes of a JSON file; of JSON lines a list. UTF-8 or UTF-16, with or without a BOM."""
-    try:
-        value = json.loads(raw)
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data":  # more than one value: one a line
-            raise
-        lines = raw.decode("utf-8-sig").split("\n")
-        value = json.loads("[" + ",\n".join(line for line in lines if line.strip()) + "]")
-    # Python's json reads NaN, 1e999 and half a character without a word: none may get into the scores.
-    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    return value
-
-
 def read_file(path, remedy=""):
     """One checked PredictionFile; anything wrong with it ends the script in one sentence."""
     try:
-        value = parse(Path(path).read_bytes())
-        if isinstance(value, list):
-            task = next((row["task"] for row in value if isinstance(row, dict) and "task" in row), None)
-            value = {"task": task, "examples": value}
+        value = json.loads(Path(path).read_bytes())
+        # Python's json reads NaN, 1e999 and half a character without a word: none may get into the scores.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
         return PredictionFile.model_validate(value)
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")
@@ -184,12 +163,12 @@ def systems_of(name, path, data, examples):
             continue
         known = column(read, f"{prefix}nll") and min(column(read, "tokens") or [0]) > 0
         losses = [(getattr(example, f"{prefix}nll") or 0.0, example.tokens or 0) for example in examples]
-        perplexity = data.perplexity.get("tuned" if name else system)
+        perplexity = data.perplexity.get("tuned" if name else system, {})
         systems[system] = System(
             file=str(path),
             predictions=predictions,
             losses=losses if known else None,
-            perplexity=perplexity and perplexity.model_dump(),
+            perplexity=perplexity if "perplexity" in perplexity else None,
             made_from=data.settings if isinstance(data.settings, dict) else None,
             too_long=len(examples) - len(read),
         )
@@ -242,24 +221,19 @@ def refuse_two_runs(tasks):
     for other in others:
         mine, its = one.made_from or {}, other.made_from or {}
         told = {name: mine[name] for name in SAME_RUN if name in mine and name in its}
-        refuse_another(other.file, its, told, f"{one.file} is the other; run test_llama.py --overwrite")
+        refuse_another(f"{other.file}, beside {one.file},", its, told, "run test_llama.py --overwrite")
 
 
 def add_prompts(output_dir, tasks):
     """The prompts of the test split in OUTPUT_DIR/dataset, for files without them; only where the references agree."""
-    if all(rows.prompts or not rows.ids for rows in tasks.values()):
-        return
     from datasets import load_from_disk
 
-    try:
-        test = load_from_disk(str(Path(output_dir) / "dataset" / "test"))
-        known = {row["id"]: (row["references"], row["prompt"]) for row in test}
-    except (OSError, ValueError, KeyError):
-        return  # the page then shows no prompts
-    for rows in tasks.values():
-        found = [known.get(row_id, (None, "")) for row_id in rows.ids or []]
-        if not rows.prompts and found and [references for references, _ in found] == rows.references:
-            rows.prompts = [prompt for _, prompt in found]
+    with suppress(OSError, ValueError, KeyError):  # the page then shows no prompts
+        known = {row["id"]: row for row in load_from_disk(f"{output_dir}/dataset/test")}
+        for rows in tasks.values():
+            found = [known.get(row_id, {}) for row_id in rows.ids or []]
+            if not rows.prompts and [row.get("references") for row in found] == rows.references:
+                rows.prompts = [row["prompt"] for row in found]
 
 
 def score(task, references, predictions):
@@ -272,22 +246,17 @@ def score(task, references, predictions):
         return metric.compute(predictions=predictions, references=references)
 
 
-def means(task):
-    """The metrics of the task that are means over examples, in their order."""
-    return [name for name in SCORES[task] if name != BLEU[task]]
-
-
 def table_of(task, scores, system):
-    """(examples, columns): a score per metric of `means`, BLEU's 10 counts, nll, tokens: sums make a corpus."""
+    """(examples, columns): a score per metric of MEANS, BLEU's 10 counts, nll, tokens: sums make a corpus."""
     losses = system.losses or np.zeros((len(scores["bleu_counts"]), 2))
-    return np.column_stack([*(scores[name] for name in means(task)), scores["bleu_counts"], losses])
+    return np.column_stack([*(scores[name] for name in MEANS[task]), scores["bleu_counts"], losses])
 
 
 def corpus_scores(task, sums, examples):
     """{metric: (...)} of the sums (..., columns) of a table's rows; perplexity: exp(summed nll / summed tokens)."""
     from metrics import bleu_of
 
-    names = means(task)
+    names = MEANS[task]
     found = {name: sums[..., i] / examples for i, name in enumerate(names)}
     counts, nll, tokens = sums[..., len(names) : -2], sums[..., -2], sums[..., -1]
     found[BLEU[task]] = bleu_of(counts, effective_order=task == "trivia_qa")
@@ -320,7 +289,7 @@ def score_task(task, rows, args):
     """Everything evaluation.json says about a task; {system: {metric: 0 to 100}} stands at its top level."""
     scores = {name: score(task, rows.references, system.predictions) for name, system in rows.systems.items()}
     tables = {name: table_of(task, scores[name], system) for name, system in rows.systems.items()}
-    columns = {metric: i for i, metric in enumerate(means(task))}
+    columns = {metric: i for i, metric in enumerate(MEANS[task])}
     by_sums = partial(corpus_scores, task)
     whole = significance.measure(by_sums, tables, args)
     tested = columns | {"perplexity": -2}
@@ -348,16 +317,18 @@ def score_task(task, rows, args):
     return result
 
 
-def same(short, digest):
-    """Whether a fingerprint begins the SHA-256 that another script wrote."""
-    return isinstance(short, str) and len(short) >= 16 and str(digest).startswith(short)
+def made_from(tasks, name):
+    """The fingerprint that all prediction files note under `name`; "unknown" where they differ, or one has none."""
+    systems = [system for rows in tasks.values() for system in rows.systems.values()]
+    noted = {str((system.made_from or {}).get(name)) for system in systems}
+    return noted.pop() if len(noted) == 1 and len(min(noted)) >= 16 else "unknown"
 
 
 def read_training(output_dir, adapter):
     """What train_llama.py noted of this adapter: facts, settings, loss {curve: [[step, loss]]}; None of another's."""
     folder = Path(output_dir) / "adapter"
     run, loss = read_json(folder / "run.json"), {}
-    if not same(adapter, run.get("adapter_sha256")):
+    if not str(run.get("adapter_sha256")).startswith(adapter):
         return None
     with suppress(OSError, ValueError, KeyError, TypeError):
         for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
@@ -372,16 +343,9 @@ def read_training(output_dir, adapter):
 def read_data(output_dir, rows):
     """{task: {split: {reason: rows}}} of the data set with these test rows, as build_dataset.py counted; or None."""
     report = read_json(Path(output_dir) / "dataset_report.json")
-    with suppress(KeyError, TypeError):
-        if same(rows, report["splits"]["test"]["sha256"]):
+    with suppress(KeyError, TypeError, AttributeError):
+        if report["splits"]["test"]["sha256"].startswith(rows):
             return {task: part["counts"] for task, part in report["tasks"].items()}
-
-
-def common_setting(tasks, name):
-    """What all the prediction files say of a setting; None where they differ, or one says nothing."""
-    systems = [system for rows in tasks.values() for system in rows.systems.values()]
-    values = [(system.made_from or {}).get(name) for system in systems]
-    return values[0] if values.count(values[0]) == len(values) else None
 
 
 def print_table(task, result):
@@ -426,8 +390,6 @@ def print_judge(judge):
         beside = ", ".join(f"{metric} {value:.2f}" for metric, value in scores.items())
         agrees = ", ".join(f"{m} {part['agreement']:.0f} %" for m, part in judge["agreement"][name].items())
         say(f"judged, {judge['examples']} examples, {name}: {beside}; agrees with {agrees}")
-    if any(judge["failed"].values()):
-        say("no readable judgement: " + ", ".join(f"{name} {count}" for name, count in judge["failed"].items()))
 
 
 @script
@@ -448,8 +410,8 @@ def main(argv=None):
         report[task]["judge"] = judge.report(task, report[task], judgements, args) | counts
     adjust(report)
     report |= {
-        "training": read_training(folder, common_setting(tasks, "adapter")),
-        "data": read_data(folder, common_setting(tasks, "rows")),
+        "training": read_training(folder, made_from(tasks, "adapter")),
+        "data": read_data(folder, made_from(tasks, "rows")),
         "versions": versions("evaluate", "matplotlib", "numpy", "rouge_score", "sacrebleu"),
         "settings": {**vars(args), "stemmer": True},
     }

@@ -22,7 +22,7 @@ import significance
 from common import fail, say
 
 CACHE = "judge_cache.jsonl"
-WAITS = (1, 2, 4, 8, 16, 32)  # seconds before a request is sent again to a busy server
+WAITS = (1, 2, 4, 8, 16)  # seconds before a request is sent again to a busy server
 MAX_REFERENCES = 20  # aliases shown; some answers have hundreds
 ACCEPTS = 75  # from this score on the judge calls a prediction right: 3 points of 4
 BESIDE = {"samsum": ("exact_match", "rougeLsum"), "trivia_qa": ("exact_match", "f1", "contains")}  # never alone
@@ -102,7 +102,7 @@ def read_cache(path):
         for line in lines:
             with suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
-                judgements[entry.pop("hash")] = entry
+                judgements[entry["hash"]] = {name: entry[name] for name in ("reason", "score")}
     return judgements
 
 
@@ -111,20 +111,20 @@ class Judge:
 
     def __init__(self, args):
         self.args, self.path = args, Path(args.output_dir) / CACHE
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip() or (
-            "" if "api.openai.com" in args.judge_url else "none"
-        )
-        if not re.fullmatch(r"[!-~]+", self.key):
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not re.fullmatch(r"[!-~]+" if "api.openai.com" in args.judge_url else r"[!-~]*", self.key):
             fail("no key for the judge: set OPENAI_API_KEY, to the key alone")
         # a server that answers one after the other works on all the others of a request before it
         timeout = args.judge_timeout * args.judge_concurrency
         # the client's own retries would also send again what timed out
-        self.client = openai.OpenAI(api_key=self.key, base_url=args.judge_url, timeout=timeout, max_retries=0)
+        self.client = openai.OpenAI(
+            api_key=self.key or "none", base_url=args.judge_url, timeout=timeout, max_retries=0
+        )
         self.options = dict(OPTIONS)  # without those that the server refused
         self.sent, self.usages = [], []  # threads may append to a list
 
     def complete(self, messages):
-        """The answer to a chat; raises openai.APIError. What is not the protocol raises anything else."""
+        """The answer to a chat; raises openai.APIError, or what a server that is not of the protocol leads to."""
         create = partial(self.client.chat.completions.create, model=self.args.judge_model, messages=messages)
         options, waits = dict(self.options), iter(WAITS)
         while True:
@@ -251,8 +251,8 @@ def report(task, result, judged, args):
     result: score_task's; gets the judge's score of each example. judged: {system: {row: judgement or None}}.
     """
     metrics, per_example = ("judge", *BESIDE[task]), result["per_example"]
-    report = {"model": args.judge_model, "url": args.judge_url, "metrics": metrics, "failed": {}, "reasons": {}}
-    report |= {"agreement": {}, "scores": {}, "comparisons": {}, "examples": 0}
+    report = {"model": args.judge_model, "url": args.judge_url, "metrics": metrics, "examples": 0}
+    report |= {key: {} for key in ("failed", "reasons", "agreement", "scores", "comparisons")}
     for name, judgements in judged.items():
         given = {i: judgement for i, judgement in judgements.items() if judgement}
         scores = [100 * given[i]["score"] if i in given else None for i in range(result["examples"])]
@@ -264,7 +264,10 @@ def report(task, result, judged, args):
     if not rows.any():
         return report
     tables = {name: table[rows] for name, table in tables.items()}
-    by_sums = partial(means_of, metrics)
+
+    def by_sums(sums, examples):
+        return {metric: sums[..., i] / examples for i, metric in enumerate(metrics)}
+
     report |= significance.measure(by_sums, tables, args)
     tested = {name: {"judge": part["judge"]} for name, part in report["differences"].items() if part}
     report["comparisons"] = significance.compare(by_sums, tables, {"judge": 0}, tested, args)
@@ -273,10 +276,6 @@ def report(task, result, judged, args):
         accepted = table[:, 0] >= ACCEPTS
         report["agreement"][name] = {metric: agreement(accepted, table[:, i] == 100) for metric, i in yes_or_no}
     return report
-
-
-def means_of(metrics, sums, examples):
-    return {metric: sums[..., i] / examples for i, metric in enumerate(metrics)}
 
 
 def agreement(judge, metric):

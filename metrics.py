@@ -58,17 +58,13 @@ def exact_match_score(prediction, reference):
 
 
 def f1_score(prediction, reference):
-    """F1 (0 to 1) over the normalised words both share, with multiplicity; 0 where they share none.
-
-    Source: triviaqa_evaluation.py, see normalize_answer.
-    """
+    """F1 (0 to 1) over the normalised words both share, with multiplicity. Source: as of exact_match_score."""
     predicted = normalize_answer(prediction).split()
     expected = normalize_answer(reference).split()
     if set(predicted).isdisjoint(expected):
         return 0.0
     same = sum((Counter(predicted) & Counter(expected)).values())
-    precision = same / len(predicted)
-    recall = same / len(expected)
+    precision, recall = same / len(predicted), same / len(expected)
     return 2 * precision * recall / (precision + recall)
 
 
@@ -91,20 +87,17 @@ def length_ratio(predictions, references):
     ratios = []
     for prediction, refs in zip(predictions, references, strict=True):
         words = len(prediction.split())
-        lengths = sorted(len(ref.split()) for ref in refs)
-        nearest = min(lengths, key=lambda length: abs(length - words))
+        nearest = min((len(ref.split()) for ref in refs), key=lambda length: (abs(length - words), length))
         ratios.append(100 * words / max(1, nearest))
     return ratios
 
 
 def rouge(predictions, references):
-    """rouge_score's F-measures, 0 to 100, of the best reference: {rouge: list}; stemmed, a sentence per line.
-
-    To be quick, it stems a word once and leaves out references without a shared word, which score 0.
-    """
+    """rouge_score's F-measures, 0 to 100, of the best reference: {rouge: list}; stemmed, a sentence per line."""
     stemmer = SimpleNamespace(stem=cache(PorterStemmer().stem))
     tokens = cache(lambda text: tokenize.tokenize(text, stemmer))
     by_line = cache(lambda text: SENTENCE_END.sub("\n", text.strip()))  # rougeLsum takes a line for a sentence
+    # quick: a word is stemmed once, and references without a shared word, which score 0, are left out
     scorer = rouge_scorer.RougeScorer(ROUGES, tokenizer=SimpleNamespace(tokenize=tokens))
     scores = {name: [] for name in ROUGES}
     for prediction, refs in zip(map(by_line, predictions), references, strict=True):
@@ -117,10 +110,10 @@ def rouge(predictions, references):
 
 
 def bleu(predictions, references, effective_order):
-    """Corpus BLEU (0 to 100), its counts per example, and sacrebleu's signature.
+    """Corpus BLEU (0 to 100), its counts (examples, 10), and sacrebleu's signature.
 
     effective_order: ignore n-gram orders longer than the answers; without it one right word scores 0.
-    counts: (examples, 10), the words of the prediction and of the nearest reference, matched and all 1- to 4-grams.
+    counts: words of the prediction and of the nearest reference, matched and all 1- to 4-grams.
     """
     width = max(map(len, references))
     streams = [[refs[i] if i < len(refs) else None for refs in references] for i in range(width)]

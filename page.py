@@ -21,7 +21,6 @@ STYLE = {  # of the figures
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "axes.axisbelow": True,
     "legend.frameon": False,
 }
 
@@ -50,24 +49,16 @@ def draw(caption, xlabel, ylabel, lines, first=0):
     return {"caption": caption, "svg": svg.replace("#000000", "var(--soft)").replace("#b0b0b0", "var(--line)")}
 
 
-def histogram(values, edges):
-    """A line of draw(): percent of the values between the edges."""
-    share = np.histogram(values, edges)[0] / len(values) * 100
-    return edges, [*share, share[-1]], {"drawstyle": "steps-post"}
-
-
 def draw_task(task, result):
-    """Figures of a task: scores and differences per example."""
-    names, metric, share = list(result["files"]), MAIN_SCORE[task], "% of the examples"
-    values = {name: np.array(result["per_example"][name][metric]) for name in names}
-    lines = {name: histogram(values[name], np.linspace(0, 100, 21)) for name in names}
-    figures = [draw(f"How {label(metric)} is spread over the examples of {task}", label(metric), share, lines)]
-    if len(names) > 1:
-        edges = np.linspace(-105, 105, 22)  # equal scores stand in the middle of a bin
-        lines = {name: histogram(values[name] - values[names[0]], edges) for name in names[1:]}
-        caption = f"Difference in {label(metric)} to {names[0]}, example by example"
-        figures.append(draw(caption, "difference", share, lines, first=1))
-    return figures
+    """The figures of a task: how the main score of the others differs from that of the first system."""
+    (first, *others), title, lines = result["files"], label(MAIN_SCORE[task]), {}
+    values = {name: np.array(result["per_example"][name][MAIN_SCORE[task]]) for name in result["files"]}
+    edges = np.linspace(-105, 105, 22)  # equal scores stand in the middle of a bin
+    for name in others:
+        share = np.histogram(values[name] - values[first], edges)[0] / result["examples"] * 100
+        lines[name] = edges, [*share, share[-1]], {"drawstyle": "steps-post"}
+    caption = f"Difference in {title} to {first}, example by example"
+    return [draw(caption, "difference", "% of the examples", lines, first=1)] if others else []
 
 
 def draw_loss(loss):

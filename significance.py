@@ -9,7 +9,7 @@ import numpy as np
 
 LOWER_IS_BETTER = ("perplexity",)
 NO_TEST = ("length_ratio",)  # neither high nor low is good
-CONFIDENCE = 95  # percent, of every interval
+ENDS = (2.5, 97.5)  # percentiles, of every 95 % interval
 LEVEL = 0.05  # a test is significant below it, after Holm
 CELLS = 500_000  # numbers of a chunk of resamples: 4 MB stay in a core's cache
 
@@ -32,8 +32,7 @@ def resampled_sums(table, resamples, seed):
 
 def interval(samples):
     """The 95 % percentile interval of resampled values."""
-    low = (100 - CONFIDENCE) / 2
-    return [round(float(value), 6) for value in np.percentile(samples, [low, 100 - low])]
+    return [round(float(value), 6) for value in np.percentile(samples, ENDS)]
 
 
 def measure(scores_of_sums, tables, args):
@@ -67,8 +66,7 @@ def measure(scores_of_sums, tables, args):
 def randomisation(scores_of_sums, first, other, resamples, seed):
     """{metric: two-sided p}: how often a random swap of the two systems' rows parts their scores as far as seen.
 
-    What was seen counts as one more resample, so that p is never 0 (Phipson & Smyth 2010). The tables are
-    (examples, columns), as for `measure`. Source: Noreen 1989, approximate randomisation.
+    What was seen counts as one more resample, so that p is never 0 (Phipson & Smyth 2010). Source: Noreen 1989.
     """
     rng, examples = np.random.default_rng(seed), len(first)
     swapped, total = other - first, first.sum(0) + other.sum(0)
@@ -91,9 +89,9 @@ def compare(scores_of_sums, tables, columns, differences, args):
 
     columns: {metric: its column}, for the metrics that have a score per example.
     """
-    first, *others = tables.values()
+    (_, first), *others = tables.items()
     result = {}
-    for name, other in zip(list(tables)[1:], others, strict=True):
+    for name, other in others:
         p_values = randomisation(scores_of_sums, first, other, args.resamples, args.seed)
         tests = result[name] = {metric: dict(part) for metric, part in differences[name].items()}
         for metric, test in tests.items():
