@@ -5,7 +5,8 @@ the first one, the base, on the same rows. A language model judges the predictio
 (judge.py); its key is read from OPENAI_API_KEY alone. Needs neither torch nor, without a judge, the network.
 
 Reads:  OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json, whichever exist, or the files of
-        --predictions: {"task": "samsum", "examples": [{"references": ["..."], "prediction": "..."}]} is enough.
+        --predictions: {"task": "samsum", "examples": [{"references": ["..."], "prediction": "..."}]} is enough,
+        or the examples alone, one a line.
         For the page, where they are of the same run: OUTPUT_DIR/dataset/ (prompts), dataset_report.json,
         adapter/run.json, adapter/log.jsonl.
 Writes: OUTPUT_DIR/evaluation.html and evaluation.json, which holds every number of the page; with a judge also
@@ -56,6 +57,7 @@ BLEU = {"samsum": "bleu", "trivia_qa": "bleu_effective_order"}  # the one score 
 MEANS = {task: [name for name in names if name != BLEU[task]] for task, names in SCORES.items()}
 KEYS = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "intervals", "comparisons", "groups")
 RESERVED = (*KEYS, "per_example", "judge")  # what evaluation.json holds beside a task's systems: no system's name
+PROMPT_ENDS = {"samsum": "Summary:", "trivia_qa": "Answer:"}  # build_dataset.py's, for examples without a task
 NAME = re.compile(r"([\w.+-]+)=(.+)", re.DOTALL)  # --predictions NAME=FILE
 SAME_RUN = ("adapter", "weights", "rows", "4_bit")  # what the predictions of two tasks must have in common
 
@@ -129,20 +131,33 @@ class Rows:
     systems: dict = field(default_factory=dict)
 
 
+def parse(raw):
+    """The value in the bytes of a JSON file, with or without a BOM; JSON lines become the examples of one."""
+    try:
+        value = json.loads(raw)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":  # more than one value: one a line
+            raise
+        examples = [json.loads(line) for line in raw.decode("utf-8-sig").split("\n") if line.strip()]
+        prompt = str(examples[0].get("prompt")).rstrip()
+        asked = next((task for task, end in PROMPT_ENDS.items() if prompt.endswith(end)), None)
+        value = {"task": examples[0].get("task", asked), "examples": examples}
+    # Python's json reads NaN, 1e999 and half a character without a word: none may get into the scores.
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return value
+
+
 def read_file(path, remedy=""):
     """One checked PredictionFile; anything wrong with it ends the script in one sentence."""
     try:
-        value = json.loads(Path(path).read_bytes())
-        # Python's json reads NaN, 1e999 and half a character without a word: none may get into the scores.
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-        return PredictionFile.model_validate(value)
+        return PredictionFile.model_validate(parse(Path(path).read_bytes()))
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         fault = f"{place}: {first['msg']}".removeprefix(": ").removeprefix("Value error, ")
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
         fault = f"not valid JSON ({error})"
     fail(f"{path}: {fault}{remedy}")
 

@@ -314,7 +314,9 @@ MALFORMED = {
         '{"task": "samsum", "examples": [{"references": ["a"], "prediction": "a"}], "x": 1e999}',
         "not valid JSON",
     ),
-    "lines": ('{"references": ["a"], "prediction": "a"}\n' * 2, "not valid JSON"),
+    "a broken line": ('{"references": ["a"], "prediction": "a"}\n{"references": ["a"]\n', "not valid JSON"),
+    "lines of no task": ('{"references": ["a"], "prediction": "a"}\n' * 2, "task: Input should be"),
+    "lines of words": ('"a"\n"b"\n', "not valid JSON"),
     "no task": ({"task": None}, "task: Input should be 'samsum' or 'trivia_qa'"),
     "unknown task": ({"task": "squad"}, "task: Input should be 'samsum' or 'trivia_qa'"),
     "task is a list": ({"task": ["samsum"]}, "task: Input should be 'samsum' or 'trivia_qa'"),
@@ -369,7 +371,12 @@ def forms():
     ]
     whole = {"task": "trivia_qa", "examples": rows}
     numbers = [row | {"id": int(row["id"])} for row in rows]
+    named = "\n".join(json.dumps(row | {"task": "trivia_qa"}, ensure_ascii=False) for row in rows)
+    asked = "\n".join(json.dumps(row | {"prompt": "Question: ?\nAnswer:"}) for row in rows)
     return {
+        "lines": f"{named}\n\n".encode(),
+        "lines with a BOM": named.encode("utf-8-sig"),
+        "lines whose task the prompt shows": asked.encode(),
         "plain": json.dumps(whole).encode(),
         "BOM": json.dumps(whole).encode("utf-8-sig"),
         "UTF-16": json.dumps(whole).encode("utf-16"),
