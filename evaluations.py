@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 import significance
 from common import TASKS, fail, parse_settings, read_json, refuse_another, say, script, versions, write_whole
@@ -72,10 +72,14 @@ def parse_args(argv=None):
     return args
 
 
+def listed(value):
+    return [value] if isinstance(value, str) else value
+
+
 class Example(BaseModel, strict=True):
     """A row of a prediction file: `references` and `prediction` are enough."""
 
-    references: list[str] = Field(min_length=1)
+    references: Annotated[list[str], BeforeValidator(listed), Field(min_length=1)]
     prediction: str
     id: Annotated[str, Field(strict=False, coerce_numbers_to_str=True)] | None = None
     base_prediction: str | None = None

@@ -94,6 +94,11 @@ def part_of(task, rows, result):
     }
 
 
+def public_name(model):
+    """A hub id as it is, of a folder its name: the whole path is nobody's business."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
 def page(report, tasks):
     """The text of evaluation.html: the numbers of `report` and the texts of `tasks`, in evaluation.html.jinja."""
     folder = jinja2.FileSystemLoader(Path(__file__).resolve().parent)
@@ -104,7 +109,7 @@ def page(report, tasks):
     return environment.get_template("evaluation.html.jinja").render(
         report=report,
         tasks=parts,
-        models=list(dict.fromkeys(made["model"] for made in made_from if "model" in made)),
+        models=list(dict.fromkeys(public_name(made["model"]) for made in made_from if "model" in made)),
         loss_figures=draw_loss(report["training"]["loss"]) if report["training"] else [],
         labels={metric: label(metric) for part in parts for metric in (*part["metrics"], "judge")},
         main_score=MAIN_SCORE,

@@ -369,11 +369,13 @@ def forms():
         {"id": "7", "references": ["Paris"], "prediction": "Paris"},
         {"id": "8", "references": ["Madrid\u2028"], "prediction": "Lisbon"},
     ]
+    alone = [row | {"references": row["references"][0]} for row in rows]
     whole = {"task": "trivia_qa", "examples": rows}
     numbers = [row | {"id": int(row["id"])} for row in rows]
     named = "\n".join(json.dumps(row | {"task": "trivia_qa"}, ensure_ascii=False) for row in rows)
     asked = "\n".join(json.dumps(row | {"prompt": "Question: ?\nAnswer:"}) for row in rows)
     return {
+        "one reference": json.dumps({"task": "trivia_qa", "examples": alone}).encode(),
         "lines": f"{named}\n\n".encode(),
         "lines with a BOM": named.encode("utf-8-sig"),
         "lines whose task the prompt shows": asked.encode(),

@@ -105,7 +105,9 @@ def test_another_adapter_is_refused_beside_the_old_predictions_and_gets_none_of_
 def test_predictions_of_one_task_by_another_adapter_are_refused(task, mixed):
     output = mixed(f"{task}_predictions.json")
     before = snapshot(output)
-    assert_refused(run("evaluations.py", *EVALUATE, "--output-dir", output), "different runs", "test_llama.py")
+    assert_refused(
+        run("evaluations.py", *EVALUATE, "--output-dir", output), "another run", "run test_llama.py --overwrite"
+    )
     assert snapshot(output) == before
 
 
