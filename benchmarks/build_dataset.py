@@ -32,7 +32,7 @@ import build_dataset as b
 from datasets import load_dataset
 source, processes = sys.argv[1:]
 def render(row):
-    item, _ = b.render_question(row, "train", "question", 300)
+    item = b.render_question(row, "train", "question", 300)
     return {"prompt": item["prompt"] if isinstance(item, dict) else None}
 if __name__ == "__main__":
     files = {"train": "rc.wikipedia/train-*.parquet"}

@@ -477,3 +477,14 @@ def test_an_adapter_that_changes_its_base_is_not_shown_beside_it(kind, out, tmp_
 @pytest.mark.parametrize("flag", ["--max-batch-tokens=0", "--samsum-max-new-tokens=0", "--name=../x"])
 def test_a_flag_out_of_range(flag, tmp_path):
     assert_refused(run("test_llama.py", flag, "--output-dir", tmp_path), flag.split("=")[0])
+
+
+def test_unpacking_the_4_bit_weights_once_changes_no_number(chain, monkeypatch):
+    base, ids = llama.read_adapter(chain / "adapter"), torch.arange(20, 60)[None]
+    unpacked, _ = tester.load_system(base, chain / "adapter", True, compare=True)
+    monkeypatch.setattr(tester.os, "sysconf", lambda name: 1)  # no memory to spare
+    packed, _ = tester.load_system(base, chain / "adapter", True, compare=True)
+    kinds = [{type(module).__name__ for module in model.modules()} for model in (packed, unpacked)]
+    assert any("4bit" in name for name in kinds[0]) and not any("4bit" in name for name in kinds[1])
+    with torch.no_grad():
+        assert torch.equal(packed(input_ids=ids).logits, unpacked(input_ids=ids).logits)
