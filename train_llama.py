@@ -52,7 +52,7 @@ REPORT_TO = "none"  # none, tensorboard, trackio, wandb (whichever is installed)
 SEED = 0  # of adapter, dropout and order
 DRY_RUN = False  # only say what the run would cost; loads no weights
 DRY_RUN_TFLOPS = 35.0  # TFLOP/s that the dry run reckons with: half of what an RTX 3090 can do in bf16
-OVERWRITE = False  # start afresh where checkpoints or an adapter of another run stand
+OVERWRITE = False  # start afresh where another run stands, or this one finished; a stopped run goes on all the same
 OUTPUT_DIR = "outputs"  # holds dataset/, gets checkpoints/ and adapter/
 
 # Fixed
