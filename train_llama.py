@@ -256,10 +256,16 @@ def make_trainer(args, model, tokenizer, train, validation, checkpointing=False,
 def train_until_done(trainer, checkpoint):
     """Run trainer.train, from the folder of a checkpoint or None; what ends it early ends the script in a sentence."""
     import torch
+    from transformers import TrainerState
 
     from estimate import SAVERS
-    from trainer import catch_signals
+    from trainer import catch_signals, out_of_patience
 
+    if checkpoint:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= state.max_steps or out_of_patience(state, trainer.patience):
+            trainer.state, trainer.started = state, time.time()
+            return  # killed before its adapter was written; the Trainer would make one step more
     catch_signals(trainer)
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))

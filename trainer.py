@@ -64,9 +64,7 @@ class QLoRATrainer(SFTTrainer):
         say(f"step {self.state.global_step:>5}  validation loss {losses}{' (best so far)' if best else ''}")
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.control.should_save |= best
-        steps = [entry["step"] for entry in self.state.log_history if "eval_loss" in entry]
-        since_best = sum(step > self.state.best_global_step for step in steps) if self.state.best_global_step else 0
-        self.control.should_training_stop |= not best and 0 < self.patience <= since_best
+        self.control.should_training_stop |= not best and out_of_patience(self.state, self.patience)
         self.mark += time.time() - started  # not training time
         return metrics
 
@@ -176,6 +174,13 @@ def summed_loss(model, inputs):
     inputs = {key: value for key, value in inputs.items() if key != "labels"}
     logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits[0]
     return cross_entropy(logits.float(), labels[kept], reduction="sum"), len(kept)
+
+
+def out_of_patience(state, patience):
+    """Whether so many validations went by without a lower loss."""
+    steps = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
+    since_best = sum(step > state.best_global_step for step in steps) if state.best_global_step else 0
+    return 0 < patience <= since_best
 
 
 class Watch(TrainerCallback):

@@ -106,6 +106,16 @@ def test_a_checkpoint_without_its_manifest_does_not_count(undisturbed, tmp_path)
     assert_same_adapter(tmp_path, adapter_of(undisturbed))
 
 
+def test_killed_between_its_last_checkpoint_and_its_adapter_it_makes_no_further_step(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "adapter")
+    result = run("train_llama.py", *COMMAND, "--output-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert_same_adapter(tmp_path, adapter_of(undisturbed), atol=0)
+    before, after = (json.loads((path / "adapter" / "run.json").read_text()) for path in (undisturbed, tmp_path))
+    assert all(before[key] == after[key] for key in ("steps", "best_step", "tokens", "train_loss", "eval_loss"))
+
+
 def test_a_finished_run_says_so_and_other_settings_are_named(undisturbed, dataset, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "out")
     before = snapshot(tmp_path / "out")
