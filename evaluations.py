@@ -48,7 +48,7 @@ JUDGE_TIMEOUT = 60.0  # seconds for a request, times those at once: a local serv
 OUTPUT_DIR = "outputs"  # holds the predictions, gets evaluation.json and evaluation.html
 
 # Fixed
-ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")  # as in metrics.py, which is imported late
 SCORES = {  # what each task reports, in the order of the table
     "samsum": (*ROUGES, "bleu", "exact_match", "length_ratio"),
     "trivia_qa": ("exact_match", "f1", "contains", "bleu_effective_order", *ROUGES),
