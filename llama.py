@@ -178,6 +178,23 @@ def compute_dtype():
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def own_gpu(script):
+    """One process takes one GPU: under a launcher that of its rank, else the first. Call it before CUDA is used.
+
+    The Trainer would spread one process over all visible GPUs, which 4-bit weights do not survive.
+    """
+    import torch
+
+    if "LOCAL_RANK" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        return
+    count = torch.cuda.device_count()  # asks the driver, and leaves CUDA_VISIBLE_DEVICES to be changed
+    if count > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        say(f"taking one of {count} GPUs; for all of them: accelerate launch --num_processes {count} {script}")
+
+
 def under_fsdp():
     return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 

@@ -417,6 +417,7 @@ def main(argv=None):
     import torch
     from accelerate import PartialState
 
+    llama.own_gpu("test_llama.py")
     llama.quiet()
     with common.only_run_in(args.output_dir):
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))

@@ -399,6 +399,7 @@ def main(argv=None):
     args = parse_args(argv)
     base = llama.find_model(args.model)
     rows = {split: llama.load_rows(args.output_dir, split) for split in ("train", "validation")}
+    llama.own_gpu("train_llama.py")
     llama.quiet()
     if args.dry_run:
         tell_costs(args, base, rows["train"])

@@ -86,7 +86,8 @@ class QLoRATrainer(SFTTrainer):
         order = sorted(range(len(sizes)), key=lambda i: sizes[i])
         rows = [self.train_dataset[i] for i in order[-self.args.per_device_train_batch_size :]]
         before = self.tokens
-        with torch.random.fork_rng(), self.compute_loss_context_manager():
+        own = [self.args.device] if self.args.device.type == "cuda" else []  # by default those of all GPUs
+        with torch.random.fork_rng(own), self.compute_loss_context_manager():
             self.model_wrapped.train()
             inputs = self._prepare_inputs(self.data_collator(rows))
             self.accelerator.backward(self.compute_loss(self.model_wrapped, inputs))

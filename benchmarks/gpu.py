@@ -1,27 +1,43 @@
-"""Measure training and testing on one GPU with random Llamas of real shapes: exactness, rates, speed and memory.
+"""Measure training, testing and merging on one GPU with random Llamas of real shapes.
 
-Speed and memory of random weights are those of real ones; only the text is noise. Smallest things first, each printed
-and saved to benchmarks/results/gpu.json as it comes. Where there is no GPU, `--shapes tiny` runs each part on the CPU,
-in float32, to see that it works. 8B and 7B each need 16 GB of disk in the folder for as long as they are measured.
+Speed and memory of random weights are those of real ones; only the text is noise. Each result is printed and saved as
+it comes, a failure too; no stage is begun after --minutes:
 
-    python benchmarks/gpu.py
-    python benchmarks/gpu.py --shapes tiny --folder /tmp/gpu_benchmark
+    rates      16-bit matrix products and copies: what the other numbers cannot exceed
+    exactness  loss and gradients of packed rows beside the same rows alone, in each type of number
+    training   the training step of train_llama.py in one process, one thing changed at a time; `trl sft` beside it
+    profile    where the time of a step goes, by kernel
+    chain      the scripts on the tiny model: trained, killed and gone on, tested (rows alone too), merged, checked
+    commands   the scripts on the shape: train, test (4 bit and merged), merge
+
+Where there is no GPU, `--shape tiny` runs every stage on the CPU, in float32, to see that it works. 8B and 7B need
+40 GB in the folder (memory will do: /dev/shm).
+
+    python benchmarks/gpu.py --shape llama3-8B --folder /dev/shm/gpu
+    python benchmarks/gpu.py --shape tiny --folder /tmp/gpu --stages training
 """
 
 import argparse
+import contextlib
+import io
 import json
+import os
 import re
 import shutil
+import signal
 import statistics
+import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
-from peers import FOLDER, MODEL, ROOT, machine, save, table, timed
+from peers import FOLDER, MODEL, RESULTS, ROOT, machine, table, timed
 from scaling import random_model
 
-STEPS = 12  # optimizer steps of a training, the first two of which are not counted
-BUILD = ("--max-context-words", 300, "--test-examples-per-task", 60)
+STAGES = ("rates", "exactness", "training", "profile", "chain", "commands")
+STEPS = 6  # optimizer steps of a training, the first two of which are not counted
+BUILD = ("--max-context-words", 300, "--test-examples-per-task", 24, "--validation-examples-per-task", 8)
 SHAPES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 2048},
@@ -32,148 +48,480 @@ SHAPES = {
     "llama2-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
                   "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False},
 }  # fmt: skip
+# What is changed beside the settings as shipped: flags of train_llama.py and attributes of its SFTConfig.
+LONG = {"max_length": 8192, "gradient_accumulation_steps": 1}
+VARIANTS = {
+    "as shipped": {},
+    "fused AdamW in float32": {"optim": "adamw_torch_fused"},
+    "checkpointing": {"activation_checkpointing": "on"},
+    "8192 x 1": LONG,
+    "8192 x 1, checkpointing": LONG | {"activation_checkpointing": "on"},
+    "sdpa": {"attn_implementation": "sdpa"},
+    "PEFT's own LoRA": {"fused": False},
+    "Liger": {"use_liger_kernel": True},
+    "8192 x 1, Liger": LONG | {"use_liger_kernel": True},
+    "8192 x 1, Liger, fused AdamW": LONG | {"use_liger_kernel": True, "optim": "adamw_torch_fused"},
+    "8192 x 1, Liger, checkpointing": LONG | {"use_liger_kernel": True, "activation_checkpointing": "on"},
+}
+# The same model, adapter and rows under TRL's own trainer: as it comes, and at the best of its documented flags.
+TRL = {
+    "trl sft as shipped": {},
+    "trl sft packed (rows see one another), no checkpointing": {
+        "packing": True, "activation_checkpointing": False, "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 4},
+    "the same, Liger": {
+        "packing": True, "activation_checkpointing": False, "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 4, "use_liger_kernel": True},
+}  # fmt: skip
 
 
-def rates(size):
-    """TFLOP/s of 16-bit matrix products and GB/s of copies: what the other numbers cannot exceed."""
+class Bench:
+    """What the stages share; `note` keeps a result."""
+
+    def __init__(self, args):
+        import torch
+
+        self.cuda = torch.cuda.is_available()
+        self.shape, self.folder, self.results_file = args.shape, args.folder.resolve(), args.results
+        self.ends = time.time() + 60 * args.minutes
+        gpu = torch.cuda.get_device_name() if self.cuda else None
+        self.result = {"machine": machine() | {"gpu": gpu}, "shape": args.shape}
+
+    def note(self, stage, **found):
+        self.result.setdefault(stage, {}).update(found)
+        print(json.dumps({stage: found}), flush=True)
+        self.results_file.write_text(json.dumps(self.result, indent=1) + "\n")
+
+    def run(self, name, command):
+        """Seconds of a command that sees the GPU; its output goes to a file; raises where it fails."""
+        command, log, started = list(map(str, command)), self.folder / f"{name}.txt", time.time()
+        with log.open("w") as file:
+            status = subprocess.run(command, stdout=file, stderr=file, cwd=ROOT).returncode
+        if status:
+            raise RuntimeError(f"exit code {status} of {' '.join(command)}: {log.read_text()[-1500:]}")
+        return time.time() - started, log.read_text()
+
+    def model(self):
+        """The folder of the random model of the shape."""
+        folder = self.folder / "model"
+        if not (folder / "config.json").exists():
+            import torch
+
+            random_model(SHAPES[self.shape], folder)
+            if self.cuda:
+                torch.cuda.empty_cache()
+        return folder
+
+    def build(self, name):
+        """OUTPUT_DIR with the fixtures' data set."""
+        output = self.folder / name
+        if not output.exists():
+            sources = ["--samsum", ROOT / "tests/fixtures/samsum", "--trivia-qa", ROOT / "tests/fixtures/trivia_qa"]
+            command = [sys.executable, "build_dataset.py", *sources, *BUILD, "--output-dir", output]
+            timed(command, self.folder / "build.txt")
+        return output
+
+
+def synchronize(bench):
     import torch
 
-    cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    if bench.cuda:
+        torch.cuda.synchronize()
 
-    def seconds(work, repeats=10):
-        for _ in range(2):
+
+def rates(bench):
+    import torch
+
+    size, dtype = (8192, torch.bfloat16) if bench.cuda else (512, torch.float32)
+    device = "cuda" if bench.cuda else "cpu"
+
+    def seconds(work, repeats=20):
+        for _ in range(5):
             work()
-        if cuda:
-            torch.cuda.synchronize()
+        synchronize(bench)
         start = time.perf_counter()
         for _ in range(repeats):
             work()
-        if cuda:
-            torch.cuda.synchronize()
+        synchronize(bench)
         return (time.perf_counter() - start) / repeats
 
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     target = torch.empty_like(a)
-    return {"tflops": 2 * size**3 / seconds(lambda: torch.mm(a, b, out=target)) / 1e12,
-            "copy_gb_per_second": 2 * a.nbytes / seconds(lambda: target.copy_(b)) / 1e9}  # fmt: skip
+    bench.note(
+        "rates",
+        tflops=2 * size**3 / seconds(lambda: torch.mm(a, b, out=target)) / 1e12,
+        copy_gb_per_second=2 * a.nbytes / seconds(lambda: target.copy_(b)) / 1e9,
+    )
 
 
-def packing_difference(rows):
-    """Relative difference of the summed loss of packed rows from that of the same rows one by one under sdpa."""
+def trainer_of(bench, model, **changes):
+    """A trainer as train_llama.py makes it for the shape's rows, with `changes` (see VARIANTS), and its sequences."""
+    import llama
+    import train_llama
+    import trainer as training
+    from estimate import model_shape
+
+    flags = {name: changes.pop(name) for name in list(changes) if hasattr(train_llama, name.upper())}
+    fused = changes.pop("fused", True)
+    output = bench.build("training")
+    args = train_llama.parse_args(["--model", str(bench.model()), "--output-dir", str(output)])
+    vars(args).update(flags | {"max_steps": STEPS, "logging_steps": 1, "eval_steps": 10**6, "save_steps": 10**6})
+    base = llama.find_model(args.model)
+    tokenizer = llama.load_tokenizer(base)
+    rows = {split: llama.load_rows(output, split) for split in ("train", "validation")}
+    with contextlib.redirect_stdout(io.StringIO()):
+        tokens = train_llama.tokenize(rows["train"], tokenizer, args.max_length, "train")
+        packed = train_llama.pack(tokens, args)
+        validation = train_llama.validation_sets(rows["validation"], tokenizer, args)
+    shape = model_shape(base, llama.load_config(base), train_llama.lora_config(args))
+    config, fuse = train_llama.sft_config, training.fuse_lora
+
+    def changed(*options):
+        made = config(*options)
+        for name, value in changes.items():
+            setattr(made, name, value)
+        return made
+
+    train_llama.sft_config = changed
+    training.fuse_lora = fuse if fused else lambda model: None
+    try:
+        checkpointing = args.activation_checkpointing == "on"
+        made = train_llama.make_trainer(args, model, tokenizer, packed, validation, checkpointing, {})
+    finally:
+        train_llama.sft_config, training.fuse_lora = config, fuse
+    return made, args, shape, packed
+
+
+@contextlib.contextmanager
+def restored(trainer):
+    """Take adapter, checkpointing and Liger's kernels off the base model again."""
+    import transformers.models.llama.modeling_llama as modeling
+
+    rotary = modeling.apply_rotary_pos_emb
+    try:
+        yield
+    finally:
+        modeling.apply_rotary_pos_emb = rotary
+        base = trainer.model.unload()
+        base.gradient_checkpointing_disable()
+        for module in base.modules():
+            if "forward" in vars(module) and "liger" in repr(vars(module)["forward"]):
+                del module.forward
+
+
+def measured(bench, trainer, speed="tokens_per_second"):
+    """Tokens/s and peak memory of trainer.train()."""
     import torch
+
+    if bench.cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.train()
+    found = {}
+    if bench.cuda:
+        found["peak_allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        found["peak_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+    entries = [entry for entry in trainer.state.log_history if speed in entry]
+    return found | {"tokens_per_second": statistics.median(entry[speed] for entry in entries[2:]),
+                    "losses": [round(entry["loss"], 4) for entry in entries]}  # fmt: skip
+
+
+def training(bench):
+    import gc
+
+    import llama
+    from estimate import memory, operations, pass_size
+
+    model = llama.load_model(str(bench.model()), load_in_4bit=True)
+    for name, changes in VARIANTS.items():
+        if time.time() > bench.ends:
+            return
+        if "Liger" in name and not bench.cuda:
+            continue
+        trainer = None
+        try:
+            trainer, args, shape, packed = trainer_of(bench, model, **changes)
+            with restored(trainer):
+                found = measured(bench, trainer)
+            on = args.activation_checkpointing == "on"
+            found["estimate_gb"] = sum(memory(shape, args, *pass_size(packed, args), on).values()) / 1e9
+            rows = [length for lengths in packed["seq_lengths"] for length in lengths]
+            labels = sum(label != -100 for row in packed["labels"] for label in row)
+            found["tflops"] = operations(shape, rows, labels, on) / sum(rows) * found["tokens_per_second"] / 1e12
+        except Exception as error:
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {error}"[:500]}
+        bench.note("training", **{name: found})
+        del trainer
+        gc.collect()
+    for name, changes in TRL.items():
+        if time.time() > bench.ends:
+            return
+        if "Liger" in name and not bench.cuda:
+            continue
+        try:
+            trainer = trl_trainer(bench, model, changes)
+            with restored(trainer):
+                found = measured(bench, trainer, "tokens_per_second")
+        except Exception as error:
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {error}"[:500]}
+        bench.note("training", **{name: found})
+        trainer = None
+        gc.collect()
+
+
+def trl_trainer(bench, model, changes):
+    """TRL's SFTTrainer on the same rows, as prompt and completion, with the same adapter; logs tokens/s of a step."""
+    import torch
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    import llama
+    import train_llama
+
+    class Speed(TrainerCallback):
+        """Useful tokens (no padding) of a step over its time."""
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            synchronize(bench)
+            self.began, self.before = time.time(), self.trainer.useful
+
+        def on_step_end(self, args, state, control, **kwargs):
+            synchronize(bench)
+            speed = (self.trainer.useful - self.before) / (time.time() - self.began)
+            state.log_history.append({"step": state.global_step, "loss": 0.0, "tokens_per_second": speed})
+
+    class Counting(SFTTrainer):
+        def training_step(self, model, inputs, *more):
+            mask = inputs.get("attention_mask")
+            self.useful += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+            return super().training_step(model, inputs, *more)
+
+    model.set_attn_implementation("sdpa")
+    rows = llama.load_rows(bench.build("training"), "train").select_columns(["prompt", "completion"])
+    options = {"per_device_train_batch_size": 8, "max_length": 2048} | changes
+    options |= {"max_steps": STEPS, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    options |= {"learning_rate": 2e-4, "use_cpu": not bench.cuda, "bf16": bench.cuda}
+    config = SFTConfig(output_dir=str(bench.folder / "trl"), **options)
+    torch.manual_seed(0)
+    args = train_llama.parse_args([])
+    speed = Speed()
+    trainer = Counting(model, args=config, train_dataset=rows, peft_config=train_llama.lora_config(args),
+                       processing_class=llama.load_tokenizer(str(bench.model())), callbacks=[speed])  # fmt: skip
+    speed.trainer, trainer.useful = trainer, 0
+    return trainer
+
+
+def profile(bench):
+    """One pass, forward and backward, of two sizes: kernels by their time, and the GPU's share of the wall time."""
+    import torch
+    from torch.profiler import ProfilerActivity
 
     import llama
 
-    llama.quiet()
+    model = llama.load_model(str(bench.model()), load_in_4bit=True)
+    for name in ("as shipped", "8192 x 1"):
+        trainer, *_ = trainer_of(bench, model, **VARIANTS[name])
+        with restored(trainer):
+            inputs = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
+
+            def step(trainer=trainer, inputs=inputs):
+                with trainer.compute_loss_context_manager():
+                    trainer.accelerator.backward(trainer.compute_loss(trainer.model, dict(inputs)))
+                synchronize(bench)
+
+            for _ in range(2):
+                step()
+            start = time.perf_counter()
+            step()
+            wall = time.perf_counter() - start
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * bench.cuda
+            with torch.profiler.profile(activities=activities) as profiler:
+                step()
+            events = profiler.key_averages()
+            kernels = [e for e in events if str(e.device_type).endswith("CUDA")] if bench.cuda else list(events)
+            time_of = (lambda e: e.self_device_time_total) if bench.cuda else (lambda e: e.self_cpu_time_total)
+            total = sum(map(time_of, kernels)) / 1e6
+            top = sorted(kernels, key=time_of, reverse=True)[:25]
+            found = {"tokens": inputs["input_ids"].numel(), "wall_ms": wall * 1e3, "busy_ms": total * 1e3}
+            found["launches"] = sum(e.count for e in kernels)
+            found["kernels"] = [[e.key[:110], e.count, round(time_of(e) / 1e3, 3)] for e in top]
+            bench.note("profile", **{name: found})
+
+
+def exactness(bench):
+    """Packed rows beside the same alone under sdpa, on the tiny model with a random adapter, and beside float32."""
+    import torch
+    from peft import get_peft_model
+
+    import llama
+    import train_llama
+    from trainer import fuse_lora, summed_loss
+
+    args = train_llama.parse_args([])
     tokenizer = llama.load_tokenizer(str(MODEL))
+    rows = llama.load_rows(bench.build("training"), "train").select(range(12)).to_dict()
     ids = llama.encode(tokenizer, rows)
     pairs = list(zip(ids["prompt_ids"], ids["completion_ids"], strict=True))
-    model = llama.load_model(str(MODEL), load_in_4bit=True).eval()
+    own, truth = llama.compute_dtype, None
+    for dtype in [torch.float32] + [torch.bfloat16, torch.float16] * bench.cuda:
+        llama.compute_dtype = lambda dtype=dtype: dtype
+        torch.manual_seed(0)
+        model = get_peft_model(llama.load_model(str(MODEL), load_in_4bit=True), train_llama.lora_config(args)).train()
+        llama.compute_dtype = own
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.data = torch.randn_like(parameter.float()) * 0.02
+        fuse_lora(model)
 
-    def loss(packed, **bounds):
-        tokens = torch.tensor([[i for p, c in packed for i in p + c]], device=model.device)
-        positions = torch.cat([torch.arange(len(p) + len(c)) for p, c in packed])[None].to(model.device)
-        with torch.no_grad():
-            logits = model(tokens, position_ids=positions, use_cache=False, **bounds).logits[0].float()
-        gold = torch.tensor([x for p, c in packed for x in [-100] * (len(p) - 1) + c + [-100]], device=model.device)
-        return torch.nn.functional.cross_entropy(logits, gold, reduction="sum").item()
+        def loss_and_gradients(some, attention, model=model, trained=trained):
+            model.get_base_model().set_attn_implementation(attention)
+            bounds = torch.tensor([0] + [len(p) + len(c) for p, c in some]).cumsum(0)
+            inputs = {
+                "input_ids": torch.tensor([[i for p, c in some for i in p + c]]),
+                "labels": torch.tensor([[i for p, c in some for i in [-100] * len(p) + c]]),
+                "position_ids": torch.cat([torch.arange(len(p) + len(c)) for p, c in some])[None],
+            }
+            if attention == "packed":
+                more = {"cu_seq_lens_q": bounds.int(), "cu_seq_lens_k": bounds.int()}
+                inputs |= more | {"max_length_q": int(bounds.diff().max()), "max_length_k": int(bounds.diff().max())}
+            inputs = {key: v.to(model.device) if hasattr(v, "to") else v for key, v in inputs.items()}
+            model.zero_grad()
+            loss, _ = summed_loss(model, inputs)
+            loss.backward()
+            return loss.item(), torch.cat([p.grad.flatten().double() for p in trained])
 
-    model.set_attn_implementation("sdpa")
-    apart = sum(loss([pair]) for pair in pairs)
-    attention = llama.choose_attention("auto")
-    model.set_attn_implementation(attention)
-    lengths = torch.tensor([0] + [len(p) + len(c) for p, c in pairs])
-    bounds, longest = lengths.cumsum(0).int().to(model.device), int(lengths.max())
-    more = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
-    return {"attention": attention, "packed_loss_difference": abs(loss(pairs, **more) / apart - 1)}
+        llama.choose_attention("packed")
+        packed, packed_gradient = loss_and_gradients(pairs, "packed")
+        alone = [loss_and_gradients([pair], "sdpa") for pair in pairs]
+        loss, gradient = sum(loss for loss, _ in alone), sum(gradient for _, gradient in alone)
+        truth = truth or (loss, gradient)
+
+        def apart(a, b):
+            return ((a - b).norm() / b.norm()).item()
+
+        bench.note("exactness", **{str(dtype)[6:]: {
+            "packed_loss_beside_alone": abs(packed / loss - 1),
+            "packed_gradient_beside_alone": apart(packed_gradient, gradient),
+            "alone_loss_beside_float32": abs(loss / truth[0] - 1),
+            "alone_gradient_beside_float32": apart(gradient, truth[1]),
+            "packed_gradient_beside_float32": apart(packed_gradient, truth[1]),
+        }})  # fmt: skip
 
 
-def train(model, folder, length, extra=()):
-    """Tokens/s and peak GB of train_llama.py, and the GB that its dry run says."""
-    output = folder / "out"
-    shutil.rmtree(output / "adapter", ignore_errors=True)
-    command = [sys.executable, "train_llama.py", "--model", model, "--output-dir", output, "--max-length", length]
-    command += ["--gradient-accumulation-steps", 1, "--overwrite", *extra]
-    log = folder / "train.txt"
-    run_on_gpu([*command, "--dry-run"], log)
-    said = log.read_text()
-    estimate = [float(number) for number in re.findall(r"^estimate +([\d.]+) +([\d.]+)", said, re.MULTILINE)[0]]
-    limits = ["--max-steps", STEPS, "--logging-steps", 1, "--eval-steps", 10**6, "--save-steps", 10**6]
-    seconds = run_on_gpu([*command, *limits], log)
+def predictions(output, name=""):
+    files = [output / f"{task}_predictions{name}.json" for task in ("samsum", "trivia_qa")]
+    return [example for file in files for example in json.loads(file.read_text())["examples"]]
+
+
+def same(output, one, other):
+    """Share of equal predictions, and the relative difference of all rows' summed log-likelihood."""
+    a, b = predictions(output, one), predictions(output, other)
+    nll = sum(row["nll"] for row in a) / sum(row["nll"] for row in b) - 1
+    equal = sum(x["prediction"] == y["prediction"] for x, y in zip(a, b, strict=True)) / len(a)
+    return {"same_predictions": equal, "nll_difference": abs(nll)}
+
+
+def chain(bench):
+    """The scripts as they are on the tiny model; a training killed at its 20th step ends with which adapter?"""
+    from safetensors.torch import load_file
+
+    outputs = [bench.build("chain"), bench.build("killed")]
+    shipped = [sys.executable, "train_llama.py", "--model", MODEL, "--learning-rate", 4e-3, "--max-length", 1024]
+    shipped += ["--gradient-accumulation-steps", 1, "--max-steps", 40, "--eval-steps", 20, "--save-steps", 10]
+    whole, killed = ([*shipped, "--output-dir", output] for output in outputs)
+    seconds, said = bench.run("train", whole)
+    run = json.loads((outputs[0] / "adapter" / "run.json").read_text())
+    bench.note("chain", train={"seconds": seconds} | {
+        key: run[key] for key in ("attention", "eval_loss", "tokens_per_second", "peak_memory_gb")})  # fmt: skip
+    process = subprocess.Popen(list(map(str, killed)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    while process.poll() is None and not (outputs[1] / "checkpoints" / "checkpoint-20" / "manifest.json").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, said = bench.run("train_again", killed)
+    adapters = [load_file(output / "adapter" / "adapter_model.safetensors") for output in outputs]
+    difference = max((adapters[0][key] - adapters[1][key]).abs().max().item() for key in adapters[0])
+    largest = max(tensor.abs().max().item() for tensor in adapters[0].values())
+    bench.note("chain", killed={"went_on": "going on from" in said, "largest_difference": difference,
+                                "largest_weight": largest})  # fmt: skip
+    half = "import llama, torch; llama.compute_dtype = lambda: torch.float16; import train_llama; train_llama.main()"
+    older = [sys.executable, "-c", half, *shipped[2:], "--attn-implementation", "sdpa"]  # as on a T4
+    _, said = bench.run("train_half", [*older, "--output-dir", bench.build("half")])
+    run = json.loads((bench.build("half") / "adapter" / "run.json").read_text())
+    bench.note("chain", float16={"eval_loss": run["eval_loss"], "tokens_per_second": run["tokens_per_second"]})
+    test = [sys.executable, "test_llama.py", "--output-dir", outputs[0]]
+    seconds, said = bench.run("test", test)
+    print(said[-900:], flush=True)
+    bench.run("test_alone", [*test, "--max-batch-tokens", 1, "--name", "alone", "--no-compare-with-base"])
+    bench.note("chain", test={"seconds": seconds}, alone=same(outputs[0], "", "_alone"))
+    seconds, said = bench.run("merge", [sys.executable, "merge_llama.py", "--output-dir", outputs[0]])
+    print(said[-1500:], flush=True)
+    bench.run("test_merged", [*test, "--model", outputs[0] / "merged", "--name", "merged"])
+    bench.note("chain", merge={"seconds": seconds} | same(outputs[0], "", "_merged"))
+
+
+def commands(bench):
+    """Seconds, tokens/s and peak GB of the commands at the shape."""
+    output, python = bench.build("commands"), sys.executable
+    train = [python, "train_llama.py", "--model", bench.model(), "--max-steps", 6, "--logging-steps", 1]
+    seconds, _ = bench.run("train_large", [*train, "--output-dir", output])
     run = json.loads((output / "adapter" / "run.json").read_text())
-    entries = [json.loads(line) for line in (output / "adapter" / "log.jsonl").read_text().splitlines()]
-    speeds = [entry["tokens_per_second"] for entry in entries if "loss" in entry][2:]
-    checkpointing = "on" in extra
-    return {"tokens_per_second": statistics.median(speeds), "command_seconds": seconds,
-            "peak_gb": run["peak_memory_gb"], "dry_run_gb": estimate[not checkpointing],
-            "attention": run["attention"]}  # fmt: skip
+    bench.note("commands", train={"seconds": seconds, "peak_gb": run["peak_memory_gb"]})
 
+    def test(name, *options):
+        if time.time() > bench.ends:
+            return
+        command = [python, "test_llama.py", "--output-dir", output, "--name", name, *options]
+        seconds, said = bench.run(f"test_{name}", command)
+        speeds = re.findall(r"^(\w+): .* ([\d,]+) tokens in ([\d.]+) s", said, re.MULTILINE)
+        found = {task: int(tokens.replace(",", "")) / float(took) for task, tokens, took in speeds}
+        peak = float(re.search(r"peak memory ([\d.]+) GB", said)[1])
+        bench.note("commands", **{f"test {name}": {"seconds": seconds, "tokens_per_second": found, "peak_gb": peak}})
 
-def test(folder, log):
-    """Tokens/s of test_llama.py's tuned system by task, and whether single rows give the same predictions."""
-    found = {}
-    for name, limit in {"batched": 16384, "single": 1}.items():
-        more = ["--max-batch-tokens", limit, "--name", name, "--no-compare-with-base", "--overwrite"]
-        run_on_gpu([sys.executable, "test_llama.py", "--output-dir", folder / "out", *more], log)
-        speeds = re.findall(r"^(\w+): .* ([\d,]+) tokens in ([\d.]+) s", log.read_text(), re.MULTILINE)
-        found[name] = {task: int(tokens.replace(",", "")) / float(seconds) for task, tokens, seconds in speeds}
-    same = []
-    for task in ("samsum", "trivia_qa"):
-        pair = [json.loads((folder / "out" / f"{task}_predictions_{name}.json").read_text())["examples"]
-                for name in found]  # fmt: skip
-        same += [a["prediction"] == b["prediction"] for a, b in zip(*pair, strict=True)]
-    return {"tokens_per_second": found, "same_predictions": sum(same) / len(same)}
-
-
-def run_on_gpu(command, log):
-    """Seconds of a command that sees the GPU; timed() hides it from the peers on the CPU."""
-    import torch
-
-    more = {} if not torch.cuda.is_available() else {"CUDA_VISIBLE_DEVICES": "0", "ACCELERATE_USE_CPU": "false"}
-    return timed(command, log, more)[0]
+    test("tuned", "--no-compare-with-base")
+    if time.time() < bench.ends:
+        seconds, said = bench.run("merge_large", [python, "merge_llama.py", "--output-dir", output, "--check-rows", 8])
+        bench.note("commands", merge={"seconds": seconds, "said": said[-1500:]})
+        test("merged", "--model", output / "merged")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["1B", "llama3-8B", "llama2-7B"])
-    parser.add_argument("--folder", type=Path, default=FOLDER / "gpu", help="for models, data and logs: some 20 GB")
+    parser.add_argument("--shape", choices=list(SHAPES), default="llama3-8B")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--folder", type=Path, default=FOLDER / "gpu", help="for models, data and logs")
+    parser.add_argument("--results", type=Path, default=RESULTS / "gpu.json")
+    parser.add_argument("--minutes", type=float, default=30, help="after which no further stage begins")
     args = parser.parse_args(argv)
     sys.path.insert(0, str(ROOT))
-    import datasets
-    import torch
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args)
+    if not bench.cuda and args.shape != "tiny":
+        sys.exit("error: there is no GPU: give --shape tiny to see that every part works on the CPU")
+    import llama
 
-    folder, cuda = args.folder.resolve(), torch.cuda.is_available()
-    if not cuda and args.shapes != ["tiny"]:
-        sys.exit("error: there is no GPU: give --shapes tiny to see that every part works on the CPU")
-    shutil.rmtree(folder / "out", ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    sources = ["--samsum", ROOT / "tests/fixtures/samsum", "--trivia-qa", ROOT / "tests/fixtures/trivia_qa"]
-    timed([sys.executable, "build_dataset.py", *sources, *BUILD, "--output-dir", folder / "out"], folder / "build.txt")
-    result = {"machine": machine() | {"gpu": torch.cuda.get_device_name() if cuda else None}, "training": {}}
-
-    def note(**found):
-        result.update(found)
-        print(json.dumps(found), flush=True)
-        if cuda:
-            save("gpu", result)
-
-    note(rates=rates(8192 if cuda else 512))
-    rows = datasets.load_from_disk(str(folder / "out" / "dataset" / "train")).select(range(12)).to_dict()
-    note(packing=packing_difference(rows))
-    for shape in args.shapes:
-        model = folder / "model"
-        random_model(SHAPES[shape], model)
-        if cuda:
-            torch.cuda.empty_cache()
-        for extra in ((), ("--activation-checkpointing", "on")):
-            found = train(model, folder, 2048, extra)
-            note(training=result["training"] | {" ".join([shape, *extra[1:]]): found})
-        note(**{f"testing {shape}": test(folder, folder / "test.txt")})
-        shutil.rmtree(model)
-    head = ["", "tokens/s", "peak GB", "dry run, GB"]
-    table(head, [[name, f"{run['tokens_per_second']:,.0f}", f"{run['peak_gb']:.2f}", f"{run['dry_run_gb']:.2f}"]
-                 for name, run in result["training"].items()])  # fmt: skip
+    llama.quiet()
+    for stage in args.stages:
+        if time.time() > bench.ends:
+            bench.note(stage, error="no time left")
+            continue
+        started = time.time()
+        try:
+            globals()[stage](bench)
+        except Exception as error:
+            traceback.print_exc()
+            bench.note(stage, error=f"{type(error).__name__}: {error}"[:2000])
+        bench.note(stage, stage_seconds=round(time.time() - started, 1))
+    trained = bench.result.get("training", {}).items()
+    found = {name: run for name, run in trained if isinstance(run, dict) and "tokens_per_second" in run}
+    table(["", "tokens/s", "peak GB", "estimate, GB"],
+          [[name, f"{run['tokens_per_second']:,.0f}", f"{run.get('peak_allocated_gb', 0):.2f}",
+            f"{run.get('estimate_gb', 0):.2f}"] for name, run in found.items()])  # fmt: skip
+    shutil.rmtree(args.folder / "model", ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,9 @@ def machine():
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
     names = ("torch", "transformers", "trl", "peft", "bitsandbytes")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    sys.path.insert(0, str(ROOT))
+    from common import git_commit
+
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
@@ -108,7 +110,7 @@ def machine():
         "versions": {name: version(name) for name in names},
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "load_at_start": round(os.getloadavg()[0], 2),
-        "commit": commit.strip(),
+        "commit": (git_commit() or "unknown")[:7],
         "date": datetime.date.today().isoformat(),
     }
 
