@@ -447,11 +447,6 @@ def chain(bench):
     largest = max(tensor.abs().max().item() for tensor in adapters[0].values())
     bench.note("chain", killed={"went_on": "going on from" in said, "largest_difference": difference,
                                 "largest_weight": largest})  # fmt: skip
-    half = "import llama, torch; llama.compute_dtype = lambda: torch.float16; import train_llama; train_llama.main()"
-    older = [sys.executable, "-c", half, *shipped[2:], "--attn-implementation", "sdpa"]  # as on a T4
-    _, said = bench.run("train_half", [*older, "--output-dir", bench.build("half")])
-    run = json.loads((bench.build("half") / "adapter" / "run.json").read_text())
-    bench.note("chain", float16={"eval_loss": run["eval_loss"], "tokens_per_second": run["tokens_per_second"]})
     test = [sys.executable, "test_llama.py", "--output-dir", outputs[0]]
     seconds, said = bench.run("test", test)
     print(said[-900:], flush=True)
@@ -461,6 +456,11 @@ def chain(bench):
     print(said[-1500:], flush=True)
     bench.run("test_merged", [*test, "--model", outputs[0] / "merged", "--name", "merged"])
     bench.note("chain", merge={"seconds": seconds} | same(outputs[0], "", "_merged"))
+    half = "import llama, torch; llama.compute_dtype = lambda: torch.float16; import train_llama; train_llama.main()"
+    older = [sys.executable, "-c", half, *shipped[2:], "--attn-implementation", "sdpa"]  # as on a T4
+    _, said = bench.run("train_half", [*older, "--output-dir", bench.build("half")])
+    run = json.loads((bench.build("half") / "adapter" / "run.json").read_text())
+    bench.note("chain", float16={"eval_loss": run["eval_loss"], "tokens_per_second": run["tokens_per_second"]})
 
 
 def commands(bench):
