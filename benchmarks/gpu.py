@@ -428,6 +428,8 @@ def chain(bench):
     """The scripts as they are on the tiny model; a training killed at its 20th step ends with which adapter?"""
     from safetensors.torch import load_file
 
+    from common import MANIFEST
+
     outputs = [bench.build("chain"), bench.build("killed")]
     shipped = [sys.executable, "train_llama.py", "--model", MODEL, "--learning-rate", 4e-3, "--max-length", 1024]
     shipped += ["--gradient-accumulation-steps", 1, "--max-steps", 40, "--eval-steps", 20, "--save-steps", 10]
@@ -437,7 +439,7 @@ def chain(bench):
     bench.note("chain", train={"seconds": seconds} | {
         key: run[key] for key in ("attention", "eval_loss", "tokens_per_second", "peak_memory_gb")})  # fmt: skip
     process = subprocess.Popen(list(map(str, killed)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
-    while process.poll() is None and not (outputs[1] / "checkpoints" / "checkpoint-20" / "manifest.json").exists():
+    while process.poll() is None and not (outputs[1] / "checkpoints" / "checkpoint-20" / MANIFEST).exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
