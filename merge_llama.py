@@ -210,7 +210,7 @@ def modelfile(tokenizer, ends):
     row = {"id": ["sample"], "prompt": ["What is it?"], "completion": [" It is a sample."]}
     same = tokenizer(text.replace(prompt, row["prompt"][0])).input_ids == llama.encode(tokenizer, row)["prompt_ids"][0]
     notes = [] if same else ["# Ollama reads other tokens than in training: a BOS or a blank in front."]
-    stops = [f'PARAMETER stop "{token}"' for token in filter(None, map(tokenizer.decode, ends))]
+    stops = [f'PARAMETER stop "{token}"' for token in filter(None, tokenizer.convert_ids_to_tokens(ends))]
     greedy = ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]  # Ollama's own are 0.8 and 1.1
     return "\n".join([*notes, "FROM .", f'TEMPLATE """{text}"""', *stops, *greedy, ""])
 
