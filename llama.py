@@ -26,6 +26,9 @@ MODELS = {
 }
 SMALL_FILES = ("*.json", "tokenizer*", "*.jinja")  # what is fetched of a hub repository before its weights
 END_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "</s>")  # Llama 3 has more than one
+# in front of a chat template: the prompt of a template that asks for today's date would be another one every day
+DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+CHAT_TEMPLATES = ("auto", "on", "off")
 ATTENTIONS = ("auto", "packed", "flash_attention_2", "sdpa", "eager")
 
 
@@ -159,8 +162,11 @@ def load_config(model):
     return config
 
 
-def load_tokenizer(model):
-    """The model's tokenizer; a missing pad token is set to an existing one, nothing is added."""
+def load_tokenizer(model, chat_template="auto"):
+    """The model's tokenizer; a missing pad token is set to an existing one, nothing is added.
+
+    It keeps a chat template only where prompts are to go through it: so do `encode`, and the folders it is saved to.
+    """
     from transformers import AutoTokenizer
 
     fetch(model, weights=False)
@@ -172,6 +178,26 @@ def load_tokenizer(model):
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer("a").input_ids[:2].count(tokenizer.bos_token_id) > 1:
         fail(f"the tokenizer of {model} puts BOS in front twice: mend its post_processor in tokenizer.json")
+    template = None
+    if tokenizer.chat_template and chat_template != "off":
+        template = tokenizer.get_chat_template()  # of several the default one
+        if "strftime_now" in template and DATE not in template:
+            template = DATE + template
+    elif chat_template == "on":
+        fail(f"the tokenizer of {model} has no chat template: give --chat-template off, or take the instruct model")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tokenizer_of(base, folder, chat_template="auto"):
+    """The tokenizer of an adapter's folder where that holds one, else the base's; exits 2 where it has more tokens."""
+    source = folder if folder and (Path(folder) / "tokenizer_config.json").is_file() else base
+    tokenizer = load_tokenizer(str(source), chat_template)
+    size = load_config(base).vocab_size
+    added = [token for token, number in tokenizer.get_vocab().items() if number >= size]
+    if added:
+        reason = f"the tokenizer in {source} has tokens beyond the {size} of {base} ({min(added)})"
+        fail(f"{reason}: it is another model's, or was added to: merge where it was trained, and test that as --model")
     return tokenizer
 
 
@@ -275,11 +301,12 @@ def load_adapter(model, folder):
 
 
 def end_tokens(model, tokenizer):
-    """Ids that end a text: the tokenizer's EOS, those of the generation config, and the family's others."""
+    """Ids that end a text: what a completion ends with, EOS, those of the generation config, the family's others."""
     ends = model.generation_config.eos_token_id
     vocabulary = tokenizer.get_vocab()
     named = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
-    return ({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} | named) - {None}
+    trained = encode(tokenizer, {"id": ["sample"], "prompt": ["a"], "completion": [" a"]})["completion_ids"][0][-1]
+    return ({trained, tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} | named) - {None}
 
 
 def encode(tokenizer, rows):
@@ -287,17 +314,46 @@ def encode(tokenizer, rows):
 
     The prompt is encoded as in generation, with one BOS, or none where the tokenizer puts none. The completion is what
     follows it when both are encoded together; a row whose prompt would be split otherwise then raises ValueError.
+    With a chat template, the prompt is the user's turn and the completion the assistant's: see encode_chats.
     """
-    texts = [prompt + completion for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True)]
-    options = {"split_special_tokens": True, "verbose": False}  # "</s>" in a dialogue is text, and ends nothing
-    prompts = tokenizer(rows["prompt"], **options).input_ids
-    wholes = tokenizer(texts, **options).input_ids
+    if tokenizer.chat_template:
+        prompts, wholes = encode_chats(tokenizer, rows)
+    else:
+        texts = [prompt + completion for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True)]
+        options = {"split_special_tokens": True, "verbose": False}  # "</s>" in a dialogue is text, and ends nothing
+        prompts = tokenizer(rows["prompt"], **options).input_ids
+        wholes = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts, **options).input_ids]
     completions = []
     for row_id, prompt, whole in zip(rows["id"], prompts, wholes, strict=True):
-        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-            raise ValueError(f"{row_id}: the tokens of the prompt are not those of prompt and completion together")
-        completions.append(whole[len(prompt) :] + [tokenizer.eos_token_id])
+        if whole[: len(prompt)] != prompt or len(whole) <= len(prompt) + 1:
+            remedy = ": its chat template does not fit, give --chat-template off" if tokenizer.chat_template else ""
+            reason = f"{row_id}: the tokens of the prompt are not those of prompt and completion together"
+            raise ValueError(reason + remedy)
+        completions.append(whole[len(prompt) :])
     return {"prompt_ids": prompts, "completion_ids": completions}
+
+
+def encode_chats(tokenizer, rows):
+    """Ids of the prompts and of the whole rows, as a server's chat endpoint makes them from one message of a user.
+
+    A prompt goes as far as the answer's first token, a whole row to the token that ends the assistant's turn. Special
+    tokens are those that the template writes; in a dialogue they are text. ValueError where the template is to blame.
+    """
+    chats = [[{"role": "user", "content": prompt}] for prompt in rows["prompt"]]
+    answers = [[{"role": "assistant", "content": completion.strip()}] for completion in rows["completion"]]
+    options = {"return_dict": False, "sanitize_control_tokens": True}
+    try:
+        prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, **options)
+        wholes = tokenizer.apply_chat_template([c + a for c, a in zip(chats, answers, strict=True)], **options)
+    except Exception as error:  # a template is a program
+        raise ValueError(f"its chat template fails ({first_line(error)}): give --chat-template off") from error
+    ends = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
+    # what stands behind the end, mostly a newline, is never generated
+    lengths = [
+        next((i + 1 for i in range(len(prompt), len(whole)) if whole[i] in ends), 0)
+        for prompt, whole in zip(prompts, wholes, strict=True)
+    ]
+    return prompts, [whole[:length] for whole, length in zip(wholes, lengths, strict=True)]
 
 
 def packed_attention(

@@ -7,7 +7,8 @@ takes the place of OUTPUT_DIR/merged; what does not is left beside it, marked.
 
 Reads:  OUTPUT_DIR/adapter/, its base model, the validation rows of OUTPUT_DIR/dataset/; dataset_report.json and
         evaluation.json for the model card, where they are of this adapter.
-Writes: OUTPUT_DIR/merged/ (safetensors, tokenizer, generation config, model card, merge.json), or merged.unverified/.
+Writes: OUTPUT_DIR/merged/ (safetensors, tokenizer, generation config, model card, Modelfile, merge.json), or
+        merged.unverified/.
 
     python merge_llama.py
     python merge_llama.py --merge-base 4bit --check-rows 32 --output-dir outputs/demo
@@ -39,7 +40,7 @@ OUTPUT_DIR = "outputs"  # holds adapter/ and dataset/, gets merged/
 MAX_RELATIVE_DIFFERENCE = 0.1
 SMALL_FILES = 2**26  # bytes of room for all that is not weights
 ROWS_AT_A_TIME = 8  # in one pass of the check: layers that lie on the disk are read once for all of them
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json")
 # What adapter_config.json may have besides PEFT's defaults: what a later PEFT invents is refused, too.
 FOLLOWED = (
     *("base_model_name_or_path", "peft_version", "task_type", "inference_mode", "auto_mapping"),
@@ -170,13 +171,21 @@ def merge(model, base, folder, fresh):
 
 
 def write_small_files(base, model, tokenizer, target):
-    """Tokenizer, index, config and generation config; the last is greedy and ends at every end token, as tested."""
+    """Tokenizer, index, config, generation config, Modelfile: with the chat template of training or without one.
+
+    The last two are greedy and end at every end token, as tested.
+    """
     source = llama.fetch(base)
     # beside a single file an index is a leftover of other weights
     whole = (target / "model.safetensors").exists()
     patterns = TOKENIZER_FILES if whole else (*TOKENIZER_FILES, "model.safetensors.index.json")
     for path in (path for pattern in patterns for path in source.glob(pattern)):
         shutil.copyfile(path, target / path.name)  # saved again, an older transformers could not read them
+    if tokenizer.chat_template:
+        (target / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    config = common.read_json(target / "tokenizer_config.json")
+    if config.pop("chat_template", None):  # where older folders have it
+        (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     config = common.read_json(source / "config.json")
     config.pop("auto_map", None)  # names code, which is not copied
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -184,8 +193,26 @@ def write_small_files(base, model, tokenizer, target):
     # samplers' settings beside do_sample=False make transformers warn, and servers sample
     generation.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     generation.update(bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
-    generation.update(eos_token_id=sorted(llama.end_tokens(model, tokenizer)))
+    ends = sorted(llama.end_tokens(model, tokenizer))
+    generation.update(eos_token_id=ends)
     generation.save_pretrained(target)
+    (target / "Modelfile").write_text(modelfile(tokenizer, ends), encoding="utf-8")
+
+
+def modelfile(tokenizer, ends):
+    """What `ollama create` needs to ask and to stop as in training; `ends`: ids of the end tokens."""
+    text = prompt = "{{ .Prompt }}"
+    if tokenizer.chat_template:
+        message = {"role": "user", "content": prompt}
+        text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:  # Ollama puts it there as the tokenizer does
+        text = text.removeprefix(tokenizer.bos_token)
+    row = {"id": ["sample"], "prompt": ["What is it?"], "completion": [" It is a sample."]}
+    same = tokenizer(text.replace(prompt, row["prompt"][0])).input_ids == llama.encode(tokenizer, row)["prompt_ids"][0]
+    notes = [] if same else ["# Ollama reads other tokens than in training: a BOS or a blank in front."]
+    stops = [f'PARAMETER stop "{token}"' for token in filter(None, tokenizer.convert_ids_to_tokens(ends))]
+    greedy = ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]  # Ollama's own are 0.8 and 1.1
+    return "\n".join([*notes, "FROM .", f'TEMPLATE """{text}"""', *stops, *greedy, ""])
 
 
 def logits_of(model, ids):
@@ -272,7 +299,7 @@ def merge_and_check(args, base, run, fresh):
     # an adapter from elsewhere says nothing: most are QLoRA's
     trained = "4bit" if run.get("settings", {}).get("load_in_4bit", True) else "16bit"
     into = trained if args.merge_base == "auto" else args.merge_base
-    tokenizer = llama.load_tokenizer(base)
+    tokenizer = llama.tokenizer_of(base, folder)
     ids = check_rows(args, tokenizer)
     begun, logits, model = time.time(), {}, None
     for kind in dict.fromkeys((trained, into)):
@@ -305,6 +332,7 @@ def merge_and_check(args, base, run, fresh):
         "merge_base": into,
         "trained_on": trained,
         "dtypes": dtypes,
+        "chat_template": bool(tokenizer.chat_template),
         "check_rows": len(ids["prompt_ids"]),
         "answer_tokens": len(golds),
         "comparison": comparison,

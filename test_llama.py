@@ -14,6 +14,7 @@ Writes: OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json; with 
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from common import fail, first_line, is_main, say
 ADAPTER = "auto"  # a folder, or none: the base alone; auto: OUTPUT_DIR/adapter, or none where MODEL is given
 MODEL = "auto"  # a hub id or folder, such as outputs/merged; auto: the base that the adapter names
 NAME = ""  # of a further pair of prediction files
+CHAT_TEMPLATE = "auto"  # on, off; auto: as the adapter was trained, or where the model alone has a chat template
 COMPARE_WITH_BASE = True  # also test the base, with the adapter switched off
 LOAD_IN_4BIT = None  # True, False; None: as the adapter was trained, and a model without one in 16 bit
 MAX_BATCH_TOKENS = 16384  # tokens of a batch, prompts and predictions; an 8B model's keys and values: 2 GB
@@ -41,42 +43,46 @@ OVERWRITE = False  # replace predictions of another run
 OUTPUT_DIR = "outputs"  # holds dataset/ and adapter/, gets the predictions
 
 # Fixed
-UNBOUND = ("adapter", "model", "load_in_4bit", "name", "overwrite", "output_dir")  # resolved, or without an influence
+CHOICES = {"CHAT_TEMPLATE": llama.CHAT_TEMPLATES}
+# Settings that are resolved, or without an influence
+UNBOUND = ("adapter", "model", "chat_template", "load_in_4bit", "name", "overwrite", "output_dir")
 MAX_NLL = 700  # nats a token: exp(700) is about the largest that a float holds
 SHOWN = 3  # examples of each task printed at the end
 
 
 def parse_args(argv=None):
-    args = common.parse_settings(sys.modules[__name__], argv)
+    args = common.parse_settings(sys.modules[__name__], argv, CHOICES)
     if not re.fullmatch(r"[\w-]*", args.name):
         fail("--name must be made of letters, digits, dashes and underscores")
     return args
 
 
 def choose_system(args):
-    """What is tested: the model's name, the adapter's folder or None, whether in 4 bits."""
+    """What is tested: the model's name, the adapter's folder or None, whether in 4 bits, whose tokenizer it gets."""
     given = args.model != "auto"
     alone = args.adapter == "none" or (args.adapter == "auto" and given)
     if alone and given:
-        return llama.find_model(args.model), None, bool(args.load_in_4bit)
+        return llama.find_model(args.model), None, bool(args.load_in_4bit), None
     folder = Path(args.output_dir, "adapter") if args.adapter in ("auto", "none") else Path(args.adapter)
     base = llama.read_adapter(folder)
     base = llama.find_model(args.model if given else base)
     in_4bit = args.load_in_4bit
     if in_4bit is None:  # an adapter from elsewhere does not say: QLoRA
         in_4bit = bool(common.read_json(folder / "run.json").get("settings", {}).get("load_in_4bit", True))
-    return base, None if alone else folder, in_4bit
+    return base, None if alone else folder, in_4bit, folder  # the base alone gets the adapter's prompts
 
 
-def run_identity(args, base, folder, in_4bit, rows):
+def run_identity(args, base, folder, in_4bit, rows, tokenizer):
     """What has to be the same for a run to go on where it was, `settings` in the files: weights, rows, settings."""
     import torch
 
+    template = tokenizer.chat_template
     run = {
         "model": base,
         "weights": llama.weights_identity(base),
         "adapter": common.sha256(folder / "adapter_model.safetensors")[:16] if folder else "none",
         "4_bit": in_4bit,
+        "chat_template": hashlib.sha256(template.encode()).hexdigest()[:16] if template else "none",
         "rows": rows._fingerprint,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
@@ -120,18 +126,6 @@ def finished(args, path, run):
                 path, other, run, "give its settings again, or --overwrite, or --name for more files"
             )
     return stored == [run] and not args.overwrite
-
-
-def load_tokenizer(base, folder):
-    """The adapter's tokenizer where its folder holds one, else the base's; exits 2 where it has tokens of its own."""
-    source = folder if folder and (folder / "tokenizer_config.json").is_file() else base
-    tokenizer = llama.load_tokenizer(str(source))
-    size = llama.load_config(base).vocab_size
-    added = [token for token, number in tokenizer.get_vocab().items() if number >= size]
-    if added:
-        reason = f"the tokenizer in {source} has tokens beyond the {size} of {base} ({min(added)})"
-        fail(f"{reason}: it is another model's, or was added to: merge where it was trained, and test that as --model")
-    return tokenizer
 
 
 def load_system(base, folder, in_4bit, compare):
@@ -383,15 +377,14 @@ def show(contents, prompts):
             say(f"{content['task'] + ' ' + key:<30}{figures}")
 
 
-def test_undone(args, base, folder, in_4bit, rows, state):
+def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
     """Test the tasks that are not finished; the paths of all that have rows."""
-    run = run_identity(args, base, folder, in_4bit, rows)
+    run = run_identity(args, base, folder, in_4bit, rows, tokenizer)
     parts = {task: llama.rows_of(rows, task) for task in common.TASKS}
     paths = {task: Path(args.output_dir, f"{task}_predictions{args.name and '_' + args.name}.json") for task in parts}
     done = [task for task, path in paths.items() if finished(args, path, run)]
     state.wait_for_everyone()  # all have looked before any changes a file
     if any(len(part) for task, part in parts.items() if task not in done):
-        tokenizer = load_tokenizer(base, folder)
         system = load_system(base, folder, in_4bit, "base" in systems(run))
     for task, path in paths.items():
         if not parts[task]:
@@ -413,7 +406,7 @@ def main(argv=None):
     args = parse_args(argv)
     started = time.time()
     rows = llama.load_rows(args.output_dir, "test")
-    base, folder, in_4bit = choose_system(args)
+    base, folder, in_4bit, source = choose_system(args)
     import torch
     from accelerate import PartialState
 
@@ -421,7 +414,8 @@ def main(argv=None):
     llama.quiet()
     with common.only_run_in(args.output_dir):
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
-        paths = test_undone(args, base, folder, in_4bit, rows, state)
+        tokenizer = llama.tokenizer_of(base, source, args.chat_template)
+        paths = test_undone(args, base, folder, in_4bit, tokenizer, rows, state)
         if is_main():
             show([common.read_json(path) for path in paths], dict(zip(rows["id"], rows["prompt"], strict=True)))
         say(f"\n{time.time() - started:.0f} s, peak memory {llama.peak_memory():.2f} GB")

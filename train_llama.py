@@ -28,6 +28,7 @@ from common import fail, first_line, is_main, say
 # An 8B model on 24 GB, by --dry-run: 5.7 GB of 4-bit weights and 16-bit embeddings, 0.2 GB of adapter, gradients and
 # optimizer, and with activation checkpointing some 1 GB for one packed row of 2048 tokens.
 MODEL = "llama3"  # a key of MODELS in llama.py, a hub id or a local folder
+CHAT_TEMPLATE = "auto"  # on, off; auto: prompts go through the tokenizer's chat template where it has one
 LOAD_IN_4BIT = True  # NF4 with double quantisation; False loads 16-bit weights
 LORA_R = 8  # rank of the update
 LORA_ALPHA = 16  # the update is scaled by LORA_ALPHA / LORA_R
@@ -57,6 +58,7 @@ OUTPUT_DIR = "outputs"  # holds dataset/, gets checkpoints/ and adapter/
 
 # Fixed
 CHOICES = {
+    "CHAT_TEMPLATE": llama.CHAT_TEMPLATES,
     "LEARNING_RATE": ("auto", float),
     "ATTN_IMPLEMENTATION": llama.ATTENTIONS,
     "ACTIVATION_CHECKPOINTING": ("auto", "on", "off"),
@@ -327,6 +329,7 @@ def summary(args, base, trainer, train_rows):
         "run": trainer.run,
         "versions": common.versions("torch", "transformers", "trl", "peft", "bitsandbytes"),
         "git_commit": common.git_commit(),
+        "chat_template": bool(trainer.processing_class.chat_template),
         "attention": trainer.model.config._attn_implementation,
         "train_rows": train_rows,
         "sequences": len(trainer.train_dataset),
@@ -372,7 +375,7 @@ def train(args, base, rows):
     if start == "finished":
         say(f"{adapter} is finished, by the same settings on the same rows: nothing to do")
         return
-    tokenizer = llama.load_tokenizer(base)
+    tokenizer = llama.load_tokenizer(base, args.chat_template)
     tokens = tokenize(rows["train"], tokenizer, args.max_length, "train")
     packed = pack(tokens, args)
     validation = validation_sets(rows["validation"], tokenizer, args)
@@ -402,7 +405,7 @@ def tell_costs(args, base, rows):
 
     shape = model_shape(base, llama.load_config(base), lora_config(args))
     choose_learning_rate(args, shape)
-    tokens = tokenize(rows, llama.load_tokenizer(base), args.max_length, "train")
+    tokens = tokenize(rows, llama.load_tokenizer(base, args.chat_template), args.max_length, "train")
     dry_run(shape, tokens, pack(tokens, args), args)
 
 

@@ -1,0 +1,277 @@
+"""Chat templates: training, testing, merging and serving read the same tokens, or none of them goes through one."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import openai
+import pytest
+import torch
+from conftest import FIXTURES, assert_refused, run
+from datasets import load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import llama
+import merge_llama
+from common import TASKS
+
+SHORT = ["--samsum-max-new-tokens", "8", "--trivia-qa-max-new-tokens", "8"]
+# Of Llama 3, of Llama 2, and one that writes no BOS and a newline after each turn.
+HEADER = "'<|start_header_id|>' + {role} + '<|end_header_id|>\n\n'"
+LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}{{ "
+    + HEADER.format(role="message['role']")
+    + " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ "
+    + HEADER.format(role="'assistant'")
+    + " }}{% endif %}"
+)
+LLAMA2 = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'] | "
+    "trim + ' [/INST]' }}{% else %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+LINES = (
+    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}\n{{ message['content'] }}<|end_of_text|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant\n{% endif %}"
+)
+USER3 = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+USER3 += "<|start_header_id|>assistant<|end_header_id|>\n\n"
+CHATS = {  # the tiny Llama, the template, and by hand what it makes of a prompt and of a completion
+    "llama3": ("tiny_llama3", LLAMA3, USER3, "{}<|eot_id|>"),
+    "llama2": ("tiny_llama2", LLAMA2, "<s>[INST] {} [/INST]", " {} </s>"),
+    "lines": (
+        "tiny_llama3",
+        LINES,
+        "<|start_header_id|>user\n{}<|end_of_text|>\n<|start_header_id|>assistant\n",
+        "{}<|end_of_text|>",
+    ),
+}
+
+NO_CONFIG = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+
+
+def chat_model(folder, name):
+    """A tiny Llama's folder with a chat template."""
+    tiny, template, *_ = CHATS[name]
+    shutil.copytree(FIXTURES / tiny, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def tokens_by_hand(tokenizer, name, prompt, completion):
+    """Ids of a prompt and of its completion, by the text that the template comes to."""
+    asked, answer = CHATS[name][2].format(prompt), CHATS[name][3].format(completion.strip())
+    ids, whole = (tokenizer(text, add_special_tokens=False).input_ids for text in (asked, asked + answer))
+    return ids, whole[len(ids) :]
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_a_row_is_the_users_and_the_assistants_turn_as_a_chat_endpoint_reads_them(name, dataset, tmp_path):
+    tokenizer = llama.load_tokenizer(str(chat_model(tmp_path / "base", name)))
+    rows = load_from_disk(str(dataset / "dataset"))["train"]
+    ids = llama.encode(tokenizer, rows.to_dict())
+    for row, prompt, completion in zip(rows, ids["prompt_ids"], ids["completion_ids"], strict=True):
+        assert (prompt, completion) == tokens_by_hand(tokenizer, name, row["prompt"], row["completion"])
+        messages = [{"role": "user", "content": row["prompt"]}]
+        assert prompt == tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
+        assert (prompt + completion).count(tokenizer.bos_token_id) == (name != "lines")
+        assert completion[-1] in llama.end_tokens(NO_CONFIG, tokenizer)
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_special_tokens_in_a_dialogue_stay_text_and_those_of_the_template_are_tokens(name, tmp_path):
+    tokenizer = llama.load_tokenizer(str(chat_model(tmp_path / "base", name)))
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    shouted = "Tom: <s></s><|eot_id|> hi <|start_header_id|>assistant<|end_of_text|><|begin_of_text|> Ann: [/INST]"
+    count = {}
+    for text in ("Tom: hi", shouted):
+        ids = llama.encode(tokenizer, {"id": ["x"], "prompt": [text], "completion": [f" {text} !"]})
+        (prompt,), (completion,) = ids["prompt_ids"], ids["completion_ids"]
+        count[text] = [sum(token in special for token in part) for part in (prompt, completion)]
+        assert text in tokenizer.decode(prompt) and text in tokenizer.decode(completion[:-1])
+    assert count["Tom: hi"] == count[shouted] and count[shouted][1] == 1
+
+
+@pytest.mark.parametrize("setting", ["auto", "on"])
+def test_off_gives_the_plain_prompt_and_on_wants_a_template(setting, dataset, tmp_path, capsys):
+    base, rows = chat_model(tmp_path / "base", "llama3"), load_from_disk(str(dataset / "dataset"))["train"].to_dict()
+    bare = llama.load_tokenizer(str(FIXTURES / "tiny_llama3"))
+    assert llama.encode(llama.load_tokenizer(str(base), "off"), rows) == llama.encode(bare, rows)
+    assert llama.encode(llama.load_tokenizer(str(base), setting), rows) != llama.encode(bare, rows)
+    if setting == "on":
+        with pytest.raises(SystemExit):
+            llama.load_tokenizer(str(FIXTURES / "tiny_llama3"), "on")
+        assert "has no chat template: give --chat-template off" in capsys.readouterr().err
+
+
+UNFIT = {  # a template, and what is said of it
+    "fails": ("{{ raise_exception('Roles must alternate') }}", "its chat template fails (Roles must alternate)"),
+    "opens with thoughts": (LLAMA3.replace("\n\n' }}{% endif", "\n\n<think>' }}{% endif"), "does not fit"),
+    "ends nothing": ("{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}", "does not fit"),
+}
+
+
+def test_a_template_that_does_not_fit_is_one_sentence(dataset, tmp_path):
+    base, rows = chat_model(tmp_path / "base", "llama3"), load_from_disk(str(dataset / "dataset"))["train"].to_dict()
+    for template, words in UNFIT.values():
+        (base / "chat_template.jinja").write_text(template)
+        with pytest.raises(ValueError, match=f"{re.escape(words)}.*give --chat-template off"):
+            llama.encode(llama.load_tokenizer(str(base)), rows)
+    arguments = ["--dry-run", "--model", base, "--output-dir", dataset]
+    assert_refused(run("train_llama.py", *arguments), "cannot train on train: ", "give --chat-template off")
+    assert run("train_llama.py", *arguments, "--chat-template", "off").returncode == 0
+
+
+def test_a_template_that_asks_for_the_date_is_the_same_tomorrow(tmp_path):
+    base = chat_model(tmp_path / "base", "llama3")
+    for template in ("{{ strftime_now('%d %b %Y') }}" + LLAMA3, LLAMA3):
+        (base / "chat_template.jinja").write_text(template)
+        tokenizer = llama.load_tokenizer(str(base))
+        messages = [{"role": "user", "content": "hi"}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert text == ("26 Jul 2024" if template != LLAMA3 else "") + "<|begin_of_text|>" + text.split("_text|>")[-1]
+        tokenizer.save_pretrained(tmp_path / "again")
+        assert llama.load_tokenizer(str(tmp_path / "again")).chat_template == tokenizer.chat_template
+
+
+def read_modelfile(path):
+    """{instruction or parameter: its values}, by the rules of Ollama's parser for what stands in ours."""
+    found = {}
+    for name, value in re.findall(
+        r'^(FROM|TEMPLATE|PARAMETER \w+) (""".*?"""|".*?"|\S+)$', path, re.MULTILINE | re.DOTALL
+    ):
+        found.setdefault(name.removeprefix("PARAMETER "), []).append(value.strip('"'))
+    return found
+
+
+@pytest.mark.parametrize("name", [*CHATS, "tiny_llama3", "tiny_llama2"])
+def test_the_modelfile_asks_and_stops_as_in_training(name, dataset, tmp_path):
+    base = chat_model(tmp_path / "base", name) if name in CHATS else FIXTURES / name
+    tokenizer = llama.load_tokenizer(str(base))
+    ends = llama.end_tokens(NO_CONFIG, tokenizer)
+    text = merge_llama.modelfile(tokenizer, sorted(ends))
+    found = read_modelfile(text)
+    assert found["FROM"] == ["."] and found["temperature"] == ["0"] and found["repeat_penalty"] == ["1"]
+    assert {tokenizer.convert_tokens_to_ids(token) for token in found["stop"]} == ends
+    rows = load_from_disk(str(dataset / "dataset"))["test"]
+    ids = llama.encode(tokenizer, rows.to_dict())["prompt_ids"]
+    # as llama.cpp under Ollama: special tokens in the text are tokens, and BOS comes in front as the tokenizer has it
+    asked = [tokenizer(found["TEMPLATE"][0].replace("{{ .Prompt }}", prompt)).input_ids for prompt in rows["prompt"]]
+    assert (asked == ids) == (not text.startswith("# Ollama reads other tokens")) == (name not in ("llama2", "lines"))
+
+
+@pytest.fixture(scope="module")
+def runs(dataset, tmp_path_factory):
+    """The output folders of train, test and merge on one instruct model: through its chat template, and not."""
+    folder = tmp_path_factory.mktemp("chats")
+    base = chat_model(folder / "base", "llama3")
+    model = AutoModelForCausalLM.from_pretrained(FIXTURES / "tiny_llama3", dtype="float32")
+    model.save_pretrained(base)  # in float32 the server reckons as test_llama.py does
+    for setting in ("auto", "off"):
+        shutil.copytree(dataset, folder / setting)
+        output = ["--output-dir", folder / setting]
+        train = ["--model", base, "--chat-template", setting, "--max-steps", "2", "--max-length", "512"]
+        train += ["--warmup-steps", "0", "--learning-rate", "1e-2", "--no-load-in-4bit"]
+        for command in (["train_llama.py", *train], ["test_llama.py", *SHORT], ["merge_llama.py", "--check-rows", 2]):
+            result = run(*command, *output)
+            assert result.returncode == 0, result.stderr
+    return folder
+
+
+def examples(folder, task, name=""):
+    return json.loads((folder / f"{task}_predictions{name}.json").read_text())
+
+
+def test_training_testing_and_merging_go_the_same_way(runs, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(runs / "base")
+    row = llama.load_rows(runs / "auto", "test")[0]
+    prompt, completion = tokens_by_hand(tokenizer, "llama3", row["prompt"], row["completion"])
+    plain = tokenizer(row["prompt"]).input_ids
+    parts = {"auto": (prompt, completion), "off": (plain, tokenizer(row["prompt"] + row["completion"]).input_ids)}
+    parts["off"] = (plain, parts["off"][1][len(plain) :] + [tokenizer.eos_token_id])
+    for setting, (asked, answer) in parts.items():
+        out = runs / setting
+        assert json.loads((out / "adapter" / "run.json").read_text())["chat_template"] == (setting == "auto")
+        assert json.loads((out / "merged" / "merge.json").read_text())["chat_template"] == (setting == "auto")
+        for folder in ("adapter", "merged"):
+            assert (out / folder / "chat_template.jinja").exists() == (setting == "auto")
+        model = AutoModelForCausalLM.from_pretrained(out / "merged", dtype="float32")
+        labels = torch.tensor([[-100] * len(asked) + answer])
+        nll = model(input_ids=torch.tensor([asked + answer]), labels=labels).loss.item() * len(answer)
+        example = next(e for e in examples(out, row["task"])["examples"] if e["id"] == row["id"])
+        assert example["tokens"] == len(answer) and example["nll"] == pytest.approx(nll, rel=1e-4)
+
+
+@pytest.mark.parametrize("setting", ["auto", "off"])
+def test_base_alone_and_merged_are_asked_as_the_adapter_was(setting, runs, tmp_path):
+    shutil.copytree(runs / setting, tmp_path / "out")
+    out, systems = (
+        tmp_path / "out",
+        {"base": ["--adapter", "none"], "merged": ["--model", tmp_path / "out" / "merged"]},
+    )
+    for name, arguments in systems.items():
+        result = run("test_llama.py", *SHORT, *arguments, "--name", name, "--output-dir", out)
+        assert result.returncode == 0, result.stderr
+    for task in TASKS:
+        files = {name: examples(out, task, name) for name in ("", "_base", "_merged")}
+        assert len({file["settings"]["chat_template"] for file in files.values()}) == 1
+        assert (files[""]["settings"]["chat_template"] == "none") == (setting == "off")
+        for name, key in (("_base", "base_prediction"), ("_merged", "prediction")):
+            assert [e["prediction"] for e in files[name]["examples"]] == [e[key] for e in files[""]["examples"]]
+    result = run(
+        "test_llama.py", *SHORT, "--chat-template", {"auto": "off", "off": "on"}[setting], "--output-dir", out
+    )
+    assert_refused(result, "chat template")
+
+
+def test_the_cards_example_of_a_chat_model_runs(runs, monkeypatch, capsys):
+    card = (runs / "auto" / "merged" / "README.md").read_text()
+    assert "/v1/chat/completions" in card and "/v1/chat/completions" not in (runs / "off/merged/README.md").read_text()
+    monkeypatch.chdir(runs / "auto" / "merged")
+    scope = {}
+    exec(compile(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], "card", "exec"), scope)
+    row = {"id": ["x"], "prompt": [scope["prompt"]], "completion": [" y"]}
+    assert scope["inputs"].input_ids[0].tolist() == llama.encode(scope["tokenizer"], row)["prompt_ids"][0]
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_transformers_serve_answers_as_test_llama_predicted(runs, tmp_path):
+    """The chat model at /v1/chat/completions, the other at /v1/completions."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [Path(sys.executable).parent / "transformers", "serve", "--port", str(port)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
+    try:
+        for _ in range(600):
+            with contextlib.suppress(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        prompts = {row["id"]: row["prompt"] for row in llama.load_rows(runs / "auto", "test")}
+        for setting in ("auto", "off"):
+            options = {"model": str(runs / setting / "merged"), "temperature": 0, "max_tokens": 8}
+            for task in TASKS:
+                for example in examples(runs / setting, task)["examples"][:3]:
+                    prompt = prompts[example["id"]]
+                    if setting == "auto":
+                        messages = [{"role": "user", "content": prompt}]
+                        text = client.chat.completions.create(messages=messages, **options).choices[0].message.content
+                    else:
+                        text = client.completions.create(prompt=prompt, **options).choices[0].text
+                    text = text.strip()
+                    assert (text.split("\n")[0].strip() if task == "trivia_qa" else text) == example["prediction"]
+    finally:
+        server.terminate()
+        server.wait(30)
