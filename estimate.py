@@ -3,16 +3,21 @@
 Sizes are counted on the meta device, where tensors have shapes and no numbers: an 8B model takes two seconds.
 """
 
+import importlib.util
 import math
 import os
+import time
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
 from common import fail, say
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, 8-bit scale per 64, float32 scale per 256 of those
-GPU_MEMORY = 24e9  # bytes to compare with where there is no GPU
+LIBRARIES = 0.8e9  # bytes that they take of a host's memory
 SAVERS = "try --activation-checkpointing on, then a smaller --max-length or model; --dry-run shows what each takes"
-CHECKPOINTING_ABOVE = 0.75  # of the GPU's memory
+USABLE = 0.88  # of the memory there is: the driver takes some, and the allocator's pieces do not fill it
+NAMED_TFLOPS = 35.0  # half of what an RTX 3090 can do in bf16
 
 
 def model_shape(base, config, lora):
@@ -58,27 +63,31 @@ def check_target_modules(base, targets, linear):
             fail(f"--target-modules {target}: no layer to adapt in {base}; take all-linear, or of {' '.join(names)}")
 
 
-def memory(shape, args, tokens, labels, checkpointing):
-    """Estimated peak bytes on one GPU by part, in bf16, for a pass of `tokens` tokens, `labels` of them with a loss.
+def memory(shape, args, tokens, labels, checkpointing, width=2):
+    """Estimated peak bytes by part, for a pass of `tokens` tokens, `labels` of them with a loss.
 
-    A layer keeps for its backward pass, per token: both norms' input in float32, the inputs of the adapters (shared;
-    with dropout each has a copy and a mask), q, k, v and attention output, and three tensors of the MLP.
-    Checkpointing keeps a layer's input alone, and one layer at a time in full. The loss and the last layer's backward
-    pass follow one another: the larger of the two counts.
+    width: bytes of a number, 2 on a GPU (measured there: within 1 %, benchmarks/RESULTS.md), 4 on a CPU. A layer keeps
+    for its backward pass, per token: both norms' input in float32, the inputs of the adapters (shared; with dropout
+    each has a copy and a mask), q, k, v and attention output, and three tensors of the MLP; Liger's kernels keep the
+    norms' input as it is, and two of the MLP's. Checkpointing keeps a layer's input alone, and one layer at a time in
+    full. The loss and the last layer's backward pass follow one another: the larger of the two counts.
     """
-    n = shape
-    inputs = 3 * n["lora_inputs"] if args.lora_dropout else 2 * (2 * n["hidden"] + n["mlp"])
-    layer = tokens * (8 * n["hidden"] + inputs + 4 * (n["query"] + n["key_value"]) + 6 * n["mlp"])
-    kept = n["layers"] * (tokens * 2 * n["hidden"] if checkpointing else layer)
-    loss = 12 * labels * n["vocabulary"]  # logits: 16 bit, float32, gradients
-    backward = layer * checkpointing + 4 * tokens * n["mlp"]
-    weight = NF4_BYTES if args.load_in_4bit else 2
+    n, liger = shape, args.use_liger_kernel == "on"
+    norms = (width if liger else 4) * 2 * n["hidden"]
+    inputs = (width + 1) * n["lora_inputs"] if args.lora_dropout else width * (2 * n["hidden"] + n["mlp"])
+    attention = width * 2 * (n["query"] + n["key_value"])
+    layer = tokens * (norms + inputs + attention + width * (2 if liger else 3) * n["mlp"])
+    kept = n["layers"] * (tokens * width * n["hidden"] if checkpointing else layer)
+    loss = 12 * labels * n["vocabulary"]  # logits, float32, gradients
+    backward = layer * checkpointing + 2 * width * tokens * n["mlp"]
+    weight = NF4_BYTES if args.load_in_4bit else width
     return {
-        "weights": weight * n["linear"] + 2 * (n["parameters"] - n["linear"]),
+        "weights": weight * n["linear"] + width * (n["parameters"] - n["linear"]),
         "adapter and gradients": 8 * n["trainable"],  # float32
-        "optimizer": 2 * n["trainable"],  # two 8-bit moments
+        "optimizer": 8 * n["trainable"],  # two moments
         "activations": kept + max(loss, backward),
-        "working copies": 2 * n["largest"] * args.load_in_4bit,  # 16 bit
+        "working copies": width * n["largest"] * args.load_in_4bit,
+        "libraries": LIBRARIES if width == 4 else 0,
     }
 
 
@@ -101,36 +110,89 @@ def labelled(labels):
     return sum(label != -100 for label in labels)
 
 
-def pass_size(packed, args):
-    """Tokens of the largest pass over packed rows, and the most labels in one."""
-    batch = args.per_device_train_batch_size
+def pass_size(packed, batch):
+    """Tokens of the largest pass over `batch` packed rows, and the most labels in one."""
     tokens = sorted(map(len, packed["labels"]))
     labels = sorted(map(labelled, packed["labels"]))
     return sum(tokens[-batch:]), sum(labels[-batch:])
 
 
-def gpu_memory():
-    """Bytes of this process' GPU, or GPU_MEMORY where there is none."""
+def machine(args):
+    """Bytes of memory there are to train in, and bytes of a number there: of the GPU, or of a host without one."""
     import torch
 
-    if not torch.cuda.is_available():
-        return GPU_MEMORY
-    return torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0))).total_memory
+    if args.dry_run and args.dry_run_gpu_gb:
+        return args.dry_run_gpu_gb * 1e9, 2
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory, 2
+    return host_memory(), 4
 
 
-def wants_checkpointing(shape, packed, args):
-    """What ACTIVATION_CHECKPOINTING comes to: on where the GPU is too small without, off on the CPU."""
+def host_memory():
+    """Bytes that this process can have: what is free and what it holds, within its control group's limit."""
+    import psutil
+
+    rooms = [psutil.virtual_memory().available + psutil.Process().memory_info().rss]
+    with suppress(OSError, ValueError):  # no such groups, or no limit; Docker sets one
+        group = Path("/proc/self/cgroup").read_text().splitlines()[-1].split("::")[-1]
+        rooms.append(int(Path(f"/sys/fs/cgroup{group}", "memory.max").read_text()))
+    return min(rooms)
+
+
+def fits(shape, packed, args, batch, checkpointing):
+    room, width = machine(args)
+    parts = memory(shape, args, *pass_size(packed, batch), checkpointing, width)
+    return sum(parts.values()) <= USABLE * room
+
+
+def rows_of_a_pass(shape, packed, args, checkpointing):
+    """As many of an optimizer step's packed rows as fit a GPU at once; a CPU gains nothing by more than one."""
+    if args.per_device_train_batch_size:
+        return args.per_device_train_batch_size
+    if machine(args)[1] == 4:
+        return 1
+    rows = args.gradient_accumulation_steps
+    sizes = [size for size in range(rows, 1, -1) if rows % size == 0]
+    return next((size for size in sizes if fits(shape, packed, args, size, checkpointing)), 1)
+
+
+def settle(shape, packed, args):
+    """Put into `args` what "auto" and 0 come to here: fused kernels, checkpointing where need be, rows of a pass.
+
+    A GPU is faster the more tokens it gets at once, and the tokens of an optimizer step stay the same.
+    """
     import torch
 
-    if args.activation_checkpointing != "auto":
-        return args.activation_checkpointing == "on"
-    without = memory(shape, args, *pass_size(packed, args), checkpointing=False)
-    return torch.cuda.is_available() and sum(without.values()) > CHECKPOINTING_ABOVE * gpu_memory()
+    if args.use_liger_kernel == "auto":
+        found = torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")
+        args.use_liger_kernel = "on" if found else "off"
+    if args.activation_checkpointing == "auto":
+        alone = args.per_device_train_batch_size or 1
+        args.activation_checkpointing = "off" if fits(shape, packed, args, alone, checkpointing=False) else "on"
+    if not args.per_device_train_batch_size:
+        batch = rows_of_a_pass(shape, packed, args, args.activation_checkpointing == "on")
+        args.per_device_train_batch_size = batch
+        args.gradient_accumulation_steps //= batch
+
+
+def matrix_rate():
+    """FLOP/s of a large matrix product here, in half a second."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    size, kind = (8192, {"device": "cuda", "dtype": torch.bfloat16}) if cuda else (1024, {})
+    a = torch.randn(size, size, **kind)
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 0.5:
+        (a @ a)[0, 0].item()  # waits for it
+        done += 1
+    return 2 * done * size**3 / (time.perf_counter() - start)
 
 
 def optimizer_steps(packed, args):
     """As the Trainer counts them."""
-    passes = math.ceil(len(packed) / (args.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", 1))))
+    batch = args.per_device_train_batch_size or 1
+    passes = math.ceil(len(packed) / (batch * int(os.environ.get("WORLD_SIZE", 1))))
     return args.max_steps or math.ceil(args.num_train_epochs * math.ceil(passes / args.gradient_accumulation_steps))
 
 
@@ -161,18 +223,25 @@ def dry_run(shape, tokens, packed, args):
     line("optimizer steps", [steps], ",")
     line("parameters", [shape["parameters"]], ",")
     say(f"{'trainable':<26}{shape['trainable']:>14,}, {shape['trainable'] / shape['parameters']:.2%}")
-    parts = [memory(shape, args, *pass_size(packed, args), checkpointing) for checkpointing in (True, False)]
+    room, width = machine(args)
+    batches = [rows_of_a_pass(shape, packed, args, checkpointing) for checkpointing in (True, False)]
+    parts = [
+        memory(shape, args, *pass_size(packed, batch), checkpointing, width)
+        for batch, checkpointing in zip(batches, (True, False), strict=True)
+    ]
     say()
-    line("peak memory of a GPU, GB", ("checkpointing", "without"))
+    line(f"peak memory of a {'GPU' if width == 2 else 'CPU'}, GB", ("checkpointing", "without"))
+    line("packed rows in a pass", batches)
     for name in parts[0]:
         line(name, [part[name] / 1e9 for part in parts], ".2f")
     line("estimate", [sum(part.values()) / 1e9 for part in parts], ".2f")
-    passes = steps * args.gradient_accumulation_steps * args.per_device_train_batch_size / len(packed)
+    passes = steps * args.gradient_accumulation_steps * (args.per_device_train_batch_size or 1) / len(packed)
     rows = [length for some in lengths.values() for length in some]
     work = [passes * operations(shape, rows, sum(labels.values()), checkpointing) for checkpointing in (True, False)]
     line("petaflop", [flop / 1e15 for flop in work], ",.1f")
-    times = [timedelta(seconds=round(flop / args.dry_run_tflops / 1e12)) for flop in work]
-    line(f"time at {args.dry_run_tflops:g} TFLOP/s", map(str, times))
+    rate = args.dry_run_tflops or (NAMED_TFLOPS if args.dry_run_gpu_gb else matrix_rate() / 2e12)
+    line(f"time at {rate:.3g} TFLOP/s", [str(timedelta(seconds=round(flop / rate / 1e12))) for flop in work])
     say("validation, loading and the driver's own memory (about 0.5 GB) come on top")
-    if sum(parts[args.activation_checkpointing == "off"].values()) > gpu_memory():
-        say(f"warning: that is more than the GPU's {gpu_memory() / 1e9:.0f} GB: {SAVERS}")
+    least = sum(parts[args.activation_checkpointing == "off"].values())
+    if least > room:
+        say(f"warning: that is more than the {room / 1e9:.0f} GB there are: {SAVERS}")

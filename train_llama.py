@@ -14,6 +14,7 @@ Writes: OUTPUT_DIR/checkpoints/ and OUTPUT_DIR/adapter/ (PEFT adapter, tokenizer
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import sys
@@ -36,14 +37,15 @@ LORA_DROPOUT = 0.0  # fraction, 0 to below 1; costs a copy and a mask of each ad
 TARGET_MODULES = ["all-linear"]  # or names: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj
 NUM_TRAIN_EPOCHS = 1.0  # passes over the training rows
 MAX_STEPS = 0  # optimizer steps; 0 = NUM_TRAIN_EPOCHS decides
-PER_DEVICE_TRAIN_BATCH_SIZE = 1  # packed rows in a pass; flattened, so a larger MAX_LENGTH comes to the same
-GRADIENT_ACCUMULATION_STEPS = 4  # passes per optimizer step
+PER_DEVICE_TRAIN_BATCH_SIZE = 0  # packed rows in a pass; 0 = as many of an optimizer step's as fit a GPU, 1 on a CPU
+GRADIENT_ACCUMULATION_STEPS = 4  # passes per optimizer step; its packed rows where the size of a pass is 0
 LEARNING_RATE = "auto"  # or a number; auto, by parameters: 1e-3 to 1.5 B, 5e-4 to 5 B, 2e-4 to 20 B, 1e-4 above
 WARMUP_STEPS = 10  # optimizer steps with a rising learning rate, 0 = none; then it falls on a cosine
 MAX_LENGTH = 2048  # tokens of a packed row; longer rows are dropped and counted, never cut
 PACKING = True  # several rows to a sequence, none attending to another
 ATTN_IMPLEMENTATION = "auto"  # auto, packed, flash_attention_2, sdpa, eager; auto: flash where installed, else packed
-ACTIVATION_CHECKPOINTING = "auto"  # on, off; auto: on where the memory estimate without it exceeds 3/4 of the GPU
+ACTIVATION_CHECKPOINTING = "auto"  # on, off; auto: on where the estimate without exceeds the memory of GPU or CPU
+USE_LIGER_KERNEL = "auto"  # on, off: fused kernels, faster and smaller; auto: on a GPU where liger-kernel is installed
 EVAL_STEPS = 50  # optimizer steps between validations; the adapter of the lowest validation loss is kept
 EARLY_STOPPING_PATIENCE = 0  # validations without a lower loss after which training ends; 0 = never
 LOGGING_STEPS = 5  # optimizer steps; a validation and a checkpoint are logged as well
@@ -52,7 +54,8 @@ SAVE_TOTAL_LIMIT = 2  # checkpoints kept, beside the best
 REPORT_TO = "none"  # none, tensorboard, trackio, wandb (whichever is installed)
 SEED = 0  # of adapter, dropout and order
 DRY_RUN = False  # only say what the run would cost; loads no weights
-DRY_RUN_TFLOPS = 35.0  # TFLOP/s that the dry run reckons with: half of what an RTX 3090 can do in bf16
+DRY_RUN_GPU_GB = 0.0  # GB of a GPU that the dry run speaks of; 0 = of the machine at hand
+DRY_RUN_TFLOPS = 0.0  # to reckon with; 0 = half of a matrix product's here, 35 (an RTX 3090) with DRY_RUN_GPU_GB
 OVERWRITE = False  # start afresh where another run stands, or this one finished; a stopped run goes on all the same
 OUTPUT_DIR = "outputs"  # holds dataset/, gets checkpoints/ and adapter/
 
@@ -62,6 +65,7 @@ CHOICES = {
     "LEARNING_RATE": ("auto", float),
     "ATTN_IMPLEMENTATION": llama.ATTENTIONS,
     "ACTIVATION_CHECKPOINTING": ("auto", "on", "off"),
+    "USE_LIGER_KERNEL": ("auto", "on", "off"),
     "REPORT_TO": ("none", "tensorboard", "trackio", "wandb"),
 }
 # Small Llamas take about 1e-3, 7B to 13B 2e-4 (QLoRA; Biderman et al. 2024, "LoRA Learns Less and Forgets Less").
@@ -71,6 +75,7 @@ UNBOUND = [
     "output_dir",
     "overwrite",
     "dry_run",
+    "dry_run_gpu_gb",
     "dry_run_tflops",
     "logging_steps",
     "save_steps",
@@ -84,6 +89,8 @@ def parse_args(argv=None):
     args = common.parse_settings(sys.modules[__name__], argv, CHOICES)
     if args.lora_dropout >= 1:
         fail("--lora-dropout must be below 1")
+    if args.use_liger_kernel == "on" and not importlib.util.find_spec("liger_kernel"):
+        fail("--use-liger-kernel on: it is not installed: pip install liger-kernel")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
         fail(f"--report-to {args.report_to} is not installed: pip install {args.report_to}")
     return args
@@ -200,8 +207,8 @@ def lora_config(args):
     )
 
 
-def sft_config(args, checkpointing):
-    """TRL's settings of a run."""
+def sft_config(args):
+    """TRL's settings of a run whose "auto" ones are settled."""
     import torch
     from trl import SFTConfig
 
@@ -215,9 +222,9 @@ def sft_config(args, checkpointing):
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=args.warmup_steps,
-        optim="paged_adamw_8bit" if cuda and not llama.under_fsdp() else "adamw_torch_fused",
+        optim="adamw_torch_fused",  # 8-bit and paged ones save little of a LoRA's memory, and cost time
         dataset_kwargs={"skip_prepare_dataset": True},  # sequences come tokenised and packed
-        activation_checkpointing=checkpointing,
+        activation_checkpointing=args.activation_checkpointing == "on",
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=not cuda,
@@ -237,20 +244,24 @@ def sft_config(args, checkpointing):
     )
 
 
-def make_trainer(args, model, tokenizer, train, validation, checkpointing=False, run=None, seconds=0.0):
+def make_trainer(args, model, tokenizer, train, validation, run=None, seconds=0.0):
     """A QLoRATrainer of packed sequences `train` and {task: sequences} `validation`; see trainer.py."""
     from transformers import set_seed
+    from transformers.integrations.liger import apply_liger_kernel
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from trainer import QLoRATrainer, fuse_lora
 
     model.set_attn_implementation(llama.choose_attention(args.attn_implementation))
+    if args.use_liger_kernel == "on":  # but its loss, which would compute the logits of all tokens
+        logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # names each of its back ends that is not here
+        apply_liger_kernel(model, {"fused_linear_cross_entropy": False})
     for config in (model.config, model.generation_config):  # or transformers would, with a word about it
         config.pad_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
     set_seed(args.seed)  # the adapter is drawn at random below
     trainer = QLoRATrainer(
         model,
-        sft_config(args, checkpointing),
+        sft_config(args),
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
@@ -365,7 +376,7 @@ def save_adapter(args, tokenizer, trainer, run):
 
 def train(args, base, rows):
     """Train on {split: rows} from wherever this run was, and write the adapter."""
-    from estimate import model_shape, wants_checkpointing
+    from estimate import model_shape, settle
 
     shape = model_shape(base, llama.load_config(base), lora_config(args))
     choose_learning_rate(args, shape)
@@ -380,9 +391,9 @@ def train(args, base, rows):
     packed = pack(tokens, args)
     validation = validation_sets(rows["validation"], tokenizer, args)
     model = llama.load_model(base, args.load_in_4bit)
-    checkpointing = wants_checkpointing(shape, packed, args)
+    settle(shape, packed, args)
     folder, manifest = checkpoint or (None, {"seconds": 0.0})
-    trainer = make_trainer(args, model, tokenizer, packed, validation, checkpointing, run, manifest["seconds"])
+    trainer = make_trainer(args, model, tokenizer, packed, validation, run, manifest["seconds"])
     if start == "afresh" and is_main():
         for old in (Path(args.output_dir) / "checkpoints").glob("checkpoint-*"):
             shutil.rmtree(old, ignore_errors=True)

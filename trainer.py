@@ -118,7 +118,9 @@ class QLoRATrainer(SFTTrainer):
 
     def watch(self, logs):
         """Stop a run that learns nothing, instead of letting it go on for hours."""
-        if not math.isfinite(logs["loss"]) or not math.isfinite(logs["grad_norm"]):
+        scaler = self.accelerator.scaler  # in float16 it leaves out a step that overflows, and scales the loss down
+        overflow = not math.isfinite(logs["grad_norm"]) and (scaler is None or scaler.get_scale() < 1)
+        if not math.isfinite(logs["loss"]) or overflow:
             self.diverged(f"loss {logs['loss']:g}, gradient norm {logs['grad_norm']:g}")
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry][-3:]
         if losses == [0, 0, 0]:

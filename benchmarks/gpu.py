@@ -4,11 +4,12 @@ Speed and memory of random weights are those of real ones; only the text is nois
 it comes, a failure too; no stage is begun after --minutes:
 
     rates      16-bit matrix products and copies: what the other numbers cannot exceed
-    exactness  loss and gradients of packed rows beside the same rows alone, in each type of number
     training   the training step of train_llama.py in one process, one thing changed at a time; `trl sft` beside it
     profile    where the time of a step goes, by kernel
     chain      the scripts on the tiny model: trained, killed and gone on, tested (rows alone too), merged, checked
+    float16    the tiny model trained as on a GPU without bfloat16: a scaler, sdpa
     commands   the scripts on the shape: train, test (4 bit and merged), merge
+    exactness  loss and gradients of packed rows beside the same rows alone, in each type of number
 
 Where there is no GPU, `--shape tiny` runs every stage on the CPU, in float32, to see that it works. 8B and 7B need
 40 GB in the folder (memory will do: /dev/shm).
@@ -35,9 +36,11 @@ from pathlib import Path
 from peers import FOLDER, MODEL, RESULTS, ROOT, machine, table, timed
 from scaling import random_model
 
-STAGES = ("rates", "exactness", "training", "profile", "chain", "commands")
+STAGES = ("rates", "training", "profile", "chain", "float16", "commands", "exactness")
 STEPS = 6  # optimizer steps of a training, the first two of which are not counted
 BUILD = ("--max-context-words", 300, "--test-examples-per-task", 24, "--validation-examples-per-task", 8)
+TINY = ["--model", MODEL, "--learning-rate", 4e-3, "--max-length", 1024, "--gradient-accumulation-steps", 1]
+TINY += ["--max-steps", 40, "--eval-steps", 20, "--save-steps", 10]
 SHAPES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 2048},
@@ -48,31 +51,31 @@ SHAPES = {
     "llama2-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
                   "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False},
 }  # fmt: skip
-# What is changed beside the settings as shipped: flags of train_llama.py and attributes of its SFTConfig.
-LONG = {"max_length": 8192, "gradient_accumulation_steps": 1}
+# What is changed: flags of train_llama.py, attributes of its SFTConfig, and whether LoRA is fused (FusedLoRA).
+SMALL = {"per_device_train_batch_size": 1, "use_liger_kernel": "off"}  # four passes of 2,048 tokens a step
+LARGE = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "use_liger_kernel": "off"}
+LIGER = {"use_liger_kernel": "on"}
+ON = {"activation_checkpointing": "on"}
 VARIANTS = {
-    "as shipped": {},
-    "fused AdamW in float32": {"optim": "adamw_torch_fused"},
-    "checkpointing": {"activation_checkpointing": "on"},
-    "8192 x 1": LONG,
-    "8192 x 1, checkpointing": LONG | {"activation_checkpointing": "on"},
-    "sdpa": {"attn_implementation": "sdpa"},
-    "PEFT's own LoRA": {"fused": False},
-    "Liger": {"use_liger_kernel": True},
-    "8192 x 1, Liger": LONG | {"use_liger_kernel": True},
-    "8192 x 1, Liger, fused AdamW": LONG | {"use_liger_kernel": True, "optim": "adamw_torch_fused"},
-    "8192 x 1, Liger, checkpointing": LONG | {"use_liger_kernel": True, "activation_checkpointing": "on"},
+    "2048 x 4": SMALL,
+    "8192 x 1": LARGE,
+    "8192 x 1, checkpointing": LARGE | ON,
+    "2048 x 4, checkpointing": SMALL | ON,
+    "2048 x 4, PEFT's own LoRA": SMALL | {"fused": False},
+    "2048 x 4, sdpa": SMALL | {"attn_implementation": "sdpa"},
+    "2048 x 4, paged 8-bit AdamW": SMALL | {"optim": "paged_adamw_8bit"},
+    "as shipped, Liger installed": {},
+    "2048 x 4, Liger": SMALL | LIGER,
+    "8192 x 1, Liger, checkpointing": LARGE | LIGER | ON,
 }
-# The same model, adapter and rows under TRL's own trainer: as it comes, and at the best of its documented flags.
+# The same model, adapter and rows under TRL's own trainer: as it comes, and at the best of its documented flags, where
+# without flash attention packed rows see one another.
+PACKED = {"packing": True, "activation_checkpointing": False, "per_device_train_batch_size": 4}
 TRL = {
     "trl sft as shipped": {},
-    "trl sft packed (rows see one another), no checkpointing": {
-        "packing": True, "activation_checkpointing": False, "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 4},
-    "the same, Liger": {
-        "packing": True, "activation_checkpointing": False, "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 4, "use_liger_kernel": True},
-}  # fmt: skip
+    "trl sft packed, 8192 x 1, no checkpointing": PACKED,
+    "trl sft packed, 8192 x 1, no checkpointing, Liger": PACKED | {"use_liger_kernel": True},
+}
 
 
 class Bench:
@@ -83,6 +86,7 @@ class Bench:
 
         self.cuda = torch.cuda.is_available()
         self.shape, self.folder, self.results_file = args.shape, args.folder.resolve(), args.results
+        self.only = args.only
         self.ends = time.time() + 60 * args.minutes
         gpu = torch.cuda.get_device_name() if self.cuda else None
         self.result = {"machine": machine() | {"gpu": gpu}, "shape": args.shape}
@@ -159,7 +163,7 @@ def trainer_of(bench, model, **changes):
     import llama
     import train_llama
     import trainer as training
-    from estimate import model_shape
+    from estimate import model_shape, settle
 
     flags = {name: changes.pop(name) for name in list(changes) if hasattr(train_llama, name.upper())}
     fused = changes.pop("fused", True)
@@ -185,8 +189,8 @@ def trainer_of(bench, model, **changes):
     train_llama.sft_config = changed
     training.fuse_lora = fuse if fused else lambda model: None
     try:
-        checkpointing = args.activation_checkpointing == "on"
-        made = train_llama.make_trainer(args, model, tokenizer, packed, validation, checkpointing, {})
+        settle(shape, packed, args)
+        made = train_llama.make_trainer(args, model, tokenizer, packed, validation, {})
     finally:
         train_llama.sft_config, training.fuse_lora = config, fuse
     return made, args, shape, packed
@@ -197,19 +201,19 @@ def restored(trainer):
     """Take adapter, checkpointing and Liger's kernels off the base model again."""
     import transformers.models.llama.modeling_llama as modeling
 
-    rotary = modeling.apply_rotary_pos_emb
+    before = dict(vars(modeling))
     try:
         yield
     finally:
-        modeling.apply_rotary_pos_emb = rotary
+        vars(modeling).update(before)
         base = trainer.model.unload()
         base.gradient_checkpointing_disable()
         for module in base.modules():
-            if "forward" in vars(module) and "liger" in repr(vars(module)["forward"]):
+            if "Liger" in repr(vars(module).get("forward")):
                 del module.forward
 
 
-def measured(bench, trainer, speed="tokens_per_second"):
+def measured(bench, trainer):
     """Tokens/s and peak memory of trainer.train()."""
     import torch
 
@@ -222,54 +226,50 @@ def measured(bench, trainer, speed="tokens_per_second"):
     if bench.cuda:
         found["peak_allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
         found["peak_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
-    entries = [entry for entry in trainer.state.log_history if speed in entry]
-    return found | {"tokens_per_second": statistics.median(entry[speed] for entry in entries[2:]),
-                    "losses": [round(entry["loss"], 4) for entry in entries]}  # fmt: skip
+    entries = [entry for entry in trainer.state.log_history if "tokens_per_second" in entry]
+    found["tokens_per_second"] = statistics.median(entry["tokens_per_second"] for entry in entries[2:])
+    return found | {"losses": [round(entry["loss"], 4) for entry in entries]}
 
 
 def training(bench):
     import gc
 
     import llama
-    from estimate import memory, operations, pass_size
 
     model = llama.load_model(str(bench.model()), load_in_4bit=True)
-    for name, changes in VARIANTS.items():
-        if time.time() > bench.ends:
-            return
-        if "Liger" in name and not bench.cuda:
+    plain = [name for name in TRL if "Liger" not in name] + [name for name in VARIANTS if "Liger" not in name]
+    for name in plain + [name for name in TRL | VARIANTS if "Liger" in name and bench.cuda]:
+        if time.time() > bench.ends or (bench.only and not any(some in name for some in bench.only)):
             continue
-        trainer = None
         try:
-            trainer, args, shape, packed = trainer_of(bench, model, **changes)
-            with restored(trainer):
-                found = measured(bench, trainer)
-            on = args.activation_checkpointing == "on"
-            found["estimate_gb"] = sum(memory(shape, args, *pass_size(packed, args), on).values()) / 1e9
-            rows = [length for lengths in packed["seq_lengths"] for length in lengths]
-            labels = sum(label != -100 for row in packed["labels"] for label in row)
-            found["tflops"] = operations(shape, rows, labels, on) / sum(rows) * found["tokens_per_second"] / 1e12
+            found = trl_run(bench, model, TRL[name]) if name in TRL else own_run(bench, model, VARIANTS[name])
         except Exception as error:
             traceback.print_exc()
             found = {"error": f"{type(error).__name__}: {error}"[:500]}
         bench.note("training", **{name: found})
-        del trainer
         gc.collect()
-    for name, changes in TRL.items():
-        if time.time() > bench.ends:
-            return
-        if "Liger" in name and not bench.cuda:
-            continue
-        try:
-            trainer = trl_trainer(bench, model, changes)
-            with restored(trainer):
-                found = measured(bench, trainer, "tokens_per_second")
-        except Exception as error:
-            traceback.print_exc()
-            found = {"error": f"{type(error).__name__}: {error}"[:500]}
-        bench.note("training", **{name: found})
-        trainer = None
-        gc.collect()
+
+
+def own_run(bench, model, changes):
+    """A training of train_llama.py, its peak beside the estimate, and the FLOP/s it comes to."""
+    from estimate import memory, operations, pass_size
+
+    trainer, args, shape, packed = trainer_of(bench, model, **changes)
+    with restored(trainer):
+        found = measured(bench, trainer)
+    on = args.activation_checkpointing == "on"
+    size = pass_size(packed, args.per_device_train_batch_size)
+    found["estimate_gb"] = sum(memory(shape, args, *size, on, 2 if bench.cuda else 4).values()) / 1e9
+    rows = [length for lengths in packed["seq_lengths"] for length in lengths]
+    labels = sum(label != -100 for row in packed["labels"] for label in row)
+    found["tflops"] = operations(shape, rows, labels, on) / sum(rows) * found["tokens_per_second"] / 1e12
+    return found | {"settings": {name: getattr(args, name) for name in SMALL | ON}}
+
+
+def trl_run(bench, model, changes):
+    trainer = trl_trainer(bench, model, changes)
+    with restored(trainer):
+        return measured(bench, trainer)
 
 
 def trl_trainer(bench, model, changes):
@@ -322,7 +322,7 @@ def profile(bench):
     import llama
 
     model = llama.load_model(str(bench.model()), load_in_4bit=True)
-    for name in ("as shipped", "8192 x 1"):
+    for name in ("2048 x 4", "8192 x 1", *(["as shipped, Liger installed"] if bench.cuda else [])):
         trainer, *_ = trainer_of(bench, model, **VARIANTS[name])
         with restored(trainer):
             inputs = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
@@ -355,6 +355,7 @@ def exactness(bench):
     """Packed rows beside the same alone under sdpa, on the tiny model with a random adapter, and beside float32."""
     import torch
     from peft import get_peft_model
+    from transformers.integrations.liger import apply_liger_kernel
 
     import llama
     import train_llama
@@ -366,7 +367,10 @@ def exactness(bench):
     ids = llama.encode(tokenizer, rows)
     pairs = list(zip(ids["prompt_ids"], ids["completion_ids"], strict=True))
     own, truth = llama.compute_dtype, None
-    for dtype in [torch.float32] + [torch.bfloat16, torch.float16] * bench.cuda:
+    kinds = {"float32": torch.float32}
+    if bench.cuda:
+        kinds |= {"bfloat16": torch.bfloat16, "float16": torch.float16, "bfloat16, Liger": torch.bfloat16}
+    for kind, dtype in kinds.items():
         llama.compute_dtype = lambda dtype=dtype: dtype
         torch.manual_seed(0)
         model = get_peft_model(llama.load_model(str(MODEL), load_in_4bit=True), train_llama.lora_config(args)).train()
@@ -375,6 +379,8 @@ def exactness(bench):
         for parameter in trained:
             parameter.data = torch.randn_like(parameter.float()) * 0.02
         fuse_lora(model)
+        if "Liger" in kind:
+            apply_liger_kernel(model, {"fused_linear_cross_entropy": False})
 
         def loss_and_gradients(some, attention, model=model, trained=trained):
             model.get_base_model().set_attn_implementation(attention)
@@ -402,7 +408,7 @@ def exactness(bench):
         def apart(a, b):
             return ((a - b).norm() / b.norm()).item()
 
-        bench.note("exactness", **{str(dtype)[6:]: {
+        bench.note("exactness", **{kind: {
             "packed_loss_beside_alone": abs(packed / loss - 1),
             "packed_gradient_beside_alone": apart(packed_gradient, gradient),
             "alone_loss_beside_float32": abs(loss / truth[0] - 1),
@@ -431,9 +437,7 @@ def chain(bench):
     from common import MANIFEST
 
     outputs = [bench.build("chain"), bench.build("killed")]
-    shipped = [sys.executable, "train_llama.py", "--model", MODEL, "--learning-rate", 4e-3, "--max-length", 1024]
-    shipped += ["--gradient-accumulation-steps", 1, "--max-steps", 40, "--eval-steps", 20, "--save-steps", 10]
-    whole, killed = ([*shipped, "--output-dir", output] for output in outputs)
+    whole, killed = ([sys.executable, "train_llama.py", *TINY, "--output-dir", output] for output in outputs)
     seconds, said = bench.run("train", whole)
     run = json.loads((outputs[0] / "adapter" / "run.json").read_text())
     bench.note("chain", train={"seconds": seconds} | {
@@ -458,11 +462,14 @@ def chain(bench):
     print(said[-1500:], flush=True)
     bench.run("test_merged", [*test, "--model", outputs[0] / "merged", "--name", "merged"])
     bench.note("chain", merge={"seconds": seconds} | same(outputs[0], "", "_merged"))
+
+
+def float16(bench):
     half = "import llama, torch; llama.compute_dtype = lambda: torch.float16; import train_llama; train_llama.main()"
-    older = [sys.executable, "-c", half, *shipped[2:], "--attn-implementation", "sdpa"]  # as on a T4
+    older = [sys.executable, "-c", half, *TINY, "--attn-implementation", "sdpa"]
     _, said = bench.run("train_half", [*older, "--output-dir", bench.build("half")])
     run = json.loads((bench.build("half") / "adapter" / "run.json").read_text())
-    bench.note("chain", float16={"eval_loss": run["eval_loss"], "tokens_per_second": run["tokens_per_second"]})
+    bench.note("float16", **{"eval_loss": run["eval_loss"], "tokens_per_second": run["tokens_per_second"]})
 
 
 def commands(bench):
@@ -494,6 +501,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--shape", choices=list(SHAPES), default="llama3-8B")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--only", nargs="*", help="of training: parts of the names of what to run")
     parser.add_argument("--folder", type=Path, default=FOLDER / "gpu", help="for models, data and logs")
     parser.add_argument("--results", type=Path, default=RESULTS / "gpu.json")
     parser.add_argument("--minutes", type=float, default=30, help="after which no further stage begins")

@@ -37,7 +37,7 @@ def test_a_launched_process_is_on_its_own_gpu_before_anything_touches_cuda(scrip
         raise Touched(device)
 
     if script is test_llama:
-        monkeypatch.setattr(test_llama, "choose_system", lambda args: (None, None, True))
+        monkeypatch.setattr(test_llama, "choose_system", lambda args: (None, None, True, None))
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("set_device", "_lazy_init", "get_device_properties", "get_device_capability", "current_device"):
@@ -61,5 +61,5 @@ def test_a_turing_gpu_computes_in_float16_with_a_scaler_and_sdpa(monkeypatch, ca
     assert torch.cuda.is_bf16_supported()  # by emulation
     assert llama.compute_dtype() == torch.float16
     assert llama.choose_attention("auto") == "sdpa"
-    config = train_llama.sft_config(train_llama.parse_args([]), checkpointing=False)
+    config = train_llama.sft_config(train_llama.parse_args(["--per-device-train-batch-size", "1"]))
     assert config.fp16 and not config.bf16

@@ -21,6 +21,7 @@ BOTH = pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
 def make_trainer(dataset, output, name="tiny_llama3", arguments=(), attention="auto"):
     """(trainer, tokenised rows) on the fixture's rows, in 4-bit and float32, without dropout."""
     arguments = ["--model", str(FIXTURES / name), "--max-length", "700", "--output-dir", str(output), *arguments]
+    arguments += ["--per-device-train-batch-size", "1", "--activation-checkpointing", "off"]
     args = train_llama.parse_args(arguments)
     rows = {split: load_from_disk(str(dataset / "dataset"))[split] for split in ("train", "validation")}
     tokenizer = llama.load_tokenizer(args.model)
