@@ -189,6 +189,7 @@ def trainer_of(bench, model, **changes):
     train_llama.sft_config = changed
     training.fuse_lora = fuse if fused else lambda model: None
     try:
+        train_llama.choose_learning_rate(args, shape)
         settle(shape, packed, args)
         made = train_llama.make_trainer(args, model, tokenizer, packed, validation, {})
     finally:
