@@ -131,16 +131,15 @@ def finished(args, path, run):
 def load_system(base, folder, in_4bit, compare):
     """The LlamaForCausalLM, with the adapter of `folder` where there is one, and a context that switches that off.
 
-    The CPU unpacks 4-bit weights at every use. Where host memory is ample they are unpacked once: the same numbers
-    (float32 holds every NF4 value times its scale as bitsandbytes computes it), in eight times the memory.
+    4-bit weights are unpacked at every use, or once where there is room: the same numbers (bitsandbytes computes them
+    in that type), in four times the memory on a GPU, eight times on a CPU.
     """
     import torch
     from transformers import GenerationConfig
     from transformers.utils import logging
 
     model = llama.load_model(base, in_4bit).eval()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("WORLD_SIZE", 1))
-    if in_4bit and not torch.cuda.is_available() and 4 * model.num_parameters() < memory / 2:
+    if in_4bit and has_room(model):
         logging.set_verbosity_error()  # it tells what it does
         model = model.dequantize()
         logging.set_verbosity_warning()
@@ -151,6 +150,9 @@ def load_system(base, folder, in_4bit, compare):
     with torch.no_grad():
         before = model(input_ids=ids).logits
         tuned = llama.load_adapter(model, folder)
+        for name, parameter in tuned.named_parameters():  # as in training; PEFT would cast each input to float32
+            if ".lora_" in name:
+                parameter.data = parameter.data.to(model.dtype)
         with tuned.disable_adapter():
             change = (model(input_ids=ids).logits - before).abs().max() / before.abs().max()
     # PiSSA and its kin take a part out of the base; others bring a matrix or biases of their own
@@ -158,6 +160,16 @@ def load_system(base, folder, in_4bit, compare):
         reason = f"the adapter in {folder} changes its base when it is loaded, as PiSSA does"
         fail(f"{reason}: give --no-compare-with-base, and test the base by itself with --model {base} --name base")
     return tuned.get_base_model(), tuned.disable_adapter
+
+
+def has_room(model):
+    """Whether all of the weights fit unpacked, beside keys and values."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 2 * model.num_parameters() < 0.7 * torch.cuda.get_device_properties(model.device).total_memory
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("WORLD_SIZE", 1))
+    return 4 * model.num_parameters() < host / 2
 
 
 def plan(task, rows, tokenizer, new, limit, max_tokens):

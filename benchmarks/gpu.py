@@ -37,6 +37,7 @@ from peers import FOLDER, MODEL, RESULTS, ROOT, machine, table, timed
 from scaling import random_model
 
 STAGES = ("rates", "training", "profile", "chain", "float16", "commands", "exactness")
+ORIGINAL = {}  # what transformers' module of the Llama held at first
 STEPS = 6  # optimizer steps of a training, the first two of which are not counted
 BUILD = ("--max-context-words", 300, "--test-examples-per-task", 24, "--validation-examples-per-task", 8)
 TINY = ["--model", MODEL, "--learning-rate", 4e-3, "--max-length", 1024, "--gradient-accumulation-steps", 1]
@@ -197,16 +198,21 @@ def trainer_of(bench, model, **changes):
     return made, args, shape, packed
 
 
+def without_liger():
+    """Give transformers its own Llama back: Liger's kernels are put in place of its classes, for whoever comes next."""
+    import transformers.models.llama.modeling_llama as modeling
+
+    vars(modeling).update(ORIGINAL or vars(modeling))
+    ORIGINAL.update(ORIGINAL or vars(modeling))
+
+
 @contextlib.contextmanager
 def restored(trainer):
     """Take adapter, checkpointing and Liger's kernels off the base model again."""
-    import transformers.models.llama.modeling_llama as modeling
-
-    before = dict(vars(modeling))
     try:
         yield
     finally:
-        vars(modeling).update(before)
+        without_liger()
         base = trainer.model.unload()
         base.gradient_checkpointing_disable()
         for module in base.modules():
@@ -521,6 +527,7 @@ def main(argv=None):
             bench.note(stage, error="no time left")
             continue
         started = time.time()
+        without_liger()
         try:
             globals()[stage](bench)
         except Exception as error:
