@@ -199,7 +199,7 @@ def trainer_of(bench, model, **changes):
 
 
 def without_liger():
-    """Give transformers its own Llama back: Liger's kernels are put in place of its classes, for whoever comes next."""
+    """Give transformers its own Llama back: Liger puts its kernels in place of the classes, for whoever comes next."""
     import transformers.models.llama.modeling_llama as modeling
 
     vars(modeling).update(ORIGINAL or vars(modeling))
