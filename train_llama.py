@@ -365,6 +365,8 @@ def train(args, base, rows):
         return
     shape = model_shape(base, llama.load_config(base), lora_config(args))
     tokenizer = llama.load_tokenizer(base, args.chat_template)
+    if tokenizer.chat_template:
+        say("prompts go through the model's chat template (--chat-template off: plain prompts)")
     tokens = tokenize(rows["train"], tokenizer, args.max_length, "train")
     packed = pack(tokens, args)
     validation = validation_sets(rows["validation"], tokenizer, args)
