@@ -387,6 +387,8 @@ def train(args, base, rows):
         say(f"{adapter} is finished, by the same settings on the same rows: nothing to do")
         return
     tokenizer = llama.load_tokenizer(base, args.chat_template)
+    if tokenizer.chat_template:
+        say("prompts go through the model's chat template (--chat-template off: plain prompts)")
     tokens = tokenize(rows["train"], tokenizer, args.max_length, "train")
     packed = pack(tokens, args)
     validation = validation_sets(rows["validation"], tokenizer, args)

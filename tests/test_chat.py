@@ -124,9 +124,8 @@ def test_a_template_that_does_not_fit_is_one_sentence(dataset, tmp_path):
         (base / "chat_template.jinja").write_text(template)
         with pytest.raises(ValueError, match=f"{re.escape(words)}.*give --chat-template off"):
             llama.encode(llama.load_tokenizer(str(base)), rows)
-    arguments = ["--dry-run", "--model", base, "--output-dir", dataset]
-    assert_refused(run("train_llama.py", *arguments), "cannot train on train: ", "give --chat-template off")
-    assert run("train_llama.py", *arguments, "--chat-template", "off").returncode == 0
+    result = run("train_llama.py", "--dry-run", "--model", base, "--output-dir", dataset)
+    assert_refused(result, "cannot train on train: ", "give --chat-template off")
 
 
 def test_a_template_that_asks_for_the_date_is_the_same_tomorrow(tmp_path):
@@ -209,26 +208,19 @@ def test_training_testing_and_merging_go_the_same_way(runs, tmp_path):
         assert example["tokens"] == len(answer) and example["nll"] == pytest.approx(nll, rel=1e-4)
 
 
-@pytest.mark.parametrize("setting", ["auto", "off"])
-def test_base_alone_and_merged_are_asked_as_the_adapter_was(setting, runs, tmp_path):
-    shutil.copytree(runs / setting, tmp_path / "out")
-    out, systems = (
-        tmp_path / "out",
-        {"base": ["--adapter", "none"], "merged": ["--model", tmp_path / "out" / "merged"]},
-    )
-    for name, arguments in systems.items():
-        result = run("test_llama.py", *SHORT, *arguments, "--name", name, "--output-dir", out)
+def test_base_alone_and_merged_are_asked_as_the_adapter_was(runs, tmp_path):
+    for setting, arguments, key in (("off", ["--adapter", "none"], "base_"), ("auto", ["--model", "merged"], "")):
+        out = tmp_path / setting
+        shutil.copytree(runs / setting, out)
+        arguments[1] = arguments[1].replace("merged", str(out / "merged"))
+        result = run("test_llama.py", *SHORT, *arguments, "--name", "other", "--output-dir", out)
         assert result.returncode == 0, result.stderr
-    for task in TASKS:
-        files = {name: examples(out, task, name) for name in ("", "_base", "_merged")}
-        assert len({file["settings"]["chat_template"] for file in files.values()}) == 1
-        assert (files[""]["settings"]["chat_template"] == "none") == (setting == "off")
-        for name, key in (("_base", "base_prediction"), ("_merged", "prediction")):
-            assert [e["prediction"] for e in files[name]["examples"]] == [e[key] for e in files[""]["examples"]]
-    result = run(
-        "test_llama.py", *SHORT, "--chat-template", {"auto": "off", "off": "on"}[setting], "--output-dir", out
-    )
-    assert_refused(result, "chat template")
+        for task in TASKS:
+            one, other = examples(out, task), examples(out, task, "_other")
+            assert one["settings"]["chat_template"] == other["settings"]["chat_template"]
+            assert (one["settings"]["chat_template"] == "none") == (setting == "off")
+            assert [e[key + "prediction"] for e in one["examples"]] == [e["prediction"] for e in other["examples"]]
+    assert_refused(run("test_llama.py", *SHORT, "--chat-template", "off", "--output-dir", out), "chat template")
 
 
 def test_the_cards_example_of_a_chat_model_runs(runs, monkeypatch, capsys):
