@@ -118,8 +118,8 @@ def where_to_start(args, run):
     A stopped run goes on, with --overwrite and without, beside whatever older adapter is still there.
     """
     output = Path(args.output_dir)
-    old = common.read_json(output / "adapter" / "run.json")
-    finished = old.get("run") == run and (output / "adapter" / "adapter_model.safetensors").is_file()
+    old, weights = common.read_json(output / "adapter" / "run.json"), output / "adapter" / "adapter_model.safetensors"
+    finished = old.get("run") == run and weights.is_file() and old.get("adapter_sha256") == common.sha256(weights)
     if finished and not args.overwrite:
         return "finished", None
     checkpoint = last_checkpoint(output / "checkpoints")

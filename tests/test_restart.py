@@ -106,9 +106,13 @@ def test_a_checkpoint_without_its_manifest_does_not_count(undisturbed, tmp_path)
     assert_same_adapter(tmp_path, adapter_of(undisturbed))
 
 
-def test_killed_between_its_last_checkpoint_and_its_adapter_it_makes_no_further_step(undisturbed, tmp_path):
+@pytest.mark.parametrize("adapter", ["missing", "of other weights"])
+def test_killed_between_its_last_checkpoint_and_its_adapter_it_makes_no_further_step(adapter, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "adapter")
+    if adapter == "missing":
+        shutil.rmtree(tmp_path / "adapter")
+    else:  # test_llama.py and merge_llama.py say: run train_llama.py again
+        shutil.copy(tmp_path / "checkpoints/checkpoint-28/adapter_model.safetensors", tmp_path / "adapter")
     result = run("train_llama.py", *COMMAND, "--output-dir", tmp_path)
     assert result.returncode == 0, result.stderr
     assert_same_adapter(tmp_path, adapter_of(undisturbed), atol=0)

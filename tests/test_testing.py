@@ -299,6 +299,8 @@ def test_work_left_behind_is_used_and_a_cut_off_line_healed(cut, healed, chain, 
 def test_a_finished_run_is_not_repeated_and_another_one_needs_overwrite(chain, tmp_path, capsys, refused):
     out = copied(chain, tmp_path, predictions=True)
     before = snapshot(out)
+    work = {"settings": read(out, "samsum")["settings"], "examples": []}  # a kill came before its removal
+    (out / ".samsum_predictions.part0.jsonl").write_text(json.dumps(work) + "\n")
     assert test(out, *SHORT) == 0
     assert "nothing to do" in capsys.readouterr().out and snapshot(out) == before
     assert "samsum max new tokens 8 there, 9 now" in refused(out, "--samsum-max-new-tokens", "9")
