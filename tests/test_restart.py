@@ -207,6 +207,18 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_kill_leaves_no_lock(un
     assert_same_adapter(tmp_path, adapter_of(undisturbed))
 
 
+def test_a_reader_that_goes_away_does_not_end_the_training(undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "dataset", tmp_path / "dataset")
+    os.mkfifo(tmp_path / "pipe")
+    streams, arguments = [tmp_path / "pipe", tmp_path / "errors"], ["--max-steps", "6", "--output-dir", tmp_path]
+    process = start("train_llama.py", *COMMAND, *arguments, streams=streams)
+    with (tmp_path / "pipe").open() as pipe:  # as `| head -n 1`
+        assert pipe.readline()
+    process.join(600)
+    assert process.exitcode == 0, (tmp_path / "errors").read_text()
+    assert json.loads((tmp_path / "adapter" / "run.json").read_text())["steps"] == 6
+
+
 def test_the_weights_of_the_base_and_the_number_of_processes_are_part_of_a_run(undisturbed, tmp_path, monkeypatch):
     args = train_llama.parse_args(COMMAND)
     rows = {split: llama.load_rows(undisturbed, split) for split in ("train", "validation")}
