@@ -323,7 +323,7 @@ def summary(args, base, trainer, train_rows):
         "steps": state.global_step,
         "best_step": state.best_global_step,
         "train_loss": mean_training_loss(state.log_history),
-        **{key: value for key, value in best.items() if key.startswith("eval_")},
+        **{key: value for key, value in sorted(best.items()) if key.startswith("eval_")},
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
         "peak_memory_gb": llama.peak_memory(),
@@ -339,12 +339,13 @@ def save_adapter(args, tokenizer, trainer, run):
     _, broken = common.read_manifest(best)
     if broken:
         fail(f"{best}, the best one, is broken ({', '.join(broken)}): something else wrote there; train again")
+    # sorted, as those that a checkpoint gave back: the page draws the curves in their order
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     with common.whole_folder(output / "adapter") as fresh:
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             shutil.copy(best / name, fresh)
         tokenizer.save_pretrained(fresh)
-        (fresh / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
+        (fresh / "log.jsonl").write_text("".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history))
         draw_loss(history, run["best_step"], fresh / "loss.png")
         run["adapter_sha256"] = common.sha256(fresh / "adapter_model.safetensors")
         (fresh / "run.json").write_text(json.dumps(run, indent=2) + "\n")
