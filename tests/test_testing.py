@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -431,6 +432,20 @@ def test_one_run_at_a_time_and_links_to_other_disks(chain, out, tmp_path, refuse
     assert test(tmp_path / "link", *SHORT, "--overwrite") == 0
     assert (out / "samsum_predictions.json").is_symlink() and not list(out.glob(".*"))
     assert json.loads((tmp_path / "elsewhere.json").read_text())["examples"] == read(chain, "samsum")["examples"]
+
+
+@ONE
+@pytest.mark.parametrize("size", [500, 3000])  # of the work files, of the predictions
+def test_a_full_disk_is_one_sentence_and_the_rerun_succeeds(size, chain, out, refused):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        assert "make room, then give the same command again" in refused(out, *SHORT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (out / "samsum_predictions.json").exists() and not (out / ".samsum_predictions.json.new").exists()
+    assert test(out, *SHORT) == 0 and not list(out.glob(".*"))
+    same_columns(out, chain, "prediction")
 
 
 def peft_adapter(folder, targets, **options):
