@@ -359,6 +359,8 @@ def train(args, base, rows):
     start, checkpoint = where_to_start(args, run)
     adapter = Path(args.output_dir) / "adapter"
     if start == "finished":
+        if is_main():
+            common.put_back(adapter)  # a kill may have left the one before beside it
         say(f"{adapter} is finished, by the same settings on the same rows: nothing to do")
         return
     shape = model_shape(base, llama.load_config(base), lora_config(args))

@@ -123,6 +123,7 @@ def test_killed_between_its_last_checkpoint_and_its_adapter_it_makes_no_further_
 def test_a_finished_run_says_so_and_other_settings_are_named(undisturbed, dataset, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "out")
     before = snapshot(tmp_path / "out")
+    shutil.copytree(undisturbed / "adapter", tmp_path / "out" / ".adapter.old")  # as a kill at the very end leaves it
     result = run("train_llama.py", *COMMAND, "--output-dir", tmp_path / "out")
     assert result.returncode == 0 and "is finished" in result.stdout
     other = ["--lora-r", 4, "--learning-rate", "1e-3", "--output-dir", tmp_path / "out"]
