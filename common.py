@@ -169,11 +169,12 @@ def write_whole(path, text):
 
 
 def put_back(path):
-    """Give a folder its name back if a kill left it beside its place; returns that place beside."""
+    """Give a folder its name back if a kill left it beside its place, or remove it there; returns that place."""
     path = Path(path).resolve()
     old = path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
         old.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
     return old
 
 
@@ -186,8 +187,7 @@ def whole_folder(path):
     """
     path = Path(path).resolve()
     fresh, old = path.with_name(f".{path.name}.new"), put_back(path)
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
         yield fresh

@@ -244,11 +244,17 @@ def refuse_two_runs(tasks):
 
 
 def add_prompts(output_dir, tasks):
-    """The prompts of the test split in OUTPUT_DIR/dataset, for files without them; only where the references agree."""
+    """The prompts of the test split in OUTPUT_DIR/dataset, for files without them; only where the references agree.
+
+    Files that note their rows get the prompts of those alone: another build may ask the same with other contexts.
+    """
     from datasets import load_from_disk
 
+    folder, noted = f"{output_dir}/dataset/test", made_from(tasks, "rows")
+    if noted not in ("unknown", read_json(f"{folder}/state.json").get("_fingerprint")):
+        return
     with suppress(OSError, ValueError, KeyError):  # the page then shows no prompts
-        known = {row["id"]: row for row in load_from_disk(f"{output_dir}/dataset/test")}
+        known = {row["id"]: row for row in load_from_disk(folder)}
         for rows in tasks.values():
             found = [known.get(row_id, {}) for row_id in rows.ids or []]
             if not rows.prompts and [row.get("references") for row in found] == rows.references:
@@ -359,11 +365,16 @@ def read_training(output_dir, adapter):
     return {"facts": facts, "settings": run.get("settings", {}), "loss": loss}
 
 
-def read_data(output_dir, rows):
-    """{task: {split: {reason: rows}}} of the data set with these test rows, as build_dataset.py counted; or None."""
+def read_data(output_dir, rows, training):
+    """{task: {split: {reason: rows}}} of the data set with these test rows, as build_dataset.py counted; or None.
+
+    Where `training` is shown beside it, it must be that of its train rows, too.
+    """
     report = read_json(Path(output_dir) / "dataset_report.json")
     with suppress(KeyError, TypeError, AttributeError):
-        if report["splits"]["test"]["sha256"].startswith(rows):
+        trained_on = read_json(Path(output_dir) / "adapter" / "run.json")["run"]["train rows"] if training else ""
+        splits = report["splits"]
+        if splits["test"]["sha256"].startswith(rows) and splits["train"]["sha256"].startswith(trained_on):
             return {task: part["counts"] for task, part in report["tasks"].items()}
 
 
@@ -428,9 +439,10 @@ def main(argv=None):
     for task, judgements in judged.items():
         report[task]["judge"] = judge.report(task, report[task], judgements, args) | counts
     adjust(report)
+    training = read_training(folder, made_from(tasks, "adapter"))
     report |= {
-        "training": read_training(folder, made_from(tasks, "adapter")),
-        "data": read_data(folder, made_from(tasks, "rows")),
+        "training": training,
+        "data": read_data(folder, made_from(tasks, "rows"), training),
         "versions": versions("evaluate", "matplotlib", "numpy", "rouge_score", "sacrebleu"),
         "settings": {**vars(args), "stemmer": True},
     }

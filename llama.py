@@ -169,7 +169,10 @@ def load_tokenizer(model, chat_template="auto"):
     """
     from transformers import AutoTokenizer
 
-    fetch(model, weights=False)
+    folder = fetch(model, weights=False)
+    if not any(folder.glob("tokenizer*.json")) and (folder / "tokenizer.model").is_file():
+        # transformers makes another tokenizer of it, without BOS and without the blank in front
+        fail(f"{model} has tokenizer.model but no tokenizer_config.json, which says how to use it: get that file, too")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:

@@ -366,6 +366,10 @@ def write_predictions(task, rows, folder, path, run):
         "examples": examples,
     }
     common.write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    remove_work(path)
+
+
+def remove_work(path):
     for part in work_files(path):
         part.unlink()
 
@@ -392,6 +396,11 @@ def show(contents, prompts):
 def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
     """Test the tasks that are not finished; the paths of all that have rows."""
     run = run_identity(args, base, folder, in_4bit, rows, tokenizer)
+    if folder and args.model == "auto":  # an adapter from elsewhere names no weights
+        trained_on = common.read_json(folder / "run.json").get("run", {}).get("weights", run["weights"])
+        remedy = f"put back what {folder}/run.json names, or give --model {base} to test on this one all the same"
+        what = f"{base}, the base of {folder},"
+        common.refuse_another(what, {"weights": trained_on}, {"weights": run["weights"]}, remedy)
     parts = {task: llama.rows_of(rows, task) for task in common.TASKS}
     paths = {task: Path(args.output_dir, f"{task}_predictions{args.name and '_' + args.name}.json") for task in parts}
     done = [task for task, path in paths.items() if finished(args, path, run)]
@@ -403,6 +412,8 @@ def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
             if is_main():  # else evaluations.py would score another run's predictions
                 path.unlink(missing_ok=True)
         elif task in done:
+            if is_main():
+                remove_work(path)  # where a kill came between the file and this
             say(f"{path} is finished, by the same settings on the same rows: nothing to do")
         else:
             test_task(args, task, parts[task], tokenizer, *system, path, run, state)

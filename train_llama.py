@@ -137,8 +137,8 @@ def where_to_start(args, run):
     A stopped run goes on, with --overwrite and without, beside whatever older adapter is still there.
     """
     output = Path(args.output_dir)
-    old = common.read_json(output / "adapter" / "run.json")
-    finished = old.get("run") == run and (output / "adapter" / "adapter_model.safetensors").is_file()
+    old, weights = common.read_json(output / "adapter" / "run.json"), output / "adapter" / "adapter_model.safetensors"
+    finished = old.get("run") == run and weights.is_file() and old.get("adapter_sha256") == common.sha256(weights)
     if finished and not args.overwrite:
         return "finished", None
     checkpoint = last_checkpoint(output / "checkpoints")
@@ -347,7 +347,7 @@ def summary(args, base, trainer, train_rows):
         "steps": state.global_step,
         "best_step": state.best_global_step,
         "train_loss": mean_training_loss(state.log_history),
-        **{key: value for key, value in best.items() if key.startswith("eval_")},
+        **{key: value for key, value in sorted(best.items()) if key.startswith("eval_")},
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
         "peak_memory_gb": llama.peak_memory(),
@@ -363,12 +363,13 @@ def save_adapter(args, tokenizer, trainer, run):
     _, broken = common.read_manifest(best)
     if broken:
         fail(f"{best}, the best one, is broken ({', '.join(broken)}): something else wrote there; train again")
+    # sorted, as those that a checkpoint gave back: the page draws the curves in their order
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     with common.whole_folder(output / "adapter") as fresh:
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             shutil.copy(best / name, fresh)
         tokenizer.save_pretrained(fresh)
-        (fresh / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
+        (fresh / "log.jsonl").write_text("".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history))
         draw_loss(history, run["best_step"], fresh / "loss.png")
         run["adapter_sha256"] = common.sha256(fresh / "adapter_model.safetensors")
         (fresh / "run.json").write_text(json.dumps(run, indent=2) + "\n")
@@ -384,6 +385,8 @@ def train(args, base, rows):
     start, checkpoint = where_to_start(args, run)
     adapter = Path(args.output_dir) / "adapter"
     if start == "finished":
+        if is_main():
+            common.put_back(adapter)  # a kill may have left the one before beside it
         say(f"{adapter} is finished, by the same settings on the same rows: nothing to do")
         return
     tokenizer = llama.load_tokenizer(base, args.chat_template)

@@ -56,6 +56,8 @@ def run_forked(command, cwd, environment, streams):
     """In the forked process: become the command."""
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    # of whatever kind they now are
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
     multiprocessing.set_start_method("fork", force=True)  # a command of its own has not inherited another
     os.environ.clear()

@@ -738,13 +738,23 @@ def runs(folder, **others):
         settings = {name: value for name, value in (MADE_FROM | changes).items() if value is not None}
         prediction_file(outputs / f"{task}_predictions.json", task, examples=examples, settings=settings)
     (outputs / "adapter").mkdir(exist_ok=True)
-    notes = {"adapter_sha256": "a" * 64, "steps": 5, "settings": {"learning_rate": 0.004}}
+    notes = {
+        "adapter_sha256": "a" * 64,
+        "steps": 5,
+        "settings": {"learning_rate": 0.004},
+        "run": {"train rows": "e" * 32},
+    }
     (outputs / "adapter/run.json").write_text(json.dumps(notes))
     (outputs / "adapter/log.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 1, "eval_samsum_loss": 1.5}\n')
-    counts = {"train": {"kept": 9, "duplicate": 4}}
-    report = {"tasks": {"samsum": {"counts": counts}}, "splits": {"test": {"sha256": "c" * 64}}}
-    (outputs / "dataset_report.json").write_text(json.dumps(report))
+    built(outputs, "e" * 64)
     return outputs
+
+
+def built(outputs, train_rows):
+    """dataset_report.json of the predictions' test rows and these train rows."""
+    splits = {"train": {"sha256": train_rows}, "test": {"sha256": "c" * 64}}
+    tasks = {"samsum": {"counts": {"train": {"kept": 9, "duplicate": 4}}}}
+    (outputs / "dataset_report.json").write_text(json.dumps({"tasks": tasks, "splits": splits}))
 
 
 def test_the_report_says_what_the_predictions_were_made_from_and_how_that_was_trained(tmp_path):
@@ -789,6 +799,14 @@ def test_training_and_data_of_another_run_or_of_an_unknown_one_are_not_shown(tmp
     assert report["training"] is None and report["data"] is None
     page = (outputs / "evaluation.html").read_text()
     assert "What was trained" not in page and "The data set" not in page
+
+
+def test_a_data_set_with_the_same_test_rows_is_not_shown_beside_an_adapter_trained_on_other_rows(tmp_path):
+    outputs = runs(tmp_path)
+    built(outputs, "f" * 64)  # more train rows, say: the test rows stay
+    assert run(tmp_path, "--resamples", "50").returncode == 0
+    report = result(outputs / "evaluation.json")
+    assert report["training"]["facts"]["steps"] == 5 and report["data"] is None
 
 
 def test_predictions_of_before_there_was_an_identity_are_still_scored(tmp_path):

@@ -601,7 +601,7 @@ PROMPTS = {
 def built_by(out, **sources):
     """dataset_report.json of the rows that `identified` names."""
     built = {"sources": sources, "prompts": PROMPTS, "settings": {"max_context_words": 77}}
-    built["splits"] = {"train": {"sha256": "a" * 64}}
+    built["splits"] = {"train": {"sha256": "a" * 64}, "test": {"sha256": "b" * 64}}
     (out / "dataset_report.json").write_text(json.dumps(built))
 
 
@@ -735,17 +735,21 @@ def test_of_another_data_set_the_card_says_nothing(out):
         assert "not recorded here" in card
 
 
-def test_scores_of_another_adapter_are_not_the_cards(out):
+def test_scores_of_another_adapter_base_or_data_set_are_not_the_cards(out):
     intervals, systems = dict.fromkeys(("exact_match", "f1", "perplexity"), [0, 9]), ("base", "tuned")
     part = {"examples": 6, "base": {"exact_match": 1, "f1": 2}, "tuned": {"exact_match": 33.3, "f1": 4}}
     part |= {"perplexity": dict.fromkeys(systems, {"perplexity": 5}), "intervals": dict.fromkeys(systems, intervals)}
-    made = {"tuned": {"adapter": "c" * 16}, "base": {"adapter": "none"}}
-    for tuned, found in {"c" * 16: True, "d" * 16: False, "none": False}.items():
-        made["tuned"]["adapter"] = tuned
+    own = {"adapter": "c" * 16, "weights": "w" * 16, "rows": "b" * 32, "4_bit": False}
+    others = [{"adapter": "d" * 16}, {"adapter": "none"}, {"weights": "x" * 16}, {"rows": "d" * 32}, {"rows": ""}]
+    built_by(out, samsum=LOCAL)
+    run = {"weights": "w" * 16, "run": {"train rows": "a" * 32}}
+    for other in ({}, *others):
+        made = {"tuned": own | other, "base": own | {"adapter": "none"}}
         (out / "evaluation.json").write_text(json.dumps({"trivia_qa": part | {"made_from": made}, "settings": {}}))
-        card = card_of(out, "someone/model")
-        assert ("| trivia_qa, 6 | exact_match | 1.00 [0.00, 9.00] | 33.30 [0.00, 9.00] |\n" in card) == found
-        assert ("Not measured" in card) == (not found)
+        card = card_of(out, "someone/model", run)
+        assert ("| trivia_qa, 6 | exact_match | 1.00 [0.00, 9.00] | 33.30 [0.00, 9.00] |\n" in card) == (not other)
+        assert ("Not measured" in card) == bool(other)
+        assert "adapter on the base in 4 bits" not in card  # trained so, tested otherwise
     for unknown in ({"trivia_qa": part}, {"trivia_qa": part | {"made_from": {"tuned": None}}}, {"trivia_qa": None}):
         (out / "evaluation.json").write_text(json.dumps(unknown))
-        assert "Not measured" in card_of(out, "someone/model")
+        assert "Not measured" in card_of(out, "someone/model", run)

@@ -271,9 +271,11 @@ def test_prompts_come_from_the_data_set_where_the_predictions_have_none(dataset,
     rows = [row for row in load_from_disk(str(dataset / "dataset"))["test"] if row["task"] == "trivia_qa"]
     examples = [{"id": row["id"], "references": row["references"], "prediction": "x"} for row in rows]
     path = tmp_path / "trivia_qa_predictions.json"
-    for references, expected in ((rows[0]["references"], True), (["of another data set"], False)):
+    own = rows[0]["references"]
+    another_build = {"rows": "0" * 32}  # other contexts, the same questions and answers
+    for references, settings, expected in ((own, {}, True), (["another"], {}, False), (own, another_build, False)):
         examples[0]["references"] = references
-        path.write_text(json.dumps({"task": "trivia_qa", "examples": examples}))
+        path.write_text(json.dumps({"task": "trivia_qa", "examples": examples, "settings": settings}))
         assert run("evaluations.py", "--output-dir", tmp_path, "--resamples", "50").returncode == 0
         page = (tmp_path / "evaluation.html").read_text()
         assert ("Answer the question from the context" in page) == expected

@@ -9,6 +9,8 @@ import time
 import pytest
 from conftest import FIXTURES, SMALL, SOURCES, assert_refused, run, snapshot, start
 
+from common import sha256
+
 TRAIN = ["--max-steps", "4", "--max-length", "512", "--warmup-steps", "0", "--logging-steps", "1"]
 TRAIN += ["--gradient-accumulation-steps", "1", "--eval-steps", "2", "--save-steps", "2"]
 TEST = ["--samsum-max-new-tokens", "6", "--trivia-qa-max-new-tokens", "4", "--max-batch-tokens", "400"]
@@ -77,6 +79,7 @@ def test_the_chain_says_what_each_artifact_was_made_from(two_runs):
     assert merged["adapter_sha256"] == adapter["adapter_sha256"]
     assert merged["base_weights"] == adapter["run"]["weights"]
     assert "ot measured" not in card_of(output) and "12" in card_of(output)
+    assert "Summarize the dialogue" in (output / "evaluation.html").read_text(encoding="utf-8")
 
 
 def test_another_data_set_is_refused_by_training_and_testing_and_gives_the_card_no_data(mixed, two_runs):
@@ -92,13 +95,16 @@ def test_another_data_set_is_refused_by_training_and_testing_and_gives_the_card_
     assert "Summarize the dialogue" not in card_of(output)  # whose prompts these are is not known
 
 
-def test_another_adapter_is_refused_beside_the_old_predictions_and_gets_none_of_their_scores(mixed):
+def test_another_adapter_is_refused_beside_the_old_predictions_and_gets_none_of_their_scores(mixed, two_runs):
     output = mixed("adapter")
     assert_refused(run("test_llama.py", *TEST, "--output-dir", output), "adapter", "another run")
     succeed("evaluations.py", output, *EVALUATE)
     assert json.loads((output / "evaluation.json").read_text())["training"] is None
     succeed("merge_llama.py", output, *MERGE)
     assert "ot measured" in card_of(output)
+    train(output, two_runs / "base", "1")  # its own checkpoints still stand there: it puts its own adapter back
+    weights = "adapter/adapter_model.safetensors"
+    assert sha256(output / weights) == sha256(two_runs / "1" / weights)
 
 
 @pytest.mark.parametrize("task", ["samsum", "trivia_qa"])
@@ -109,6 +115,24 @@ def test_predictions_of_one_task_by_another_adapter_are_refused(task, mixed):
         run("evaluations.py", *EVALUATE, "--output-dir", output), "another run", "run test_llama.py --overwrite"
     )
     assert snapshot(output) == before
+
+
+def test_predictions_of_both_tasks_by_another_adapter_are_shown_without_this_ones_training_and_data(mixed):
+    output = mixed("samsum_predictions.json", "trivia_qa_predictions.json")
+    assert_refused(run("test_llama.py", *TEST, "--output-dir", output), "adapter", "another run")
+    succeed("evaluations.py", output, *EVALUATE)
+    report = json.loads((output / "evaluation.json").read_text())
+    assert report["training"] is None and report["data"] is None
+    assert "Summarize the dialogue" not in (output / "evaluation.html").read_text(encoding="utf-8")
+    succeed("merge_llama.py", output, *MERGE)
+    assert "ot measured" in card_of(output)
+
+
+def test_another_merged_folder_is_refused_beside_the_predictions_of_the_old_one(mixed):
+    test = [*TEST, "--model", mixed() / "merged", "--name", "merged"]
+    succeed("test_llama.py", mixed(), *test)
+    output = mixed("merged")
+    assert_refused(run("test_llama.py", *test, "--output-dir", output), "weights", "another run")
 
 
 def test_another_evaluation_gives_the_card_no_scores(mixed):
@@ -130,7 +154,10 @@ def test_other_base_weights_are_refused_by_training_testing_and_merging(two_runs
     result = run("train_llama.py", "--model", tmp_path / "base", *TRAIN, "--learning-rate", "1e-2", "--seed", "1",
                  "--output-dir", tmp_path / "out")  # fmt: skip
     assert_refused(result, "weights", "another run")
-    assert_refused(run("test_llama.py", *TEST, "--output-dir", tmp_path / "out"), "weights", "another run")
+    for task in ("samsum", "trivia_qa"):  # no predictions of the old ones give it away
+        (tmp_path / "out" / f"{task}_predictions.json").unlink()
+    before = snapshot(tmp_path / "out")
+    assert_refused(run("test_llama.py", *TEST, "--output-dir", tmp_path / "out"), "weights", "run.json names")
     assert_refused(run("merge_llama.py", *MERGE, "--output-dir", tmp_path / "out"), "weights", "run.json names")
     assert snapshot(tmp_path / "out") == before
 

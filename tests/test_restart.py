@@ -106,9 +106,13 @@ def test_a_checkpoint_without_its_manifest_does_not_count(undisturbed, tmp_path)
     assert_same_adapter(tmp_path, adapter_of(undisturbed))
 
 
-def test_killed_between_its_last_checkpoint_and_its_adapter_it_makes_no_further_step(undisturbed, tmp_path):
+@pytest.mark.parametrize("adapter", ["missing", "of other weights"])
+def test_killed_between_its_last_checkpoint_and_its_adapter_it_makes_no_further_step(adapter, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "adapter")
+    if adapter == "missing":
+        shutil.rmtree(tmp_path / "adapter")
+    else:  # test_llama.py and merge_llama.py say: run train_llama.py again
+        shutil.copy(tmp_path / "checkpoints/checkpoint-28/adapter_model.safetensors", tmp_path / "adapter")
     result = run("train_llama.py", *COMMAND, "--output-dir", tmp_path)
     assert result.returncode == 0, result.stderr
     assert_same_adapter(tmp_path, adapter_of(undisturbed), atol=0)
@@ -119,6 +123,7 @@ def test_killed_between_its_last_checkpoint_and_its_adapter_it_makes_no_further_
 def test_a_finished_run_says_so_and_other_settings_are_named(undisturbed, dataset, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "out")
     before = snapshot(tmp_path / "out")
+    shutil.copytree(undisturbed / "adapter", tmp_path / "out" / ".adapter.old")  # as a kill at the very end leaves it
     result = run("train_llama.py", *COMMAND, "--output-dir", tmp_path / "out")
     assert result.returncode == 0 and "is finished" in result.stdout
     other = ["--lora-r", 4, "--learning-rate", "1e-3", "--output-dir", tmp_path / "out"]
@@ -157,7 +162,7 @@ def test_a_run_stopped_with_overwrite_goes_on_with_it_and_without(undisturbed, t
 
 def test_what_a_killed_run_logs_is_what_an_undisturbed_one_logs(dataset, tmp_path):
     arguments = ["--max-steps", "14", "--logging-steps", "5", "--eval-steps", "4", "--save-steps", "6"]
-    logs = []
+    logs, orders = [], []
     for name in ("whole", "killed"):
         output = tmp_path / name
         shutil.copytree(dataset / "dataset", output / "dataset")
@@ -167,6 +172,8 @@ def test_what_a_killed_run_logs_is_what_an_undisturbed_one_logs(dataset, tmp_pat
         assert run("train_llama.py", *COMMAND, *arguments, "--output-dir", output).returncode == 0
         lines = (output / "adapter" / "log.jsonl").read_text().splitlines()
         logs.append([entry for entry in map(json.loads, lines) if "loss" in entry])
+        orders.append([list(entry) for entry in map(json.loads, lines)])
+    assert orders[0] == orders[1]  # the page draws the curves in it
     assert [entry["step"] for entry in logs[0]] == [4, 5, 6, 8, 10, 12, 14] == [entry["step"] for entry in logs[1]]
     for key in ("loss", "grad_norm", "learning_rate", "tokens"):
         assert [entry[key] for entry in logs[0]] == pytest.approx([entry[key] for entry in logs[1]], rel=1e-5)
@@ -201,6 +208,18 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_kill_leaves_no_lock(un
     first.join(600)
     assert run("train_llama.py", *COMMAND, "--output-dir", tmp_path).returncode == 0
     assert_same_adapter(tmp_path, adapter_of(undisturbed))
+
+
+def test_a_reader_that_goes_away_does_not_end_the_training(undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "dataset", tmp_path / "dataset")
+    os.mkfifo(tmp_path / "pipe")
+    streams, arguments = [tmp_path / "pipe", tmp_path / "errors"], ["--max-steps", "6", "--output-dir", tmp_path]
+    process = start("train_llama.py", *COMMAND, *arguments, streams=streams)
+    with (tmp_path / "pipe").open() as pipe:  # as `| head -n 1`
+        assert pipe.readline()
+    process.join(600)
+    assert process.exitcode == 0, (tmp_path / "errors").read_text()
+    assert json.loads((tmp_path / "adapter" / "run.json").read_text())["steps"] == 6
 
 
 def test_the_weights_of_the_base_and_the_number_of_processes_are_part_of_a_run(undisturbed, tmp_path, monkeypatch):

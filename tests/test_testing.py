@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -299,6 +300,8 @@ def test_work_left_behind_is_used_and_a_cut_off_line_healed(cut, healed, chain, 
 def test_a_finished_run_is_not_repeated_and_another_one_needs_overwrite(chain, tmp_path, capsys, refused):
     out = copied(chain, tmp_path, predictions=True)
     before = snapshot(out)
+    work = {"settings": read(out, "samsum")["settings"], "examples": []}  # a kill came before its removal
+    (out / ".samsum_predictions.part0.jsonl").write_text(json.dumps(work) + "\n")
     assert test(out, *SHORT) == 0
     assert "nothing to do" in capsys.readouterr().out and snapshot(out) == before
     assert "samsum max new tokens 8 there, 9 now" in refused(out, "--samsum-max-new-tokens", "9")
@@ -429,6 +432,20 @@ def test_one_run_at_a_time_and_links_to_other_disks(chain, out, tmp_path, refuse
     assert test(tmp_path / "link", *SHORT, "--overwrite") == 0
     assert (out / "samsum_predictions.json").is_symlink() and not list(out.glob(".*"))
     assert json.loads((tmp_path / "elsewhere.json").read_text())["examples"] == read(chain, "samsum")["examples"]
+
+
+@ONE
+@pytest.mark.parametrize("size", [500, 3000])  # of the work files, of the predictions
+def test_a_full_disk_is_one_sentence_and_the_rerun_succeeds(size, chain, out, refused):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        assert "make room, then give the same command again" in refused(out, *SHORT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (out / "samsum_predictions.json").exists() and not (out / ".samsum_predictions.json.new").exists()
+    assert test(out, *SHORT) == 0 and not list(out.glob(".*"))
+    same_columns(out, chain, "prediction")
 
 
 def peft_adapter(folder, targets, **options):

@@ -6,6 +6,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import sentencepiece
 import torch
 from conftest import FIXTURES, assert_refused, run, snapshot
 from datasets import load_from_disk
@@ -35,6 +36,26 @@ def test_the_prompt_has_the_same_tokens_in_training_and_in_generation(name, data
         assert masked == tokenizer(row["prompt"]).input_ids
         labels = [label for label in tokens["labels"] if label != -100]
         assert tokenizer.decode(labels[:-1]).strip() == row["completion"].strip()
+
+
+def test_a_llama_2_folder_with_tokenizer_model_alone_has_its_pieces(dataset, tmp_path, capsys):
+    rows = load_from_disk(str(dataset / "dataset"))["train"]
+    texts = [line for row in rows for line in (row["prompt"] + row["completion"]).splitlines()]
+    shutil.copy(FIXTURES / "tiny_llama2" / "config.json", tmp_path)
+    options = {"vocab_size": 400, "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
+    options |= {"remove_extra_whitespaces": False, "minloglevel": 2}  # as Llama 2's
+    with (tmp_path / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=file, **options)
+    with pytest.raises(SystemExit):
+        llama.load_tokenizer(str(tmp_path))
+    assert "no tokenizer_config.json" in capsys.readouterr().err
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True, "legacy": False}))
+    tokenizer = llama.load_tokenizer(str(tmp_path))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for row, tokens in zip(rows, train_llama.tokenize(rows, tokenizer, 9999, "train"), strict=True):
+        whole = row["prompt"] + row["completion"]
+        assert tokens["input_ids"] == [pieces.bos_id(), *pieces.encode(whole), pieces.eos_id()]
 
 
 @BOTH
