@@ -10,8 +10,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -22,7 +20,7 @@ import huggingface_hub
 import psutil
 import pytest
 import torch
-from conftest import FIXTURES, PROCESSES, run, snapshot
+from conftest import FIXTURES, PROCESSES, TRANSFORMERS, run, snapshot, start
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -676,25 +674,23 @@ def test_transformers_serve_answers_a_completion_from_the_folder(out, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [Path(sys.executable).parent / "transformers", "serve", out / "merged", "--port", address.split(":")[1]]
+    command, log = ["serve", out / "merged", "--port", address.split(":")[1]], tmp_path / "log"
     body = {"model": str(out / "merged"), "prompt": "Question: Who?\nAnswer:", "max_tokens": 5, "temperature": 0}
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"http://{address}/v1/completions", json.dumps(body).encode(), headers)
     client = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    process = start(TRANSFORMERS, *command, streams=[log, log])
     try:
-        for _ in range(600):
+        for _ in range(1200):
             with contextlib.suppress(urllib.error.URLError):
                 client.open(f"http://{address}/health")
                 break
-            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert process.is_alive(), log.read_text()
             time.sleep(0.1)
         answer = json.load(client.open(request, timeout=120))
     finally:
         process.terminate()
-        process.wait(30)
+        process.join(30)
     tokenizer = AutoTokenizer.from_pretrained(out / "merged")
     inputs = tokenizer(body["prompt"], return_tensors="pt")
     ids = AutoModelForCausalLM.from_pretrained(out / "merged").generate(**inputs, max_new_tokens=5)[0]
