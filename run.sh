@@ -111,7 +111,7 @@ case ${1-} in
     test)
         shift
         setup tests
-        .venv/bin/python -m pytest "$@"
+        .venv/bin/python -m pytest -n 2 --dist loadfile "$@" # two files of tests at a time
         ;;
     *) usage ;;
 esac

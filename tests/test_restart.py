@@ -250,7 +250,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(undisturbed, 
     assert_same_adapter(tmp_path, adapter_of(undisturbed))
 
 
-def launched(output, *arguments, launcher=("-m", "torch.distributed.run", "--nproc_per_node", "2"), script=None):
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")  # at a port of its own
+
+
+def launched(output, *arguments, launcher=TORCHRUN, script=None):
     script = script or ROOT / "train_llama.py"
     command = [sys.executable, *launcher, str(script), *COMMAND, "--lora-dropout", "0", *arguments]
     result = subprocess.run(
@@ -304,7 +307,8 @@ def test_two_processes_follow_the_curve_of_one(kind, one_process, tmp_path):
     options = {}
     if kind == "fsdp":
         (tmp_path / "as_gpus.py").write_text(AS_GPUS.format(root=str(ROOT)))
-        launcher = ("-m", "accelerate.commands.launch", "--config_file", ROOT / "fsdp.yaml", "--mixed_precision", "no")
+        launcher = ("-m", "accelerate.commands.launch", "--config_file", ROOT / "fsdp.yaml", "--mixed_precision", "no",
+                    "--main_process_port", "0")  # fmt: skip
         options = {"launcher": launcher, "script": tmp_path / "as_gpus.py"}
     result = launched(output, "--max-steps", 8, **options)
     assert result.stdout.count("wrote ") == 1
