@@ -239,12 +239,12 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(undisturbed, 
     (last,) = {max((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name[11:]))}
     before = snapshot(last)
 
-    def small_files():  # a write beyond 100 kB fails, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    command = [sys.executable, str(ROOT / "train_llama.py"), *COMMAND, "--output-dir", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_files)
-    assert_refused(result, "cannot write", "make room")
+    printed = tmp_path / "printed"
+    process = start("train_llama.py", *COMMAND, "--output-dir", tmp_path, streams=[printed, printed])
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))  # as on a full disk
+    process.join(600)
+    errors = printed.read_text()
+    assert process.exitcode == 2 and "cannot write" in errors and "make room" in errors and "Traceback" not in errors
     assert snapshot(last) == before
     assert run("train_llama.py", *COMMAND, "--output-dir", tmp_path).returncode == 0
     assert_same_adapter(tmp_path, adapter_of(undisturbed))
