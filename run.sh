@@ -111,7 +111,8 @@ case ${1-} in
     test)
         shift
         setup tests
-        .venv/bin/python -m pytest "$@"
+        # Two files at a time: what the tests of a file share is made once. In this order both end together.
+        .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
         ;;
     *) usage ;;
 esac

@@ -13,25 +13,25 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and other tests run beside
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
+TRANSFORMERS = Path(sys.executable).parent / "transformers"  # the command
 SOURCES = ["--samsum", str(FIXTURES / "samsum"), "--trivia-qa", str(FIXTURES / "trivia_qa")]
 SMALL = ["--train-examples-per-task", "12", "--validation-examples-per-task", "4", "--test-examples-per-task", "6"]
 SMALL += ["--max-context-words", "60"]
 
 
 # Most of a short run is importing these: the runs are forked from a process that has done so, and done nothing else.
-FORKED = ("train_llama.py", "test_llama.py", "merge_llama.py")
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["transformers.models.llama.modeling_llama", "trl.trainer.sft_trainer", "bitsandbytes", "peft", "datasets"]
-)
+PRELOADED = ["transformers.models.llama.modeling_llama", "trl.trainer.sft_trainer", "bitsandbytes", "peft", "datasets"]
+PROCESSES.set_forkserver_preload([*PRELOADED, "matplotlib.figure", "nltk.stem.porter", "sacrebleu.metrics"])
 
 
-def run(script, *arguments, cwd=ROOT, **environment):
-    """Run a script as a user would; the CompletedProcess, with text output."""
+def run(script, *arguments, cwd=ROOT, fresh=False, **environment):
+    """Run a script as a user would; the CompletedProcess, with text output. fresh: in an interpreter of its own."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    if script not in FORKED or environment:
+    if fresh or environment:
         environment = os.environ | environment
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +43,7 @@ def run(script, *arguments, cwd=ROOT, **environment):
 
 
 def start(script, *arguments, streams, cwd=ROOT):
-    """Start one of FORKED, its stdout and stderr into the two files `streams`; the multiprocessing.Process."""
+    """Start a script, or TRANSFORMERS, its output into the two files `streams`; the multiprocessing.Process."""
     for path in streams:
         path.touch()
     command = [str(ROOT / script), *map(str, arguments)]

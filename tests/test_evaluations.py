@@ -7,12 +7,13 @@ import math
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 
@@ -144,9 +145,8 @@ def prediction_file(path, task="trivia_qa", **changes):
     return path
 
 
-def run(folder, *args):
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+def run(folder, *args, fresh=False):
+    return conftest.run("evaluations.py", *args, cwd=folder, fresh=fresh)
 
 
 def result(path):
@@ -443,7 +443,7 @@ def test_a_folder_named_like_a_metric_in_the_cwd_is_not_run(tmp_path):
         (tmp_path / name).mkdir()
         for file in (f"{name}.py", "__init__.py"):
             (tmp_path / name / file).write_text("open('pwned', 'w')\n")
-    assert run(tmp_path, "--predictions", path).returncode == 0
+    assert run(tmp_path, "--predictions", path, fresh=True).returncode == 0
     assert not (tmp_path / "pwned").exists()
 
 
@@ -467,9 +467,13 @@ def test_neither_torch_nor_the_network_nor_a_home_to_write_to_is_needed(tmp_path
 
 
 def test_help_answers_in_under_a_second(tmp_path):
-    start = time.monotonic()
-    assert run(tmp_path, "--help").returncode == 0
-    assert time.monotonic() - start < 1
+    def seconds():  # of processor time: other tests may run beside
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    start = seconds()
+    assert run(tmp_path, "--help", fresh=True).returncode == 0
+    assert 0.05 < seconds() - start < 1
 
 
 OTHER_ROWS = {

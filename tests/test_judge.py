@@ -1,18 +1,15 @@
 """The judge promises: only scores that were given count, nothing is lost or paid twice, the key is nowhere."""
 
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import FIXTURES
+from conftest import FIXTURES, TRANSFORMERS, start
 
 import evaluations
 import judge as judging
@@ -428,26 +425,23 @@ def test_transformers_serve_answers_as_a_judge(tmp_path, judge, monkeypatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = open(tmp_path / "serve.log", "w")  # noqa: SIM115
-    command = [str(os.path.join(os.path.dirname(sys.executable), "transformers")), "serve", "--host", "127.0.0.1"]
-    process = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log,
-                               env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})  # fmt: skip
+    log = tmp_path / "serve.log"
+    process = start(TRANSFORMERS, "serve", "--host", "127.0.0.1", "--port", port, streams=[log, log])
     try:
-        for _ in range(240):
+        for _ in range(1200):
             try:
                 urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/health")
                 break
             except OSError:
-                assert process.poll() is None, (tmp_path / "serve.log").read_text()
-                time.sleep(0.5)
+                assert process.is_alive(), log.read_text()
+                time.sleep(0.1)
         write(tmp_path, [("wrong", "right")])
         more = ["--judge-model", str(model), "--judge-timeout", "120"]
         monkeypatch.setitem(judging.OPTIONS, "max_completion_tokens", 40)
         code, output, report = judge(f"http://127.0.0.1:{port}/v1", *more, concurrency=1)
         # an invented model writes no JSON, but it has answered: the protocol fits
-        assert code == 2 and report is None, output + (tmp_path / "serve.log").read_text()
+        assert code == 2 and report is None, output + log.read_text()
         assert "no readable answer (its answer is not the JSON asked for: " in output
     finally:
         process.terminate()
-        process.wait(30)
-        log.close()
+        process.join(30)

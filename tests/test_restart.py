@@ -258,18 +258,21 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(undisturbed, 
     (last,) = {max((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name[11:]))}
     before = snapshot(last)
 
-    def small_files():  # a write beyond 100 kB fails, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    command = [sys.executable, str(ROOT / "train_llama.py"), *COMMAND, "--output-dir", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_files)
-    assert_refused(result, "cannot write", "make room")
+    printed = tmp_path / "printed"
+    process = start("train_llama.py", *COMMAND, "--output-dir", tmp_path, streams=[printed, printed])
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))  # as on a full disk
+    process.join(600)
+    errors = printed.read_text()
+    assert process.exitcode == 2 and "cannot write" in errors and "make room" in errors and "Traceback" not in errors
     assert snapshot(last) == before
     assert run("train_llama.py", *COMMAND, "--output-dir", tmp_path).returncode == 0
     assert_same_adapter(tmp_path, adapter_of(undisturbed))
 
 
-def launched(output, *arguments, launcher=("-m", "torch.distributed.run", "--nproc_per_node", "2"), script=None):
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")  # at a port of its own
+
+
+def launched(output, *arguments, launcher=TORCHRUN, script=None):
     script = script or ROOT / "train_llama.py"
     command = [sys.executable, *launcher, str(script), *COMMAND, "--lora-dropout", "0", *arguments]
     result = subprocess.run(
@@ -323,7 +326,8 @@ def test_two_processes_follow_the_curve_of_one(kind, one_process, tmp_path):
     options = {}
     if kind == "fsdp":
         (tmp_path / "as_gpus.py").write_text(AS_GPUS.format(root=str(ROOT)))
-        launcher = ("-m", "accelerate.commands.launch", "--config_file", ROOT / "fsdp.yaml", "--mixed_precision", "no")
+        launcher = ("-m", "accelerate.commands.launch", "--config_file", ROOT / "fsdp.yaml", "--mixed_precision", "no",
+                    "--main_process_port", "0")  # fmt: skip
         options = {"launcher": launcher, "script": tmp_path / "as_gpus.py"}
     result = launched(output, "--max-steps", 8, **options)
     assert result.stdout.count("wrote ") == 1
