@@ -16,7 +16,7 @@ import huggingface_hub
 import psutil
 import pytest
 import torch
-from conftest import FIXTURES, PROCESSES, TRANSFORMERS, run, snapshot, start
+from conftest import FIXTURES, PROCESSES, run, snapshot
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
