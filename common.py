@@ -38,7 +38,8 @@ def settings_of(module):
 def parse_settings(module, argv=None, choices=None):
     """A script's settings as a namespace; each is a flag, its value the default, its comment the help.
 
-    choices: {setting: its values}. A number may be 0 where its default is, or its comment tells what `0 =` means.
+    choices: {setting: its values}, with float among them any number, too. A number may be 0 where its default is, or
+    its comment tells what `0 =` means.
     Exits 2 on a value that cannot be meant, also one that stands in the block.
     """
     parser = argparse.ArgumentParser(
@@ -49,12 +50,14 @@ def parse_settings(module, argv=None, choices=None):
     )
     settings = settings_of(module)
     for name, comment in settings.items():
-        value = getattr(module, name)
+        value, allowed = getattr(module, name), (choices or {}).get(name, ())
         options = {"default": value, "help": (comment or " ").replace("%", "%%")}
         if isinstance(value, bool) or value is None:
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(value, list | tuple):
             options["nargs"] = "+"
+        elif float in allowed:
+            options["type"] = functools.partial(word_or_number, allowed)
         else:
             options["type"] = type(value)
         parser.add_argument(flag_of(name), **options)
@@ -62,14 +65,23 @@ def parse_settings(module, argv=None, choices=None):
     for name, comment in settings.items():
         value, default = getattr(args, name.lower()), getattr(module, name)
         may_be_0 = default == 0 or "0 = " in comment
-        below = math.inf if isinstance(default, float) else 2**31
+        below = math.inf if isinstance(value, float) else 2**31
         if type(value) in (int, float) and not (0 <= value < below and (value or may_be_0)):
             parser.error(f"{flag_of(name)} must be {'0 or more' if may_be_0 else 'above 0'} and below {below}")
         values = value if isinstance(value, list | tuple) else [value]
         allowed = (choices or {}).get(name, values)
-        if not set(values) <= set(allowed):
-            parser.error(f"{flag_of(name)} must be one of {', '.join(allowed)}")
+        if not all(one in allowed or (float in allowed and type(one) in (int, float)) for one in values):
+            words = ["a number" if one is float else one for one in allowed]
+            parser.error(f"{flag_of(name)} must be one of {', '.join(words)}")
     return args
+
+
+def word_or_number(words, text):
+    """A flag's text as the number that it is, or as it stands."""
+    try:
+        return text if text in words else float(text)
+    except ValueError:
+        return text  # refused, with what is allowed
 
 
 def flag_of(name):

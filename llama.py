@@ -11,6 +11,12 @@ from pathlib import Path
 from common import TASKS, fail, first_line, say, sha256
 
 MODELS = {
+    # free to download; Apache 2.0
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
+    "tinyllama": "TinyLlama/TinyLlama_v1.1",
+    # gated: Meta's own licences, to be accepted at the models' pages
     "llama2": "meta-llama/Llama-2-7b-hf",
     "llama2-13b": "meta-llama/Llama-2-13b-hf",
     "llama3": "meta-llama/Meta-Llama-3-8B",

@@ -37,7 +37,7 @@ NUM_TRAIN_EPOCHS = 1.0  # passes over the training rows
 MAX_STEPS = 0  # optimizer steps; 0 = NUM_TRAIN_EPOCHS decides
 PER_DEVICE_TRAIN_BATCH_SIZE = 1  # packed rows in a pass; flattened, so a larger MAX_LENGTH comes to the same
 GRADIENT_ACCUMULATION_STEPS = 4  # passes per optimizer step
-LEARNING_RATE = 2e-4  # for 7B to 13B; halve it above
+LEARNING_RATE = "auto"  # or a number; auto, by parameters: 1e-3 to 1.5 B, 5e-4 to 5 B, 2e-4 to 20 B, 1e-4 above
 WARMUP_STEPS = 10  # optimizer steps with a rising learning rate, 0 = none; then it falls on a cosine
 MAX_LENGTH = 2048  # tokens of a packed row; longer rows are dropped and counted, never cut
 PACKING = True  # several rows to a sequence, none attending to another
@@ -57,10 +57,13 @@ OUTPUT_DIR = "outputs"  # holds dataset/, gets checkpoints/ and adapter/
 
 # Fixed
 CHOICES = {
+    "LEARNING_RATE": ("auto", float),
     "ATTN_IMPLEMENTATION": llama.ATTENTIONS,
     "ACTIVATION_CHECKPOINTING": ("auto", "on", "off"),
     "REPORT_TO": ("none", "tensorboard", "trackio", "wandb"),
 }
+# Small Llamas take about 1e-3, 7B to 13B 2e-4 (QLoRA; Biderman et al. 2024, "LoRA Learns Less and Forgets Less").
+LEARNING_RATES = {1.5e9: 1e-3, 5e9: 5e-4, 20e9: 2e-4, float("inf"): 1e-4}  # up to so many parameters
 # Settings that may differ when a run goes on: they do not touch the weights.
 UNBOUND = [
     "output_dir",
@@ -82,6 +85,13 @@ def parse_args(argv=None):
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
         fail(f"--report-to {args.report_to} is not installed: pip install {args.report_to}")
     return args
+
+
+def choose_learning_rate(args, shape):
+    """Put the number that "auto" comes to into args: run.json records it, and a run that gives it is the same one."""
+    if args.learning_rate == "auto":
+        args.learning_rate = next(rate for limit, rate in LEARNING_RATES.items() if shape["parameters"] <= limit)
+        say(f"learning rate {args.learning_rate:g}, for {shape['parameters'] / 1e9:.2g} B parameters")
 
 
 def run_identity(args, base, rows):
@@ -354,13 +364,14 @@ def train(args, base, rows):
     """Train on {split: rows} from wherever this run was, and write the adapter."""
     from estimate import model_shape, wants_checkpointing
 
+    shape = model_shape(base, llama.load_config(base), lora_config(args))
+    choose_learning_rate(args, shape)
     run = run_identity(args, base, rows)
     start, checkpoint = where_to_start(args, run)
     adapter = Path(args.output_dir) / "adapter"
     if start == "finished":
         say(f"{adapter} is finished, by the same settings on the same rows: nothing to do")
         return
-    shape = model_shape(base, llama.load_config(base), lora_config(args))
     tokenizer = llama.load_tokenizer(base)
     tokens = tokenize(rows["train"], tokenizer, args.max_length, "train")
     packed = pack(tokens, args)
@@ -390,6 +401,7 @@ def tell_costs(args, base, rows):
     from estimate import dry_run, model_shape
 
     shape = model_shape(base, llama.load_config(base), lora_config(args))
+    choose_learning_rate(args, shape)
     tokens = tokenize(rows, llama.load_tokenizer(base), args.max_length, "train")
     dry_run(shape, tokens, pack(tokens, args), args)
 

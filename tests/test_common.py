@@ -89,6 +89,28 @@ def test_a_constant_edited_to_a_value_that_is_no_choice_is_refused_too(module, c
     assert "--names must be one of a, b" in capsys.readouterr().err
 
 
+def test_a_setting_may_be_a_word_or_a_number(module, capsys):
+    def parse(*argv):
+        return common.parse_settings(module, argv, choices={"SIZE": ("auto", float)}).size
+
+    path, module.SIZE = module.__file__, "auto"
+    with open(path) as file:
+        text = file.read().replace("SEED = 0", 'SIZE = "auto"\nSEED = 0')
+    with open(path, "w") as file:
+        file.write(text)
+    assert parse() == "auto" and parse("--size", "2") == 2.0 and parse("--size", "3e9") == 3e9
+    module.SIZE = 5e-4  # edited
+    assert parse() == 5e-4 and parse("--size", "auto") == "auto"
+    for wrong in ("fast", "0", "-1", "nan", "inf"):
+        with pytest.raises(SystemExit):
+            parse("--size", wrong)
+        assert "--size must be" in capsys.readouterr().err
+    module.SIZE = "fast"
+    with pytest.raises(SystemExit):
+        parse()
+    assert "--size must be one of auto, a number" in capsys.readouterr().err
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "folder"
     with common.whole_folder(target) as fresh:

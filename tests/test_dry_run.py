@@ -55,6 +55,17 @@ def test_trainable_parameters_and_nf4_bytes_by_hand(tmp_path):
     assert parts["weights"] == pytest.approx(0.516 * shape["linear"] + 2 * (2 * 128256 * 4096 + 65 * 4096), rel=1e-3)
 
 
+def test_the_learning_rate_follows_the_size_unless_it_is_given(capsys):
+    sizes = {135e6: 1e-3, 1.1e9: 1e-3, 1.24e9: 1e-3, 1.7e9: 5e-4, 3.2e9: 5e-4, 6.7e9: 2e-4, 8e9: 2e-4, 13e9: 2e-4}
+    for parameters, rate in (sizes | {70e9: 1e-4}).items():
+        args = train_llama.parse_args([])
+        train_llama.choose_learning_rate(args, {"parameters": parameters})
+        assert args.learning_rate == rate and f"learning rate {rate:g}, for " in capsys.readouterr().out
+    args = train_llama.parse_args(["--learning-rate", "3e-3"])
+    train_llama.choose_learning_rate(args, {"parameters": 8e9})
+    assert args.learning_rate == 3e-3
+
+
 def one_row(module, query, key, value, mask, scaling=None, **_):
     """Causal attention that keeps what CUDA's kernel keeps: its output once, as the next layer reads it."""
     attend = torch.nn.functional.scaled_dot_product_attention
