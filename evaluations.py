@@ -120,9 +120,9 @@ class System:
     predictions: list
     losses: list | None
     perplexity: dict | None
-    general_text: dict | None
     made_from: dict | None
     too_long: int = 0  # examples that its model could not read
+    general_text: dict | None = None
 
 
 @dataclass
@@ -190,9 +190,9 @@ def systems_of(name, path, data, examples):
             predictions=predictions,
             losses=losses if known else None,
             perplexity=perplexity if "perplexity" in perplexity else None,
-            general_text=data.general_text.get("tuned" if name else system),
             made_from=data.settings if isinstance(data.settings, dict) else None,
             too_long=len(examples) - len(read),
+            general_text=data.general_text.get("tuned" if name else system),
         )
     return systems
 

@@ -204,7 +204,8 @@ def test_the_figures_are_those_of_the_whole_models(into, other, out, tmp_path, c
             "equal_greedy_tokens": (adapter.argmax(-1) == logits.argmax(-1)).float().mean(),
             "merged_perplexity": entropy(logits, gold).exp(),
         }
-        expected = {name: pytest.approx(value.item(), rel=1e-3, abs=1e-5) for name, value in expected.items()}
+        # a weight between two numbers of 16 bit may go to either
+        expected = {name: pytest.approx(value.item(), rel=0.05, abs=1e-5) for name, value in expected.items()}
         assert content["comparison"][name] == expected
         line = next(line for line in lines if line.startswith(f"merged {name}"))
         assert f"{content['comparison'][name]['merged_perplexity']:.4g}" in line
@@ -237,11 +238,13 @@ def test_layers_that_have_no_room_stay_on_the_disk_with_the_same_logits(out, tmp
 
 def test_where_memory_holds_no_float32_the_folder_is_compared_all_the_same(out, tmp_path, capsys, monkeypatch):
     make_adapter(out / "adapter", tmp_path / "base")
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**5, total=10**6))
+    size = sum(path.stat().st_size for path in shards(tmp_path / "base"))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size, total=size))
     assert merge(out, "--merge-dtype", "auto") == 0
     assert "no memory holds the model in float32" in capsys.readouterr().out
     assert list(report(out / "merged")["comparison"]) == ["float16"]
-    monkeypatch.setattr(merge_llama, "compare", lambda *_: {"relative_difference": 0.11})
+    real = merge_llama.compare
+    monkeypatch.setattr(merge_llama, "compare", lambda one, two, golds: real(one, two + 0.11 * one.std(), golds))
     assert merge(out, "--merge-dtype", "auto") == 1
     assert "error: the merge failed its check (the logits are 0.11 of" in capsys.readouterr().err
 
@@ -423,8 +426,11 @@ def test_auto_takes_float16_where_it_holds_every_weight_and_else_bfloat16(out, t
         whole.write_bytes(before)
         return code
 
+    assert auto(lambda w: None) == 0
+    plain = report(out / "merged")["rounding"]["not_adapted_yet_changed"]
+    before = tensors(base)
+    assert plain == sum((t.half().bfloat16() != t).sum() for key, t in before.items() if "proj" not in key) > 0
     for change, dtype in {
-        (lambda w: None): "float16",
         (lambda w: w.view(-1)[:1].fill_(5e-8)): "float16",  # a trace
         (lambda w: w.view(-1)[:1].fill_(65280.0)): "float16",  # bfloat16's next is 65536
         (lambda w: w.view(-1)[:1].fill_(65536.0)): "bfloat16",
@@ -442,25 +448,25 @@ def test_auto_takes_float16_where_it_holds_every_weight_and_else_bfloat16(out, t
     assert auto(lambda w: w[:1].fill_(1e5), "--merge-dtype", "float16") == 2
     assert "1 merged weights are beyond the range of float16: give --merge-dtype bfloat16" in capsys.readouterr().err
     assert auto(lambda w: w[:3].fill_(0.1 * 2**-14), "--merge-dtype", "float16") == 0  # has fewer bits there
-    assert report(out / "merged")["rounding"]["not_adapted_yet_changed"] == 3
+    assert report(out / "merged")["rounding"]["not_adapted_yet_changed"] == plain + 3
     assert "warning" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("factor, warns", [(1e3, False), (1e6, True)])
-def test_activations_beyond_float16_are_told(factor, warns, out, tmp_path, capsys):
-    base = make_base(tmp_path / "model", "tiny_llama2")
-    change_file(base / "model.safetensors", lambda c: c["model.embed_tokens.weight"].mul_(factor / 100))
-    make_adapter(out / "adapter", base)
-    seen, scale = [], json.loads((base / "config.json").read_text())
-    assert scale["hidden_size"] == 64
+@pytest.mark.parametrize("warns", [False, True])
+def test_activations_beyond_float16_are_told(warns, out, tmp_path, capsys):
+    base, seen = make_base(tmp_path / "model", "tiny_llama2"), []
+    if warns:  # weights within its range, and products beyond
+        change_file(base / "model.safetensors", lambda c: [c[name].mul_(1e4) for name in c if "_proj" in name[-20:]])
+    make_adapter(out / "adapter", base, target_modules=["q_proj"])
     assert merge(out, "--merge-dtype", "auto") == 0
     output = capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
-    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].abs().max().item()))
-    rows = llama.load_rows(out, "validation")
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].abs().max().item()))
     tokenizer = AutoTokenizer.from_pretrained(base)
-    for row in rows:
+    for row in llama.load_rows(out, "validation"):
         model(torch.tensor([tokenizer(row["prompt"] + row["completion"]).input_ids]))
+    assert (max(seen) > 65504) == warns and report(out / "merged")["dtype"] == "float16"
     assert ("warning: activations reach " in output and "--merge-dtype bfloat16" in output) == warns
     assert report(out / "merged")["largest_activation"] >= 0.99 * max(seen)
 
