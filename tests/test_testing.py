@@ -503,7 +503,7 @@ def test_the_general_text_is_whatever_file_is_given_or_none(chain, tmp_path, ref
     monkeypatch.chdir(tmp_path)  # the default is found beside the script all the same
     assert test(out, *SHORT) == 0
     output = capsys.readouterr().out
-    assert "nothing to do" in output and re.search(r"\ngeneral text perplexity +[\d.]+ +[\d.]+\n", output)
+    assert "nothing to do" in output and re.search(r"\ngeneral text perplexity +[\d.,]+ +[\d.,]+\n", output)
     keep = ["--overwrite", "--samsum-max-new-tokens", "1"]
     assert test(out, *keep, "--general-text", "own.txt", "--no-compare-with-base") == 0
     tokenizer, _ = prompts_of(base_of(chain), chain)
