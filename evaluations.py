@@ -55,8 +55,8 @@ SCORES = {  # what each task reports, in the order of the table
 }
 BLEU = {"samsum": "bleu", "trivia_qa": "bleu_effective_order"}  # the one score that is no mean over examples
 MEANS = {task: [name for name in names if name != BLEU[task]] for task, names in SCORES.items()}
-KEYS = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "intervals", "comparisons", "groups")
-RESERVED = (*KEYS, "per_example", "judge")  # what evaluation.json holds beside a task's systems: no system's name
+KEYS = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "comparisons")
+RESERVED = (*KEYS, "groups", "per_example", "judge")  # of evaluation.json, beside a task's systems: no system's name
 PROMPT_ENDS = {"samsum": "Summary:", "trivia_qa": "Answer:"}  # build_dataset.py's, for examples without a task
 NAME = re.compile(r"([\w.+-]+)=(.+)", re.DOTALL)  # --predictions NAME=FILE
 SAME_RUN = ("adapter", "weights", "rows", "4_bit")  # what the predictions of two tasks must have in common
@@ -97,6 +97,7 @@ class PredictionFile(BaseModel, strict=True):
     task: Literal[TASKS]
     examples: list[Example] = Field(min_length=1)
     perplexity: dict[str, dict[str, int | float]] = {}
+    general_text: dict[str, dict[str, int | float]] = {}
     settings: Any = None
 
     @model_validator(mode="after")
@@ -121,6 +122,7 @@ class System:
     perplexity: dict | None
     made_from: dict | None
     too_long: int = 0  # examples that its model could not read
+    general_text: dict | None = None
 
 
 @dataclass
@@ -190,6 +192,7 @@ def systems_of(name, path, data, examples):
             perplexity=perplexity if "perplexity" in perplexity else None,
             made_from=data.settings if isinstance(data.settings, dict) else None,
             too_long=len(examples) - len(read),
+            general_text=data.general_text.get("tuned" if name else system),
         )
     return systems
 
@@ -325,6 +328,7 @@ def score_task(task, rows, args):
         "made_from": {name: system.made_from for name, system in rows.systems.items()},
         "too_long": {name: system.too_long for name, system in rows.systems.items() if system.too_long},
         "perplexity": {},
+        "general_text": {name: system.general_text for name, system in rows.systems.items() if system.general_text},
         "intervals": whole["intervals"],
         "comparisons": significance.compare(by_sums, tables, tested, whole["differences"], args),
         "groups": measure_groups(by_sums, tables, rows.inside, args),

@@ -244,7 +244,7 @@ def load_model(model, load_in_4bit, **options):
 
     load_config(model)
     weight_files(model)
-    dtype = compute_dtype()
+    dtype = options.get("dtype") or compute_dtype()
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -1,8 +1,10 @@
 """Test the adapter of train_llama.py on the test split: perplexity and greedy predictions, tuned beside base.
 
 The base is the same model with the adapter switched off, in the same run. Perplexity is exp(summed negative log
-likelihood / scored tokens) over the gold completion and its EOS after the exact inference prompt. A killed run goes on
-where it was when its command is given again. This is a script of the pipeline, not a pytest file.
+likelihood / scored tokens) over the gold completion and its EOS after the exact inference prompt. That of a general
+text, which is of no task, shows what tuning or quantising cost elsewhere: its tokens in windows of 1,024 that do not
+overlap, each behind the tokenizer's BOS where it puts one; every token counts but the first of a window without BOS. A
+killed run goes on where it was when its command is given again. This is a script of the pipeline, not a pytest file.
 
 Reads:  OUTPUT_DIR/dataset/ (test) and OUTPUT_DIR/adapter/, whose adapter_config.json names the base model.
 Writes: OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json; with --name NAME,
@@ -39,13 +41,15 @@ LOAD_IN_4BIT = None  # True, False; None: as the adapter was trained, and a mode
 MAX_BATCH_TOKENS = 16384  # tokens of a batch, prompts and predictions; an 8B model's keys and values: 2 GB
 SAMSUM_MAX_NEW_TOKENS = 96  # the longest gold summaries have some 80 tokens
 TRIVIA_QA_MAX_NEW_TOKENS = 24  # an answer is a few words; it ends at the line's end
+GENERAL_TEXT = "general_text.txt"  # a text file, here or beside the script, whose perplexity is told; empty: none
 OVERWRITE = False  # replace predictions of another run
 OUTPUT_DIR = "outputs"  # holds dataset/ and adapter/, gets the predictions
 
 # Fixed
 CHOICES = {"CHAT_TEMPLATE": llama.CHAT_TEMPLATES}
 # Settings that are resolved, or without an influence
-UNBOUND = ("adapter", "model", "chat_template", "load_in_4bit", "name", "overwrite", "output_dir")
+UNBOUND = ("adapter", "model", "chat_template", "load_in_4bit", "general_text", "name", "overwrite", "output_dir")
+WINDOW = 1024  # tokens of the general text that are read at once
 MAX_NLL = 700  # nats a token: exp(700) is about the largest that a float holds
 SHOWN = 3  # examples of each task printed at the end
 
@@ -72,7 +76,22 @@ def choose_system(args):
     return base, None if alone else folder, in_4bit, folder  # the base alone gets the adapter's prompts
 
 
-def run_identity(args, base, folder, in_4bit, rows, tokenizer):
+def read_general_text(args):
+    """The text of GENERAL_TEXT, empty where none is asked for; exits 2 where it cannot be read."""
+    if not args.general_text:
+        return ""
+    here, beside = Path(args.general_text), Path(__file__).parent / args.general_text
+    try:
+        text = (here if here.is_file() else beside).read_text(encoding="utf-8").strip()
+        if not text:
+            raise ValueError("it is empty")
+    except (OSError, ValueError) as error:
+        reason = f"cannot read --general-text {args.general_text} ({first_line(error)})"
+        fail(f'{reason}: give a text file in UTF-8, or --general-text "" for none')
+    return text
+
+
+def run_identity(args, base, folder, in_4bit, rows, tokenizer, text):
     """What has to be the same for a run to go on where it was, `settings` in the files: weights, rows, settings."""
     import torch
 
@@ -84,6 +103,7 @@ def run_identity(args, base, folder, in_4bit, rows, tokenizer):
         "4_bit": in_4bit,
         "chat_template": hashlib.sha256(template.encode()).hexdigest()[:16] if template else "none",
         "rows": rows._fingerprint,
+        "general_text": hashlib.sha256(text.encode()).hexdigest()[:16] if text else "none",
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
     return run | {name: value for name, value in vars(args).items() if name not in UNBOUND}
@@ -215,16 +235,22 @@ def line_ends(tokenizer):
 # 135 M parameters and 1.1 to 1.5 times with 1 M; generate from the start and a pass for the loss takes 1.4 to 2.5.
 def read_rows(model, prompts, completions, attention):
     """One pass over whole rows: each completion's negative log likelihood (nats), and the prompts' keys and values."""
-    import torch
     from transformers import DynamicCache
 
     model.set_attn_implementation(attention)
     cache = DynamicCache()
     logits, golds = llama.read(model, prompts, completions, cache)
+    losses = losses_of(logits, golds).split([len(gold) for gold in completions])
+    return [part.sum().item() for part in losses], padded(cache, prompts, completions)
+
+
+def losses_of(logits, golds):
+    """Each gold token's negative log likelihood (nats), in float64."""
+    import torch
+
     pieces = zip(logits.split(512), golds.split(512), strict=True)  # float32 copies of a few positions at a time
     losses = [torch.nn.functional.cross_entropy(some.float(), gold, reduction="none") for some, gold in pieces]
-    sums = [part.sum().item() for part in torch.cat(losses).double().split([len(gold) for gold in completions])]
-    return sums, padded(cache, prompts, completions)
+    return torch.cat(losses).double()
 
 
 def padded(cache, prompts, completions):
@@ -297,6 +323,32 @@ def test_batch(model, tokenizer, rows, ends, line_ends, new, attention):
     return results
 
 
+def windows(tokenizer, text, limit):
+    """The tokens of a text as lists of at most `limit`, each behind BOS where the tokenizer puts one before a text."""
+    ids = tokenizer(text, split_special_tokens=True, verbose=False).input_ids
+    front = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    step = limit - len(front)
+    parts = [front + ids[start : start + step] for start in range(len(front), len(ids), step)]
+    return [part for part in parts if len(part) > 1]
+
+
+def test_general_text(text, tokenizer, model, adapter_off, run):
+    """{system: perplexity of the text, nll_sum (nats), tokens}"""
+    import torch
+
+    if not text:
+        return {}
+    model.set_attn_implementation(llama.choose_attention("packed"))
+    parts = windows(tokenizer, text, min(WINDOW, model.config.max_position_embeddings))
+    figures, tokens = {}, sum(len(part) - 1 for part in parts)
+    for system, prefix in systems(run).items():
+        with adapter_off() if prefix else contextlib.nullcontext(), torch.inference_mode():
+            nll = sum(losses_of(*llama.read(model, [part[:1]], [part[1:]])).sum().item() for part in parts)
+        perplexity = math.exp(min(MAX_NLL, nll / tokens))
+        figures[system] = {"perplexity": perplexity, "nll_sum": nll, "tokens": tokens}
+    return figures
+
+
 def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state):
     """Test this process' share of the batches, appending each to its work file as soon as it is done."""
     import torch
@@ -348,7 +400,7 @@ def perplexity(examples, prefix, texts):
     }
 
 
-def write_predictions(task, rows, folder, path, run):
+def write_predictions(task, rows, folder, path, run, general):
     """Put the predictions file in place, whole, from the work files, and remove those; too long rows predict ""."""
     done = examples_done(path, run)
     scored = [done[place] for place in sorted(done)]
@@ -362,6 +414,7 @@ def write_predictions(task, rows, folder, path, run):
         "adapter": folder and str(folder),
         "settings": run,
         "perplexity": {name: perplexity(scored, prefix, texts) for name, prefix in systems(run).items()},
+        "general_text": general,
         "too_long": [example["id"] for example in examples if "too_long" in example],
         "examples": examples,
     }
@@ -391,11 +444,15 @@ def show(contents, prompts):
         for key in ("perplexity", "bits_per_byte", "word_perplexity", "hit_max_new_tokens"):
             figures = "".join(f"{content['perplexity'][name][key]:>18,.5g}" for name in names)
             say(f"{content['task'] + ' ' + key:<30}{figures}")
+    if general := contents[-1]["general_text"]:
+        figures = "".join(f"{general[name]['perplexity']:>18,.5g}" for name in names)
+        say(f"{'general text perplexity':<30}{figures}")
 
 
 def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
     """Test the tasks that are not finished; the paths of all that have rows."""
-    run = run_identity(args, base, folder, in_4bit, rows, tokenizer)
+    text = read_general_text(args)
+    run = run_identity(args, base, folder, in_4bit, rows, tokenizer, text)
     if folder and args.model == "auto":  # an adapter from elsewhere names no weights
         trained_on = common.read_json(folder / "run.json").get("run", {}).get("weights", run["weights"])
         remedy = f"put back what {folder}/run.json names, or give --model {base} to test on this one all the same"
@@ -407,6 +464,7 @@ def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
     state.wait_for_everyone()  # all have looked before any changes a file
     if any(len(part) for task, part in parts.items() if task not in done):
         system = load_system(base, folder, in_4bit, "base" in systems(run))
+        general = test_general_text(text, tokenizer, *system, run) if is_main() else {}
     for task, path in paths.items():
         if not parts[task]:
             if is_main():  # else evaluations.py would score another run's predictions
@@ -419,7 +477,7 @@ def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
             test_task(args, task, parts[task], tokenizer, *system, path, run, state)
             state.wait_for_everyone()
             if is_main():
-                write_predictions(task, parts[task], folder, path, run)
+                write_predictions(task, parts[task], folder, path, run, general)
             say(f"wrote {path}")
     return [path for path in paths.values() if path.exists()]
 

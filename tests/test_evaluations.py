@@ -846,3 +846,17 @@ def test_rows_too_long_for_the_model_are_wrong_answers_and_stay_out_of_the_perpl
     assert part["perplexity"]["mine"]["perplexity"] == pytest.approx(math.exp(1.5))
     assert "1 of them were too long for the model of mine" in done.stdout
     assert "too long for the model of mine" in (tmp_path / "outputs" / "evaluation.html").read_text()
+
+
+def test_the_perplexity_of_the_general_text_is_in_the_report_and_on_the_page(tmp_path):
+    rows = [example(id=str(i), prediction="Paris", base_prediction="Rome", references=["Paris"]) for i in range(4)]
+    told = {"base": {"perplexity": 18.25, "tokens": 9}, "tuned": {"perplexity": 18.75, "tokens": 9}}
+    alone = {"tuned": {"perplexity": 23.5, "tokens": 9}}
+    tested = prediction_file(tmp_path / "a.json", task="trivia_qa", examples=rows, general_text=told)
+    merged = [{name: value for name, value in row.items() if name != "base_prediction"} for row in rows]
+    other = prediction_file(tmp_path / "b.json", task="trivia_qa", examples=merged, general_text=alone)
+    run(tmp_path, "--predictions", tested, f"merged={other}", "--resamples", "200")
+    part = result(tmp_path / "outputs" / "evaluation.json")["trivia_qa"]
+    assert part["general_text"] == told | {"merged": alone["tuned"]}
+    page = (tmp_path / "outputs" / "evaluation.html").read_text()
+    assert "none of the tasks: base 18.25, tuned 18.75, merged 23.5." in page

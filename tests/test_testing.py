@@ -503,3 +503,33 @@ def test_unpacking_the_4_bit_weights_once_changes_no_number(chain, monkeypatch):
     assert any("4bit" in name for name in kinds[0]) and not any("4bit" in name for name in kinds[1])
     with torch.no_grad():
         assert torch.equal(packed(input_ids=ids).logits, unpacked(input_ids=ids).logits)
+
+
+@ONE
+def test_the_general_text_is_whatever_file_is_given_or_none(chain, tmp_path, refused, monkeypatch, capsys):
+    out = copied(chain, tmp_path, predictions=True)
+    (tmp_path / "own.txt").write_text("A text of nobody's, shorter than a window.\n", encoding="utf-8")
+    assert "general text" in refused(out, *SHORT, "--general-text", tmp_path / "own.txt")  # of another run
+    for name, content in {"missing.txt": None, "empty.txt": b" \n", "latin.txt": b"caf\xe9"}.items():
+        if content:
+            (tmp_path / name).write_bytes(content)
+        error = refused(out, *SHORT, "--general-text", tmp_path / name, "--name", "x")
+        assert f"cannot read --general-text {tmp_path / name}" in error and "UTF-8" in error
+    monkeypatch.chdir(tmp_path)  # the default is found beside the script all the same
+    assert test(out, *SHORT) == 0
+    output = capsys.readouterr().out
+    assert "nothing to do" in output and re.search(r"\ngeneral text perplexity +[\d.,]+ +[\d.,]+\n", output)
+    keep = ["--overwrite", "--samsum-max-new-tokens", "1"]
+    assert test(out, *keep, "--general-text", "own.txt", "--no-compare-with-base") == 0
+    tokenizer, _ = prompts_of(base_of(chain), chain)
+    ids = torch.tensor([tokenizer("A text of nobody's, shorter than a window.").input_ids])
+    model = llama.load_adapter(llama.load_model(base_of(chain), load_in_4bit=True), chain / "adapter")
+    with torch.inference_mode():
+        expected = {"tuned": math.exp(model(ids, labels=ids).loss.item())}
+    for task in TASKS:
+        figures = read(out, task)["general_text"]
+        assert {name: part["perplexity"] for name, part in figures.items()} == pytest.approx(expected, rel=1e-4)
+        assert figures["tuned"]["tokens"] == ids.shape[1] - 1
+    capsys.readouterr()
+    assert test(out, *keep, "--general-text", "", "--no-compare-with-base") == 0
+    assert read(out, "samsum")["general_text"] == {} and "general text" not in capsys.readouterr().out
