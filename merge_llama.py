@@ -346,13 +346,13 @@ def compare(tuned, merged, golds):
 
 
 def roomy_device(base):
-    """The device that has room for the model in float32, or None."""
+    """The device that has room for the model in float32, or None; beside a GPU, a CPU would take half an hour."""
     import psutil
     import torch
 
     needed = 2 * sum(path.stat().st_size for path in llama.weight_files(base))  # of 16-bit files
-    if torch.cuda.is_available() and 1.2 * needed < torch.cuda.mem_get_info()[0]:  # activations besides
-        return "cuda:0"
+    if torch.cuda.is_available():  # activations besides
+        return "cuda:0" if 1.2 * needed < torch.cuda.mem_get_info()[0] else None
     return "cpu" if needed < psutil.virtual_memory().available else None
 
 
@@ -443,7 +443,7 @@ def merge_and_check(args, base, run, fresh):
     begun, device = time.time(), roomy_device(base)
     options = {} if device is None else {"device_map": {"": device}}
     if device is None:
-        say("no memory holds the model in float32: compared in 16 bit, which tells less")
+        say("no room for the model in float32: its logits are compared in 16 bit, which tells less")
     # in 4 bits the rest is float32 all the same: else NF4 would be made of weights that were rounded first
     options["dtype"] = llama.compute_dtype() if device is None and into == "16bit" else "float32"
     model = llama.load_model(base, into == "4bit", **options)
