@@ -1,7 +1,9 @@
 """train_llama.py --dry-run and the watchdogs: what a run costs is told beforehand, what goes wrong in one sentence."""
 
+import functools
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -250,14 +252,22 @@ def test_a_cpu_takes_one_packed_row_at_a_time_and_checkpoints_where_memory_is_sh
         assert tuple(getattr(args, name) for name in SETTLED) == (checkpointing, 1, 4)
 
 
+def from_these(path, files, read, *more):
+    return files.get(os.path.normpath(path)) or read(path, *more)
+
+
 def test_a_host_s_memory_is_what_its_control_group_allows(monkeypatch, tmp_path):
     free = estimate.host_memory()
     assert 0 < free <= psutil.virtual_memory().total
     read = Path.read_text
-    limits = {"/proc/self/cgroup": "0::/box\n", "/sys/fs/cgroup/box/memory.max": f"{free // 2}\n"}
-    monkeypatch.setattr(Path, "read_text", lambda path, *more: limits.get(str(path)) or read(path, *more))
-    assert estimate.host_memory() == free // 2
-    limits["/sys/fs/cgroup/box/memory.max"] = "max\n"
+    second = {"/proc/self/cgroup": "0::/box\n", "/sys/fs/cgroup/box/memory.max": f"{free // 2}\n"}
+    first = {"/proc/self/cgroup": "7:memory:/a/b\n6:cpu,cpuacct:/\n"}
+    first["/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes"] = f"{free // 2}\n"
+    for files in (first, second):
+        made = {os.path.normpath(path): text for path, text in files.items()}
+        monkeypatch.setattr(Path, "read_text", functools.partialmethod(from_these, made, read))
+        assert estimate.host_memory() == free // 2
+    made["/sys/fs/cgroup/box/memory.max"] = "max\n"
     assert estimate.host_memory() > free // 2
 
 

@@ -235,7 +235,7 @@ def test_where_memory_holds_no_float32_the_folder_is_compared_all_the_same(out, 
     size = sum(path.stat().st_size for path in shards(tmp_path / "base"))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size, total=size))
     assert merge(out, "--merge-dtype", "auto") == 0
-    assert "no memory holds the model in float32" in capsys.readouterr().out
+    assert "no room for the model in float32" in capsys.readouterr().out
     assert list(report(out / "merged")["comparison"]) == ["float16"]
     real = merge_llama.compare
     monkeypatch.setattr(merge_llama, "compare", lambda one, two, golds: real(one, two + 0.11 * one.std(), golds))
