@@ -44,7 +44,10 @@ def behind(ours, peers):
 
 
 def main():
-    results = {name: load(name) for name in ("training", "startup", "scaling", "joint", "scoring", "merging", "gpu")}
+    results = {
+        name: load(name)
+        for name in ("training", "startup", "scaling", "joint", "scoring", "merging", "gpu", "real_model")
+    }
     trainers = [middle(name, runs) for name, runs in results["training"]["trainers"].items()]
     ours, larger = trainers[:2]
     peers = sorted(trainers[2:], key=lambda peer: -peer["tokens"])
@@ -57,6 +60,7 @@ def main():
         more["alone_seconds"] = sum(seconds.values())
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
     environment.filters["median"] = statistics.median
+    environment.globals["names"] = {"qlora": "QLoRA", "lora": "LoRA, 16 bit", "plain": "QLoRA, plain prompts"}
     environment.globals["score"] = lambda part: "{:.2f} [{:.2f}, {:.2f}]".format(part["score"], *part["interval"])
     template = environment.from_string((HERE / "RESULTS.md.jinja").read_text(encoding="utf-8"))
     text = template.render(**results, **more)

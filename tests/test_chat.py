@@ -24,6 +24,7 @@ import merge_llama
 from common import TASKS
 
 SHORT = ["--samsum-max-new-tokens", "8", "--trivia-qa-max-new-tokens", "8"]
+MERGE = ["--check-rows", 2, "--merge-dtype", "float32"]  # as test_llama.py reckons on a CPU
 # Of Llama 3, of Llama 2, and one that writes no BOS and a newline after each turn.
 HEADER = "'<|start_header_id|>' + {role} + '<|end_header_id|>\n\n'"
 LLAMA3 = (
@@ -178,7 +179,7 @@ def runs(dataset, tmp_path_factory):
         output = ["--output-dir", folder / setting]
         train = ["--model", base, "--chat-template", setting, "--max-steps", "2", "--max-length", "512"]
         train += ["--warmup-steps", "0", "--learning-rate", "1e-2", "--no-load-in-4bit"]
-        for command in (["train_llama.py", *train], ["test_llama.py", *SHORT], ["merge_llama.py", "--check-rows", 2]):
+        for command in (["train_llama.py", *train], ["test_llama.py", *SHORT], ["merge_llama.py", *MERGE]):
             result = run(*command, *output)
             assert result.returncode == 0, result.stderr
     return folder

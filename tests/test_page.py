@@ -44,6 +44,7 @@ def folder(tmp_path_factory):
     facts = {
         "adapter_sha256": "a" * 64,
         "base_model": NASTY,
+        "run": {"train rows": "c" * 32},
         "steps": 2,
         "train_loss": 1.25,
         "settings": {"learning_rate": 2e-4, "note": NASTY},
@@ -53,8 +54,9 @@ def folder(tmp_path_factory):
         '{"loss": 2.0, "step": 1}\n{"loss": 1.0, "step": 2}\n{"eval_loss": 1.5, "step": 2}'
     )
     counts = {"train": {"available": 9, "kept": 5, "also in test": 4}}
+    splits = {"test": {"sha256": "b" * 64}, "train": {"sha256": "c" * 64}}
     (output / "dataset_report.json").write_text(
-        json.dumps({"tasks": {"samsum": {"counts": counts}}, "splits": {"test": {"sha256": "b" * 64}}})
+        json.dumps({"tasks": {"samsum": {"counts": counts}}, "splits": splits})
     )
     result = run("evaluations.py", "--output-dir", output, "--resamples", "1000")
     assert result.returncode == 0 and result.stderr == "", result.stderr
