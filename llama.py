@@ -392,11 +392,10 @@ def choose_attention(name):
     On CUDA that runs torch's varlen kernel, which needs an Ampere GPU or newer: older ones get sdpa.
     """
     import torch
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface
     from transformers.utils import is_flash_attn_2_available
 
     AttentionInterface.register("packed", packed_attention)
-    AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)  # the rows' bounds say it all
     if name == "auto" and is_flash_attn_2_available():
         return "flash_attention_2"
     if name not in ("auto", "packed"):

@@ -25,7 +25,7 @@ from common import TASKS
 
 SHORT = ["--samsum-max-new-tokens", "8", "--trivia-qa-max-new-tokens", "8"]
 MERGE = ["--check-rows", 2, "--merge-dtype", "float32"]  # as test_llama.py reckons on a CPU
-# Of Llama 3, of Llama 2, and one that writes no BOS and a newline after each turn.
+# Of Llama 3, of Llama 2, and one that writes no BOS, a newline after each turn, and ends it with a token of its own.
 HEADER = "'<|start_header_id|>' + {role} + '<|end_header_id|>\n\n'"
 LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}{{ "
@@ -39,8 +39,8 @@ LLAMA2 = (
     "trim + ' [/INST]' }}{% else %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 LINES = (
-    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}\n{{ message['content'] }}<|end_of_text|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant\n{% endif %}"
+    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|reserved_special_token_1|>\n{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant\n{% endif %}"
 )
 USER3 = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
 USER3 += "<|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -50,8 +50,8 @@ CHATS = {  # the tiny Llama, the template, and by hand what it makes of a prompt
     "lines": (
         "tiny_llama3",
         LINES,
-        "<|start_header_id|>user\n{}<|end_of_text|>\n<|start_header_id|>assistant\n",
-        "{}<|end_of_text|>",
+        "<|start_header_id|>user\n{}<|reserved_special_token_1|>\n<|start_header_id|>assistant\n",
+        "{}<|reserved_special_token_1|>",
     ),
 }
 
