@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesC
 import estimate
 import llama
 import train_llama
-from trainer import fuse_lora
+from trainer import fuse_lora, summed_loss
 
 META_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 META_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
@@ -163,6 +163,32 @@ def test_operations_by_hand():
     # attention 7 x 2 layers x 4 channels x (9 + 25); checkpointing repeats the forward pass of all but the head
     assert estimate.operations(shape, [3, 5], 2, checkpointing=False) == 32000 + 480 + 1600 + 1904
     assert estimate.operations(shape, [3, 5], 2, checkpointing=True) == 48000 + 640 + 1600 + 2448
+
+
+def test_operations_are_those_that_torch_counts(tmp_path):
+    from peft import get_peft_model
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 32, "vocab_size": 500}
+    args = train_llama.parse_args([])
+    folder = without_weights(tmp_path / "model", sizes)
+    shape = shape_of(folder, args)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_config(llama.load_config(str(folder))), train_llama.lora_config(args)
+    )
+    model.enable_input_require_grads()  # else the first layer passes nothing on, of which the estimate knows nothing
+    fuse_lora(model)
+    labels = torch.full((1, 90), -100)
+    labels[0, 60:] = 7
+    with FlopCounterMode(display=False) as counter:
+        summed_loss(model, {"input_ids": torch.ones(1, 90, dtype=torch.long), "labels": labels})[0].backward()
+    found = {str(name): flop for name, flop in counter.get_flop_counts()["Global"].items()}
+    products = sum(flop for name, flop in found.items() if "scaled_dot_product" not in name)
+    products += 2 * shape["trainable"] * 90  # addmm_, one forward and one backward, which the counter does not know
+    attention = 7 * 3 * 128 * 90**2  # the counter does not halve it
+    told = estimate.operations(shape, [90], 30, checkpointing=False) - attention
+    assert products == pytest.approx(told, rel=0.005)
 
 
 def test_the_peak_is_the_larger_of_the_loss_and_the_last_layers_backward_pass(tmp_path):
