@@ -14,7 +14,8 @@ from pathlib import Path
 from common import fail, say
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, 8-bit scale per 64, float32 scale per 256 of those
-LIBRARIES = 1.6e9  # bytes of a host that they take, with what the allocator keeps: measured at 135 M parameters
+LIBRARIES = 1.5e9  # bytes of a host that they take: measured, as the next line, at 135 M parameters
+HOST_COPIES = 1.4  # times what autograd keeps: attention's copies on a CPU, and what the allocator does not give back
 SAVERS = "try --activation-checkpointing on, then a smaller --max-length or model; --dry-run shows what each takes"
 USABLE = 0.88  # of the memory there is: the driver takes some, and the allocator's pieces do not fill it
 NAMED_TFLOPS = 35.0  # half of what an RTX 3090 can do in bf16
@@ -85,7 +86,7 @@ def memory(shape, args, tokens, labels, checkpointing, width=2):
         "weights": weight * n["linear"] + width * (n["parameters"] - n["linear"]),
         "adapter and gradients": 8 * n["trainable"],  # float32
         "optimizer": 8 * n["trainable"],  # two moments
-        "activations": kept + max(loss, backward),
+        "activations": (kept + max(loss, backward)) * (HOST_COPIES if width == 4 else 1),
         "working copies": width * n["largest"] * args.load_in_4bit,
         "libraries": LIBRARIES if width == 4 else 0,
     }
