@@ -86,7 +86,7 @@ def measure(args, variant, first):
         for base in ("4bit", "16bit"):  # the second one stays
             chain.run(f"merge {base}", "merge_llama", "--merge-base", base)
             chain.run(f"test {base}", "test_llama", "--model", output / "merged", "--name", base)
-            systems[f"merged {base}"] = base
+            systems[f"merged_{base}"] = base
     files = [chain.file(task) for task in TASKS]
     files += [f"{name}={chain.file(task, file)}" for name, file in systems.items() for task in TASKS]
     chain.run("evaluate", "evaluations", "--predictions", *files)
