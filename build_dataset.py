@@ -33,7 +33,6 @@ from typing import NamedTuple
 
 import huggingface_hub  # loads its parts where they are used
 import pyarrow.parquet
-from tqdm import tqdm
 
 import common
 from common import fail, first_line, say
@@ -373,7 +372,7 @@ def render_trivia_qa(split, args, each, rows):
     render = partial(render_row_group, split=split, context=args.context, max_words=args.max_context_words)
     parts = each(render, groups.values())
     results = {}
-    for part in tqdm(parts, f"trivia_qa {split}", total=len(groups), disable=None, leave=False):
+    for part in common.progress(parts, f"trivia_qa {split}", total=len(groups)):
         results |= part
     return [results[row.place] for row in rows]
 
@@ -465,6 +464,7 @@ def main(argv=None):
         common.put_back(folder)
         if folder.exists() and not (folder / "dataset_dict.json").exists() and any(folder.iterdir()):
             fail(f"{folder} is no data set: move it away, or choose another --output-dir")
+        say(f"making {folder} of {' and '.join(args.tasks)}")
         sources = {task: find_files(task, args) for task in args.tasks}
         report = {
             "settings": {name: value for name, value in vars(args).items() if name not in ("num_proc", "output_dir")},

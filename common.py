@@ -11,6 +11,7 @@ import fcntl
 import functools
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -22,6 +23,8 @@ import sys
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+
+from tqdm import tqdm
 
 MANIFEST = "whole.json"  # makes a folder count
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -100,6 +103,26 @@ def say(message=""):
             print(message, flush=True)
         except BrokenPipeError:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+class Lines(tqdm):
+    """A progress bar for a file that nobody watches: a line, at most every minute."""
+
+    monitor_interval = 0  # no thread that would draw in between
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, file=io.StringIO(), mininterval=60, delay=60, miniters=1, **kwargs)
+
+    def display(self, msg=None, pos=None):
+        if msg is None:  # else tqdm wipes the bar away
+            with suppress(BrokenPipeError):
+                print(self, file=sys.stderr, flush=True)
+
+
+def progress(*args, **kwargs):
+    """tqdm of the main process: a bar on a terminal, else lines."""
+    bar = tqdm if sys.stderr.isatty() else Lines
+    return bar(*args, disable=not is_main(), leave=False, **kwargs)
 
 
 def fail(message, in_any_process=False):

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import openai
-from tqdm import tqdm
 
 import significance
-from common import fail, say
+from common import fail, progress, say
 
 CACHE = "judge_cache.jsonl"
 WAITS = (1, 2, 4, 8, 16)  # seconds before a request is sent again to a busy server
@@ -176,7 +175,7 @@ class Judge:
         judgements, errors, in_row = {}, [], 0
         with open(self.path, "a", encoding="utf-8") as file, ThreadPoolExecutor(self.args.judge_concurrency) as pool:
             file.write("\n")  # ends a line that an interruption cut off
-            bar = tqdm(self.answers(messages, pool), "judge", len(messages), disable=None, leave=False)
+            bar = progress(self.answers(messages, pool), "judge", len(messages))
             try:
                 for key, (judgement, error) in bar:
                     if judgement:

@@ -183,11 +183,10 @@ def merge(base, changes, fresh, dtype):
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    from tqdm import tqdm
 
     names, counts = set(), Counter()
     # the base's own names and shards: its index holds for the merged folder too
-    for path in tqdm(llama.weight_files(base), desc="merging", unit="shard", disable=None, leave=False):
+    for path in common.progress(llama.weight_files(base), "merging", unit="shard"):
         tensors, target = {}, fresh / path.name
         for name, stored, weight in merged_tensors(path, changes):
             tensors[name] = weight.to(getattr(torch, dtype))
@@ -276,14 +275,13 @@ def modelfile(tokenizer, ends):
 def logits_of(model, ids):
     """Logits [answer tokens, vocabulary] before each completion token of all rows, and those tokens' ids."""
     import torch
-    from tqdm import tqdm
 
     attention = llama.choose_attention("packed")
     model.set_attn_implementation(attention)
     step = ROWS_AT_A_TIME if attention == "packed" else 1
     found = []
     with torch.inference_mode():
-        for start in tqdm(range(0, len(ids["prompt_ids"]), step), desc="checking", disable=None, leave=False):
+        for start in common.progress(range(0, len(ids["prompt_ids"]), step), "checking"):
             part = slice(start, start + step)
             logits, golds = llama.read(model, ids["prompt_ids"][part], ids["completion_ids"][part])
             found.append((logits.float().cpu(), golds.cpu()))
@@ -560,6 +558,7 @@ def main(argv=None):
         llama.quiet()
         refuse_more_than_lora(folder)
         run = read_run(folder, base)
+        say(f"merging {folder} into {base}")
         with common.whole_folder(target) as fresh:
             report = merge_and_check(args, base, run, fresh)
             finish(args, base, run, report, fresh)

@@ -352,7 +352,6 @@ def test_general_text(text, tokenizer, model, adapter_off, run):
 def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state):
     """Test this process' share of the batches, appending each to its work file as soon as it is done."""
     import torch
-    from tqdm import tqdm
 
     new = getattr(args, f"{task}_max_new_tokens")
     attention = llama.choose_attention("packed")
@@ -365,7 +364,7 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state)
     ends = llama.end_tokens(model, tokenizer)
     ending = line_ends(tokenizer) - ends if task == "trivia_qa" else set()  # an answer is one line
     started, tokens = time.time(), 0
-    bar = tqdm(total=sum(map(len, share)), desc=task, unit=" rows", disable=None if is_main() else True, leave=False)
+    bar = common.progress(total=sum(map(len, share)), desc=task, unit=" rows")
     part = path.with_name(f".{path.stem}.part{state.process_index}.jsonl")
     with part.open("a") as file, bar, torch.inference_mode():
         for batch in share:
@@ -488,6 +487,7 @@ def main(argv=None):
     started = time.time()
     rows = llama.load_rows(args.output_dir, "test")
     base, folder, in_4bit, source = choose_system(args)
+    say(f"testing {folder or base} on {len(rows):,} rows")
     import torch
     from accelerate import PartialState
 

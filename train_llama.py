@@ -50,6 +50,7 @@ EVAL_STEPS = 50  # optimizer steps between validations; the adapter of the lowes
 EARLY_STOPPING_PATIENCE = 0  # validations without a lower loss after which training ends; 0 = never
 LOGGING_STEPS = 5  # optimizer steps; a validation and a checkpoint are logged as well
 SAVE_STEPS = 50  # optimizer steps between checkpoints; a new best is saved as well
+SAVE_MINUTES = 15.0  # after so many without a checkpoint the next step ends in one as well; 0 = never by time
 SAVE_TOTAL_LIMIT = 2  # checkpoints kept, beside the best
 REPORT_TO = "none"  # none, tensorboard, trackio, wandb (whichever is installed)
 SEED = 0  # of adapter, dropout and order
@@ -79,6 +80,7 @@ UNBOUND = [
     "dry_run_tflops",
     "logging_steps",
     "save_steps",
+    "save_minutes",
     "save_total_limit",
     "report_to",
 ]
@@ -270,6 +272,7 @@ def make_trainer(args, model, tokenizer, train, validation, run=None, seconds=0.
         run=run,
         seconds=seconds,
         patience=args.early_stopping_patience,
+        save_minutes=args.save_minutes,
     )
     if not args.lora_dropout and not llama.under_fsdp():  # FSDP takes the weights away between forward and backward
         fuse_lora(trainer.model)
@@ -358,27 +361,29 @@ def summary(args, base, trainer, train_rows):
 
 def save_adapter(args, tokenizer, trainer, run):
     """Put adapter/ in place: the files of the best checkpoint, with what a reader wants to know of the run."""
+    from trainer import log_lines
+
     output = Path(args.output_dir)
     best = output / "checkpoints" / f"checkpoint-{run['best_step']}"
     _, broken = common.read_manifest(best)
     if broken:
         fail(f"{best}, the best one, is broken ({', '.join(broken)}): something else wrote there; train again")
-    # sorted, as those that a checkpoint gave back: the page draws the curves in their order
-    history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    log = log_lines(trainer.state.log_history)
     with common.whole_folder(output / "adapter") as fresh:
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             shutil.copy(best / name, fresh)
         tokenizer.save_pretrained(fresh)
-        (fresh / "log.jsonl").write_text("".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history))
-        draw_loss(history, run["best_step"], fresh / "loss.png")
+        (fresh / "log.jsonl").write_text(log)
+        draw_loss([json.loads(line) for line in log.splitlines()], run["best_step"], fresh / "loss.png")
         run["adapter_sha256"] = common.sha256(fresh / "adapter_model.safetensors")
         (fresh / "run.json").write_text(json.dumps(run, indent=2) + "\n")
 
 
 def train(args, base, rows):
     """Train on {split: rows} from wherever this run was, and write the adapter."""
-    from estimate import model_shape, settle
+    from estimate import model_shape, optimizer_steps, settle
 
+    say(f"training {base} on {len(rows['train']):,} rows, validating on {len(rows['validation']):,}")
     shape = model_shape(base, llama.load_config(base), lora_config(args))
     choose_learning_rate(args, shape)
     run = run_identity(args, base, rows)
@@ -402,6 +407,8 @@ def train(args, base, rows):
     if start == "afresh" and is_main():
         for old in (Path(args.output_dir) / "checkpoints").glob("checkpoint-*"):
             shutil.rmtree(old, ignore_errors=True)
+    bits, steps = "4" if args.load_in_4bit else "16", optimizer_steps(packed, args)
+    say(f"{steps:,} optimizer steps over {len(packed):,} packed sequences, {bits}-bit base, on {trainer.args.device}")
     if folder:
         say(f"going on from {folder}")
     train_until_done(trainer, folder)

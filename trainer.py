@@ -5,6 +5,7 @@ schedule, and resuming from a checkpoint.
 """
 
 import functools
+import json
 import math
 import shutil
 import signal
@@ -21,7 +22,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTTrainer
 
-from common import fail, first_line, is_main, say, write_manifest
+from common import fail, first_line, is_main, say, write_manifest, write_whole
 from llama import peak_memory
 
 
@@ -29,15 +30,17 @@ class QLoRATrainer(SFTTrainer):
     """Trains on packed sequences, validates on {task: packed sequences}.
 
     run: what the checkpoints belong to. seconds: what earlier sessions of this run took. patience: validations
-    without a lower loss after which training ends; 0 = never.
+    without a lower loss after which training ends; 0 = never. save_minutes: between checkpoints; 0 = never by time.
     """
 
-    def __init__(self, *args, run, seconds, patience, **kwargs):
+    def __init__(self, *args, run, seconds, patience, save_minutes, **kwargs):
         super().__init__(*args, **kwargs)
-        self.run, self.seconds, self.patience = run, seconds, patience
+        self.run, self.seconds, self.patience, self.save_minutes = run, seconds, patience, save_minutes
         self.tokens, self.stop_signal = 0, None
         self.remove_callback(PrinterCallback)
         self.add_callback(Watch(self))
+        config = self.model.peft_config["default"]
+        config.target_modules = sorted(config.target_modules)  # a set would be saved in any order
         for parameter in self.model.parameters():
             if parameter.requires_grad:  # TRL makes them bf16, in which small updates are lost
                 parameter.data = parameter.data.float()
@@ -135,6 +138,9 @@ class QLoRATrainer(SFTTrainer):
             "--warmup-steps and start again with --overwrite; older checkpoints and adapter stay"
         )
 
+    def is_save_due(self):
+        return 0 < self.save_minutes <= (time.time() - self.saved) / 60
+
     def _save(self, output_dir=None, state_dict=None):
         """Of a model save the adapter alone: the Trainer would add the tokenizer and a pickle of its arguments.
 
@@ -164,7 +170,8 @@ class QLoRATrainer(SFTTrainer):
                 "checkpoints before it are whole",
                 in_any_process=True,
             )
-        self.mark += time.time() - started
+        self.saved = time.time()
+        self.mark += self.saved - started
 
 
 def summed_loss(model, inputs):
@@ -186,24 +193,43 @@ def out_of_patience(state, patience):
     return 0 < patience <= since_best
 
 
+def log_lines(history):
+    """The losses in a log, as lines of JSON, keys sorted as those that a checkpoint gave back."""
+    losses = [entry for entry in history if "loss" in entry or "eval_loss" in entry]
+    return "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in losses)
+
+
 class Watch(TrainerCallback):
-    """Where training begins and where a step ends."""
+    """Where training begins, where a step ends, and where something is logged."""
 
     def __init__(self, trainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.probe()
-        self.trainer.started = self.trainer.mark = time.time()
+        self.trainer.started = self.trainer.mark = self.trainer.saved = self.told = time.time()
+        self.log = Path(args.output_dir) / "log.jsonl"
+        if is_main():  # without what a killed run logged after its last checkpoint
+            write_whole(self.log, log_lines(state.log_history))
 
     def on_step_end(self, args, state, control, **kwargs):
-        stop = torch.tensor(self.trainer.stop_signal or 0, device=args.device)
+        stop, due = self.trainer.stop_signal or 0, is_main() and self.trainer.is_save_due()
         if args.world_size > 1:  # all of them at the same step
-            stop = self.trainer.accelerator.reduce(stop, "sum")
+            stop, due = self.trainer.accelerator.reduce(torch.tensor([stop, due], device=args.device), "sum").tolist()
+        control.should_save |= bool(due)
         if stop and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         # The Trainer's sum of losses is in no checkpoint: none may be taken within the span of a log entry.
         control.should_log |= control.should_save or control.should_evaluate
+        if not control.should_log and time.time() - self.told > 60:
+            self.told = time.time()
+            say(f"step {state.global_step:>5}/{state.max_steps}")
+
+    def on_log(self, args, state, control, **kwargs):
+        self.told = time.time()
+        if is_main():
+            with self.log.open("a") as file:
+                file.write(log_lines(state.log_history[-1:]))
 
 
 def catch_signals(trainer):

@@ -1,6 +1,8 @@
 """common.py: what every script does the same way: settings, whole files and folders, sentences, the normaliser."""
 
+import io
 import os
+import re
 import subprocess
 import sys
 from types import ModuleType
@@ -150,6 +152,35 @@ def test_a_manifest_knows_every_file(tmp_path):
     assert common.read_manifest(tmp_path)[1] == []
     (tmp_path / "a").write_text("two")
     assert common.read_manifest(tmp_path)[1] == ["a"]
+
+
+def test_where_nobody_watches_a_line_a_minute_takes_the_bars_place(monkeypatch, capsys):
+    clock = [1e9]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+
+    def printed(rows, seconds):
+        for _ in common.progress(range(rows), "merging", unit="shard"):
+            clock[0] += seconds
+        return capsys.readouterr().err
+
+    text = printed(200, 7)
+    assert "\r" not in text and text.isascii() and text.endswith("\n")
+    lines = [
+        re.search(r"^merging: .*\| (\d+)/200 \[(\d\d:\d\d)<\d\d:\d\d, +7.00s/shard]$", line)
+        for line in text.splitlines()
+    ]
+    assert [line[1] for line in lines] == [str(9 * minute) for minute in range(1, 23)]  # each 9th row ends after 63 s
+    assert [line[2] for line in lines[:3]] == ["01:03", "02:06", "03:09"]
+    assert len(printed(3, 600).splitlines()) == 3  # slow ones: each
+    assert printed(8, 7) == ""  # ended before
+    monkeypatch.setenv("RANK", "1")
+    assert printed(200, 7) == ""
+    monkeypatch.setenv("RANK", "0")
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    printed(2, 7)
+    assert "\rmerging:  50%" in terminal.getvalue() and "\n" not in terminal.getvalue()
 
 
 SCRIPT = """

@@ -16,9 +16,11 @@ import pytest
 import torch
 from conftest import FIXTURES, ROOT, assert_refused, run, snapshot, start
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
 
 import llama
 import train_llama
+import trainer
 
 STEPS = 30
 COMMAND = ["--model", FIXTURES / "tiny_llama2", "--max-steps", STEPS, "--max-length", 256, "--warmup-steps", 0]
@@ -88,7 +90,7 @@ def test_stopped_by_signals_then_with_a_broken_checkpoint_it_ends_with_the_same_
     assert (tmp_path / "checkpoints" / f"checkpoint-{stopped}").is_dir()
     code, printed = interrupt(tmp_path, signal.SIGINT, stopped + 5)
     assert code == 128 + signal.SIGINT and f"going on from {tmp_path}/checkpoints/checkpoint-{stopped}" in printed
-    newest = max((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name[11:]))
+    newest = max((tmp_path / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     optimizer = newest / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:1000])
     result = run("train_llama.py", *COMMAND, "--output-dir", tmp_path)
@@ -160,6 +162,57 @@ def test_a_run_stopped_with_overwrite_goes_on_with_it_and_without(undisturbed, t
     assert "step     1/2" in again.stdout  # finished: --overwrite means afresh
 
 
+def losses(file):
+    return [entry for entry in map(json.loads, file.read_text().splitlines()) if "loss" in entry]
+
+
+def test_a_run_that_nobody_watches_saves_by_time_and_its_log_grows(undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "dataset", tmp_path / "dataset")
+    printed, log = tmp_path / "printed", tmp_path / "checkpoints" / "log.jsonl"
+    seldom = ["--logging-steps", 99, "--save-steps", 99, "--output-dir", tmp_path]
+    process = start("train_llama.py", *COMMAND, *seldom, "--save-minutes", 0.001, streams=[printed, printed])
+    while not (log.exists() and len(losses(log)) > 3):
+        assert process.is_alive(), printed.read_text()
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(600)
+    opening = printed.read_text().split("step ")[0]  # before the first step
+    assert re.search(r"^training .*tiny_llama2 on \d+ rows, validating on \d+\n", opening)
+    assert re.search(r"\n30 optimizer steps over \d+ packed sequences, 4-bit base, on cpu\n", opening)
+    saved = [path for path in log.parent.glob("checkpoint-*") if (path / "whole.json").exists()]
+    assert {int(path.name[11:]) for path in saved} <= {entry["step"] for entry in losses(log)}  # none within a span
+    assert saved and len(losses(log)) < STEPS
+    result = run("train_llama.py", *COMMAND, *seldom, "--save-minutes", 0)
+    assert result.returncode == 0 and "going on from" in result.stdout, result.stderr
+    steps = [entry["step"] for entry in losses(log)]
+    assert steps == sorted(set(steps)) and steps[-2:] == [20, 30]  # 0: validations alone are saved
+    assert log.read_bytes() == (tmp_path / "adapter" / "log.jsonl").read_bytes()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "adapter" / name).read_bytes() == (undisturbed / "adapter" / name).read_bytes(), name
+    targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets) and len(targets) > 6
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_whether_the_time_for_a_checkpoint_has_come_the_first_process_decides(rank, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    given, told = [], torch.tensor([0, 1])
+    reduce = lambda own, _: given.append(own.tolist()) or told  # noqa: E731
+    fake = SimpleNamespace(stop_signal=None, is_save_due=lambda: True, accelerator=SimpleNamespace(reduce=reduce))
+    watch, control = trainer.Watch(fake), TrainerControl()
+    watch.told = time.time() - 61
+    args, state = SimpleNamespace(world_size=2, device="cpu"), TrainerState(global_step=3, max_steps=9)
+    watch.on_step_end(args, state, control)
+    assert given == [[0, int(rank == "0")]]
+    assert control.should_save and control.should_log and not control.should_training_stop
+    assert capsys.readouterr().out == ""
+    told, control = torch.tensor([0, 0]), TrainerControl()
+    watch.on_step_end(args, state, control)
+    watch.on_step_end(args, state, control)
+    assert not control.should_save and not control.should_log
+    assert capsys.readouterr().out == ("step     3/9\n" if rank == "0" else "")  # once a minute
+
+
 def test_what_a_killed_run_logs_is_what_an_undisturbed_one_logs(dataset, tmp_path):
     arguments = ["--max-steps", "14", "--logging-steps", "5", "--eval-steps", "4", "--save-steps", "6"]
     logs, orders = [], []
@@ -192,7 +245,7 @@ def test_outputs_checkpoints_and_adapter_may_be_links_to_another_disk(undisturbe
         result = run("train_llama.py", *COMMAND, *arguments)
         assert result.returncode == 0, result.stderr
         assert json.loads((disk / "adapter" / "run.json").read_text())["steps"] == steps
-        assert [path.name for path in (disk / "checkpoints").iterdir()] == [f"checkpoint-{steps}"]
+        assert [path.name for path in (disk / "checkpoints").glob("checkpoint-*")] == [f"checkpoint-{steps}"]
     assert all((tmp_path / "out" / name).is_symlink() for name in ("checkpoints", "adapter"))
 
 
@@ -255,7 +308,7 @@ def test_a_best_checkpoint_that_is_no_longer_whole_is_an_error(damage, undisturb
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(undisturbed, tmp_path):
     shutil.copytree(undisturbed / "dataset", tmp_path / "dataset")
     interrupt(tmp_path, signal.SIGTERM, 9)
-    (last,) = {max((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name[11:]))}
+    (last,) = {max((tmp_path / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))}
     before = snapshot(last)
 
     printed = tmp_path / "printed"
@@ -329,7 +382,7 @@ def test_two_processes_follow_the_curve_of_one(kind, one_process, tmp_path):
         launcher = ("-m", "accelerate.commands.launch", "--config_file", ROOT / "fsdp.yaml", "--mixed_precision", "no",
                     "--main_process_port", "0")  # fmt: skip
         options = {"launcher": launcher, "script": tmp_path / "as_gpus.py"}
-    result = launched(output, "--max-steps", 8, **options)
+    result = launched(output, "--max-steps", 8, "--save-minutes", 0.0001, **options)
     assert result.stdout.count("wrote ") == 1
     logs = [
         [json.loads(line) for line in (folder / "adapter" / "log.jsonl").read_text().splitlines()]

@@ -41,6 +41,14 @@ def test_help_imports_nothing_heavy(name):
     assert result.returncode == 0, result.stderr
 
 
+def test_every_bar_is_common_progress_and_every_line_common_say():
+    for path in ROOT.glob("*.py"):
+        text = path.read_text()
+        assert "tqdm(" not in text or path.name == "common.py", path.name
+        lines = re.findall(r"^.*\bprint\(.*$", text, re.MULTILINE)
+        assert all("flush=True" in line or "file=sys.stderr" in line for line in lines), path.name
+
+
 def test_pytest_never_collects_test_llama():
     others = [f"--ignore={path}" for path in ROOT.glob("tests/test_*.py") if path.name != "test_readme.py"]  # torch's
     command = [sys.executable, "-m", "pytest", "--collect-only", *others, "."]
