@@ -203,7 +203,7 @@ class Watch(TrainerCallback):
     """Where training begins, where a step ends, and where something is logged."""
 
     def __init__(self, trainer):
-        self.trainer = trainer
+        self.trainer, self.log = trainer, None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.probe()
@@ -227,7 +227,7 @@ class Watch(TrainerCallback):
 
     def on_log(self, args, state, control, **kwargs):
         self.told = time.time()
-        if is_main():
+        if is_main() and self.log:
             with self.log.open("a") as file:
                 file.write(log_lines(state.log_history[-1:]))
 
