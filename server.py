@@ -117,11 +117,11 @@ class Server:
         with ThreadPoolExecutor(self.at_once) as pool:
             bar = tqdm(outcomes(pool), title, len(items), disable=None, leave=False)
             try:
-                for error in bar:
+                for number, error in enumerate(bar):
                     in_row = in_row + 1 if error else 0
                     errors += [error] if error else []
                     refused = isinstance(error, openai.APIError) and not isinstance(error, openai.BadRequestError)
-                    if in_row > most or (refused and not self.speaks):
+                    if in_row > most or (refused and number < alone):
                         told = f"{self.name} gives no answers ({self.why(error)})"
                         fail(f"{told}; run again to go on from those that it gave")
             finally:
