@@ -23,6 +23,7 @@ import sys
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -85,6 +86,13 @@ def word_or_number(words, text):
         return text if text in words else float(text)
     except ValueError:
         return text  # refused, with what is allowed
+
+
+def check_url(flag, url):
+    """Exit 2 where `url` is no server's address, or one with a key in it."""
+    address = urlsplit(url)
+    if address.scheme not in ("http", "https") or not address.hostname or "@" in address.netloc or address.query:
+        fail(f"{flag} must be http(s)://host/path alone: the key comes from OPENAI_API_KEY")
 
 
 def flag_of(name):

@@ -28,13 +28,23 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 import significance
-from common import TASKS, fail, parse_settings, read_json, refuse_another, say, script, versions, write_whole
+from common import (
+    TASKS,
+    check_url,
+    fail,
+    parse_settings,
+    read_json,
+    refuse_another,
+    say,
+    script,
+    versions,
+    write_whole,
+)
 
 # Settings: edit here, or override for one run on the command line.
 PREDICTIONS = ()  # FILE: base and tuned, as test_llama.py writes; NAME=FILE: another system; none: those in OUTPUT_DIR
@@ -64,9 +74,7 @@ SAME_RUN = ("adapter", "weights", "rows", "4_bit")  # what the predictions of tw
 
 def parse_args(argv=None):
     args = parse_settings(sys.modules[__name__], argv)
-    address = urlsplit(args.judge_url)
-    if address.scheme not in ("http", "https") or not address.hostname or "@" in address.netloc or address.query:
-        fail("--judge-url must be http(s)://host/path alone: the key comes from OPENAI_API_KEY")
+    check_url("--judge-url", args.judge_url)
     if args.judge_model and not args.judge_max_examples:
         fail("a judge costs time or money: say how many examples of each task with --judge-max-examples")
     return args
@@ -98,6 +106,7 @@ class PredictionFile(BaseModel, strict=True):
     examples: list[Example] = Field(min_length=1)
     perplexity: dict[str, dict[str, int | float]] = {}
     general_text: dict[str, dict[str, int | float]] = {}
+    left_out: list[str] = []  # ids of rows that its server was not asked for, or did not answer
     settings: Any = None
 
     @model_validator(mode="after")
@@ -211,19 +220,36 @@ def aligned(rows, path, examples):
     return [place[row_id] for row_id in order]
 
 
+def leave_out(files):
+    """Take the rows that one of the files leaves out from all files of its task."""
+    for task in TASKS:
+        of_task = [data for data in files if data.task == task]
+        left_out = {row_id for data in of_task for row_id in data.left_out}
+        for data in of_task:
+            examples = [example for example in data.examples if example.id not in left_out]
+            if len(examples) < len(data.examples):
+                data.examples, data.perplexity = examples, {}  # that of all its rows is another one
+        if left_out:
+            say(f"{task}: {len(left_out)} rows left out, for which a server's file has no answer")
+        if of_task and not min(len(data.examples) for data in of_task):
+            fail(f"no row of {task} is in all files: ask the server for more, see test_llama.py --server-max-examples")
+
+
 def read_all(args):
     """{task: Rows} of the files of --predictions, or of those of test_llama.py in OUTPUT_DIR."""
     default = [f"{args.output_dir}/{task}_predictions.json" for task in TASKS]
     paths = args.predictions or [path for path in default if Path(path).exists()]
     if not paths:
         fail(f"no predictions at {args.output_dir}: run test_llama.py first")
-    tasks = {}
+    tasks, files = {}, []
     for text in paths:
         named = None if Path(text).exists() else NAME.fullmatch(text)
         name, path = named.groups() if named else (None, text)
         if name in RESERVED:
             fail(f"--predictions {text}: a system cannot be called {name}, choose another name")
-        data = read_file(path, remedy="" if args.predictions else ": run test_llama.py --overwrite")
+        files.append((name, path, read_file(path, "" if args.predictions else ": run test_llama.py --overwrite")))
+    leave_out([data for _, _, data in files])
+    for name, path, data in files:
         shared = (column(data.examples, key) for key in ("references", "id", "prompt", "answer_in_context"))
         rows = tasks.setdefault(data.task, Rows(path, *shared))
         examples = aligned(rows, path, data.examples)

@@ -6,22 +6,17 @@ the one JSON object that it was asked for is a judgement; every one is on disk b
 
 import hashlib
 import json
-import os
 import re
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import openai
 
 import significance
-from common import fail, progress, say
+from common import fail, say
+from server import Server
 
 CACHE = "judge_cache.jsonl"
-WAITS = (1, 2, 4, 8, 16)  # seconds before a request is sent again to a busy server
 MAX_REFERENCES = 20  # aliases shown; some answers have hundreds
 ACCEPTS = 75  # from this score on the judge calls a prediction right: 3 points of 4
 BESIDE = {"samsum": ("exact_match", "rougeLsum"), "trivia_qa": ("exact_match", "f1", "contains")}  # never alone
@@ -105,101 +100,39 @@ def read_cache(path):
     return judgements
 
 
-class Judge:
-    """Asks a server for judgements, several at once, and keeps each in the cache file as it comes."""
+class Judge(Server):
+    """Asks a server for judgements, and keeps each in the cache file as it comes."""
 
     def __init__(self, args):
-        self.args, self.path = args, Path(args.output_dir) / CACHE
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not re.fullmatch(r"[!-~]+" if "api.openai.com" in args.judge_url else r"[!-~]*", self.key):
-            fail("no key for the judge: set OPENAI_API_KEY, to the key alone")
-        # a server that answers one after the other works on all the others of a request before it
-        timeout = args.judge_timeout * args.judge_concurrency
-        # the client's own retries would also send again what timed out
-        self.client = openai.OpenAI(
-            api_key=self.key or "none", base_url=args.judge_url, timeout=timeout, max_retries=0
-        )
-        self.options = dict(OPTIONS)  # without those that the server refused
-        self.sent, self.usages = [], []  # threads may append to a list
-
-    def complete(self, messages):
-        """The answer to a chat; raises openai.APIError, or what a server that is not of the protocol leads to."""
-        create = partial(self.client.chat.completions.create, model=self.args.judge_model, messages=messages)
-        options, waits = dict(self.options), iter(WAITS)
-        while True:
-            self.sent.append(1)
-            try:
-                answer = create(**options)
-                break
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                named = [name for name in options if name in str(error)] or list({"response_format"} & set(options))
-                if not named:
-                    raise
-                options = {name: value for name, value in options.items() if name not in named}
-            except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError) as error:
-                wait = next(waits, None)
-                if wait is None or isinstance(error, openai.APITimeoutError):  # it may still be working on it
-                    raise
-                time.sleep(wait)
-        self.options = options
-        if answer.usage:
-            self.usages.append((answer.usage.prompt_tokens, answer.usage.completion_tokens))
-        return answer.choices[0].message.content or ""
+        super().__init__("judge", args.judge_url, args.judge_model, args.judge_concurrency, args.judge_timeout)
+        self.path = Path(args.output_dir) / CACHE
 
     def ask(self, messages):
-        """(judgement or None, what went wrong or None); asks a second time where the answer cannot be read."""
+        """The judgement on what the two messages ask; asks a second time where the answer cannot be read."""
         system, user = messages
-        try:
-            for reminder in ("", REMINDER):
-                text = self.complete([system, user | {"content": user["content"] + reminder}])
-                judgement = parse_judgement(text)
-                if judgement:
-                    return judgement | {"reason": self.hide(judgement["reason"])}, None
-            return None, ValueError(f"its answer is not the JSON asked for: {text[:60]!r}")
-        except (openai.APIError, ValueError, AttributeError, LookupError, TypeError) as error:
-            return None, error
+        for reminder in ("", REMINDER):
+            asked = [system, user | {"content": user["content"] + reminder}]
+            answer = self.send("/chat/completions", {"messages": asked}, OPTIONS)
+            text = answer["choices"][0]["message"]["content"] or ""
+            judgement = parse_judgement(text)
+            if judgement:
+                return judgement | {"reason": self.hide(judgement["reason"])}
+        raise ValueError(f"its answer is not the JSON asked for: {self.hide(text)[:60]!r}")
 
-    def hide(self, text):
-        """Text of the server without the key, should it repeat it; a short one is a placeholder."""
-        return text.replace(self.key, "[key]") if len(self.key) > 7 else text
-
-    def why(self, error):
-        """What went wrong, for a person: one line without the key (a 401's text has parts of it)."""
-        name, text = type(error).__name__, str(error).split("\n")[0][:300]
-        if isinstance(error, openai.AuthenticationError):
-            return name
-        return self.hide(f"{name}: {text}" if isinstance(error, openai.APIError) else text)
-
-    def ask_all(self, messages):
-        """({key: judgement}, errors) for {key: messages}; exits 2 where the server has stopped answering."""
-        judgements, errors, in_row = {}, [], 0
-        with open(self.path, "a", encoding="utf-8") as file, ThreadPoolExecutor(self.args.judge_concurrency) as pool:
+    def judgements(self, messages):
+        """({key: judgement}, errors) for {key: messages}."""
+        found = {}
+        if not messages:
+            return found, []
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write("\n")  # ends a line that an interruption cut off
-            bar = progress(self.answers(messages, pool), "judge", len(messages))
-            try:
-                for key, (judgement, error) in bar:
-                    if judgement:
-                        judgements[key], in_row = judgement, 0
-                        file.write(json.dumps({"hash": key, **judgement}, ensure_ascii=False) + "\n")
-                        file.flush()
-                        continue
-                    errors.append(error)
-                    in_row += 1
-                    refused = isinstance(error, openai.APIError) and not isinstance(error, openai.BadRequestError)
-                    if in_row > 2 * self.args.judge_concurrency or (refused and len(errors) + len(judgements) == 1):
-                        told = f"the judge at {self.args.judge_url} gives no answers ({self.why(error)})"
-                        fail(f"{told}; run again to go on from those in {self.path}")
-            finally:
-                pool.shutdown(cancel_futures=True)
-        return judgements, errors
 
-    def answers(self, messages, pool):
-        """(key, ask's answer) as they come; the first alone: a wrong key or address costs one request."""
-        first, *others = messages
-        yield first, self.ask(messages[first])
-        jobs = {pool.submit(self.ask, messages[key]): key for key in others}
-        for job in as_completed(jobs):
-            yield jobs[job], job.result()
+            def keep(key, judgement):
+                found[key] = judgement
+                file.write(json.dumps({"hash": key, **judgement}, ensure_ascii=False) + "\n")
+                file.flush()
+
+            return found, self.ask_all(list(messages), lambda key: self.ask(messages[key]), keep, "judge")
 
 
 def judge(tasks, args):
@@ -224,17 +157,11 @@ def judge(tasks, args):
     new = {new[i]: messages[new[i]] for i in rng.permutation(len(new))}
     cached = len(messages) - len(new)
     say(f"judge {args.judge_model}: {len(new)} predictions to ask about, {cached} answers in {judge.path}")
-    answers, errors = judge.ask_all(new) if new else ({}, [])
+    answers, errors = judge.judgements(new)
     reason = judge.why(errors[0]) if errors else ""
     if errors and not cached and not answers:
         fail(f"the judge at {args.judge_url} gave no readable answer ({reason})")
-    counts = {
-        "requests": len(judge.sent),
-        "prompt_tokens": sum(asked for asked, _ in judge.usages),
-        "completion_tokens": sum(answered for _, answered in judge.usages),
-        "cached": cached,
-        "unanswered": len(errors),
-    }
+    counts = judge.counts() | {"cached": cached, "unanswered": len(errors)}
     say(", ".join(f"{value} {name.replace('_', ' ')}" for name, value in counts.items()))
     if errors:
         say(f"{len(errors)} predictions without a readable answer; the first: {reason}")

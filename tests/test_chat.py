@@ -235,36 +235,56 @@ def test_the_cards_example_of_a_chat_model_runs(runs, monkeypatch, capsys):
     assert capsys.readouterr().out.count("\n") == 1
 
 
-def test_transformers_serve_answers_as_test_llama_predicted(runs, tmp_path):
-    """The chat model at /v1/chat/completions, the other at /v1/completions."""
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory):
+    """The address of a `transformers serve`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [Path(sys.executable).parent / "transformers", "serve", "--port", str(port)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("w") as log:
+    path = tmp_path_factory.mktemp("serve") / "log"
+    with path.open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
-    try:
-        for _ in range(600):
-            with contextlib.suppress(ConnectionRefusedError):
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            assert server.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.1)
-        prompts = {row["id"]: row["prompt"] for row in llama.load_rows(runs / "auto", "test")}
-        for setting in ("auto", "off"):
-            options = {"model": str(runs / setting / "merged"), "temperature": 0, "max_tokens": 8}
-            for task in TASKS:
-                for example in examples(runs / setting, task)["examples"][:3]:
-                    prompt = prompts[example["id"]]
-                    if setting == "auto":
-                        messages = [{"role": "user", "content": prompt}]
-                        text = client.chat.completions.create(messages=messages, **options).choices[0].message.content
-                    else:
-                        text = client.completions.create(prompt=prompt, **options).choices[0].text
-                    text = text.strip()
-                    assert (text.split("\n")[0].strip() if task == "trivia_qa" else text) == example["prediction"]
-    finally:
-        server.terminate()
-        server.wait(30)
+    for _ in range(600):
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            break
+        assert server.poll() is None, path.read_text()
+        time.sleep(0.1)
+    yield f"http://127.0.0.1:{port}/v1"
+    server.terminate()
+    server.wait(30)
+
+
+def test_transformers_serve_answers_as_test_llama_predicted(runs, serving):
+    """The chat model at /v1/chat/completions, the other at /v1/completions."""
+    client = openai.OpenAI(base_url=serving, api_key="none", max_retries=0, timeout=120)
+    prompts = {row["id"]: row["prompt"] for row in llama.load_rows(runs / "auto", "test")}
+    for setting in ("auto", "off"):
+        options = {"model": str(runs / setting / "merged"), "temperature": 0, "max_tokens": 8}
+        for task in TASKS:
+            for example in examples(runs / setting, task)["examples"][:3]:
+                prompt = prompts[example["id"]]
+                if setting == "auto":
+                    messages = [{"role": "user", "content": prompt}]
+                    text = client.chat.completions.create(messages=messages, **options).choices[0].message.content
+                else:
+                    text = client.completions.create(prompt=prompt, **options).choices[0].text
+                text = text.strip()
+                assert (text.split("\n")[0].strip() if task == "trivia_qa" else text) == example["prediction"]
+
+
+@pytest.mark.parametrize("setting, way", [("auto", "chat"), ("off", "text")])
+def test_asked_by_test_llama_it_gives_the_predictions_of_the_local_test(setting, way, runs, serving):
+    out = runs / setting
+    options = ["--server", serving, "--server-model", out / "merged", "--server-concurrency", 2]
+    result = run("test_llama.py", *SHORT, *options, "--output-dir", out)
+    assert result.returncode == 0, result.stderr
+    assert ": the same" in result.stdout and f"is asked by {way}\n" in result.stdout
+    assert "left out, for the server refuses it: stop_token_ids" in result.stdout
+    for task in TASKS:
+        local, served = examples(out, task), examples(out, task, "_merged")
+        assert [e["prediction"] for e in served["examples"]] == [e["prediction"] for e in local["examples"]]
+        assert f"{task}: 6 of 6 predictions equal" in result.stdout
+        assert {e["hit_max_new_tokens"] for e in served["examples"]} <= {True, False}

@@ -13,6 +13,7 @@ from conftest import FIXTURES, TRANSFORMERS, start
 
 import evaluations
 import judge as judging
+import server as asking
 
 KEY = "sk-test-0123456789-secret"
 GOOD = '{"reason": "because", "score": 3}'
@@ -119,7 +120,7 @@ def judge(tmp_path, monkeypatch, capsys):
     """Run evaluations.py with a judge at a server: (exit code, what it printed, its report)."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(judging, "WAITS", (0.05, 0.1))
+    monkeypatch.setattr(asking, "WAITS", (0.05, 0.1))
 
     def run(url, *more, concurrency=4):
         arguments = ["--judge-model", "m", "--judge-url", url, "--judge-max-examples", "50", "--judge-timeout", "0.5"]

@@ -1,0 +1,394 @@
+"""test_llama.py --server: what a server answers is written down as it came, once; what it reads otherwise is said."""
+
+import json
+import math
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import FIXTURES
+from datasets import load_from_disk
+from transformers import AutoTokenizer
+
+import evaluations
+import server as asking
+import test_llama as tester
+
+KEY = "sk-test-0123456789-secret"
+TASKS = ("samsum", "trivia_qa")
+ROWS = 12  # of both tasks
+
+
+class Fake(ThreadingHTTPServer):
+    """An OpenAI-compatible server with the tiny Llama's tokenizer; the attributes say what it does."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        self.seen, self.lock, self.at_once, self.most = [], threading.Lock(), 0, 0
+        self.tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tiny_llama3")
+        self.takes_ids, self.chat_only, self.refuses, self.logprobs, self.more = True, False, (), None, 0
+        self.trouble = lambda prompt, times: None  # or (status, message), or "close"
+        self.finish = "stop"
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def answer(self, path, body):
+        """(status, JSON) of a request."""
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "models/tuned-1"}]}
+        chat, prompt = path.endswith("/chat/completions"), body.get("prompt")
+        if self.chat_only and not chat:
+            return 404, {"error": {"message": "This is a chat model"}}
+        if chat:
+            prompt = body["messages"][0]["content"]
+        if isinstance(prompt, list) and not self.takes_ids:
+            return 400, {"error": {"message": "prompt must be a string."}}
+        if named := [name for name in self.refuses if name in body]:
+            return 400, {"error": {"message": f"Unsupported parameter: '{named[0]}'"}}
+        ids = prompt if isinstance(prompt, list) else self.tokenizer(prompt).input_ids + [0] * self.more
+        text = f" {says(ids)} \nand on"
+        if "stop" in body:
+            text = text.split("\n")[0]
+        choice = {"finish_reason": self.finish} | ({"message": {"content": text}} if chat else {"text": text})
+        if "prompt_logprobs" in body and self.logprobs == "vllm":
+            given = [{str(token): {"logprob": logprob(token)}, "1": {"logprob": 0.0}} for token in ids]
+            choice["prompt_logprobs"] = [None] + [
+                one | {str(token): {"logprob": logprob(token)}} for one, token in zip(given[1:], ids[1:], strict=True)
+            ]
+        if body.get("echo") and self.logprobs == "echo":
+            choice["logprobs"] = {"token_logprobs": [None, *map(logprob, ids[1:]), -9.0]}
+        usage = {"prompt_tokens": len(ids), "completion_tokens": 5, "total_tokens": 0}
+        return 200, {"choices": [choice], "usage": usage}
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.reply(*self.server.answer(self.path, {}))
+
+    def do_POST(self):
+        fake = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = json.dumps(body.get("prompt") or body.get("messages"))
+        with fake.lock:
+            times = sum(entry["asked"] == prompt and entry["max"] == limit(body) for entry in fake.seen)
+            fake.seen.append({"path": self.path, "body": body, "asked": prompt, "max": limit(body)})
+            fake.at_once += 1
+            fake.most = max(fake.most, fake.at_once)
+        trouble = fake.trouble(body, times)
+        with fake.lock:
+            fake.at_once -= 1
+        if trouble == "close":
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif trouble:
+            self.reply(trouble[0], {"error": {"message": trouble[1]}})
+        else:
+            self.reply(*fake.answer(self.path, body))
+
+    def reply(self, status, content):
+        content = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+def limit(body):
+    return body.get("max_tokens") or body.get("max_completion_tokens") or 0
+
+
+def says(ids):
+    return f"answer {sum(ids) % 9973}"
+
+
+def logprob(token):
+    return -(token % 7) / 10 - 0.05
+
+
+def answers_asked(fake):
+    """The prompts of the requests for answers: those of the first try and for losses want one token."""
+    return [entry["asked"] for entry in fake.seen if limit(entry["body"]) != 1]
+
+
+@pytest.fixture
+def fake():
+    fake = Fake()
+    yield fake
+    fake.shutdown()
+    fake.server_close()
+
+
+@pytest.fixture
+def ask(dataset, tmp_path, monkeypatch, capsys):
+    """Run test_llama.py against a server: (exit code, what it printed)."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(asking, "WAITS", (0.02, 0.02))
+    (tmp_path / "dataset").symlink_to(dataset / "dataset")
+
+    def run(url, *more, model=FIXTURES / "tiny_llama3"):
+        arguments = ["--model", model, "--server", url, "--output-dir", tmp_path, *more]
+        try:
+            tester.main(list(map(str, arguments)))
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        for path in tmp_path.glob("*.json*"):
+            assert KEY not in path.read_text()
+        assert KEY not in out + err
+        return code, out + err
+
+    return run
+
+
+def read(folder, task, name="tuned-1"):
+    return json.loads((folder / f"{task}_predictions_{name}.json").read_text())
+
+
+def files(folder):
+    return [(folder / f"{task}_predictions_tuned-1.json").read_bytes() for task in TASKS]
+
+
+@pytest.fixture
+def rows(dataset):
+    """{id: (row, ids of its prompt, ids of its completion)} by the tokenizer alone."""
+    tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tiny_llama3")
+    known = {}
+    for row in load_from_disk(str(dataset / "dataset" / "test")):
+        prompt = tokenizer(row["prompt"]).input_ids
+        whole = tokenizer(row["prompt"] + row["completion"]).input_ids + [tokenizer.eos_token_id]
+        known[row["id"]] = row, prompt, whole[len(prompt) :]
+    assert len(known) == ROWS
+    return known
+
+
+@pytest.mark.parametrize("kind", ["vllm", "echo", None])
+def test_the_same_tokens_are_asked_and_each_answer_stands_at_its_row(kind, fake, ask, rows, tmp_path):
+    fake.logprobs = kind
+    code, output = ask(fake.url)
+    assert code == 0, output
+    for task in TASKS:
+        content = read(tmp_path, task)
+        assert content["model"] == "models/tuned-1" and content["left_out"] == []
+        of_task = [row_id for row_id in rows if row_id.startswith(task)]
+        assert [example["id"] for example in content["examples"]] == of_task
+        losses = []
+        for example in content["examples"]:
+            row, prompt, completion = rows[example["id"]]
+            text = says(prompt) + (" \nand on" if task == "samsum" else "")
+            assert example["prediction"] == text and example["references"] == row["references"]
+            losses.append(-sum(map(logprob, completion)))
+            assert example.get("nll") == (pytest.approx(losses[-1]) if kind else None)
+        figures = content["perplexity"]["tuned"]
+        tokens = sum(len(rows[row_id][2]) for row_id in of_task)
+        expected = math.exp(sum(losses) / tokens) if kind else None
+        assert figures.get("perplexity") == (pytest.approx(expected) if kind else None)
+    assert ("perplexity: not given by this server" in output) == (kind is None)
+    asked = answers_asked(fake)
+    assert sorted(asked) == sorted(json.dumps(prompt) for _, prompt, _ in rows.values())  # each once, as ids
+    for entry in fake.seen:
+        assert entry["body"]["temperature"] == 0 and entry["body"]["model"] == "models/tuned-1"
+    limits = {limit(entry["body"]) for entry in fake.seen}
+    assert limits == {1, tester.SAMSUM_MAX_NEW_TOKENS, tester.TRIVIA_QA_MAX_NEW_TOKENS}
+    assert f"{len(fake.seen)} requests, " in output
+
+
+def test_a_finished_run_asks_nothing_and_another_needs_overwrite(fake, ask, tmp_path):
+    assert ask(fake.url)[0] == 0
+    before, sent = files(tmp_path), len(fake.seen)
+    code, output = ask(fake.url)
+    assert code == 0 and len(fake.seen) == sent and output.count("nothing to do") == 2
+    code, output = ask(fake.url, "--samsum-max-new-tokens", 7)
+    assert code == 2 and "samsum max new tokens 96 there, 7 now" in output and files(tmp_path) == before
+
+
+def test_where_ids_are_refused_the_text_is_sent_and_where_completions_are_the_chat(fake, ask, rows, tmp_path):
+    fake.takes_ids = False
+    assert ask(fake.url, "--name", "text")[0] == 0
+    assert sorted(answers_asked(fake)) == sorted(json.dumps(row["prompt"]) for row, _, _ in rows.values())
+    fake.chat_only, fake.more, fake.seen = True, 9, []
+    code, output = ask(fake.url, "--name", "chat")
+    assert code == 0 and {entry["path"] for entry in fake.seen if limit(entry["body"]) > 1} == {"/v1/chat/completions"}
+    assert "it puts a chat template around" in output
+    code, output = ask(fake.url, "--name", "no", "--server-api", "completions")
+    assert code == 2 and "This is a chat model" in output and "--server-api" in output
+
+
+@pytest.mark.parametrize("refused", ["temperature", "max_tokens", "stop", "stop_token_ids"])
+def test_a_parameter_that_is_refused_is_left_out_once_and_for_all(refused, fake, ask, tmp_path):
+    fake.refuses = (refused,)
+    code, output = ask(fake.url, "--server-concurrency", 1)
+    assert code == 0 and f"left out, for the server refuses it: {refused}" in output
+    assert sum(refused in entry["body"] for entry in fake.seen) == 1
+    assert len(fake.seen) == 3 + ROWS + 2 + 1  # first tries, answers, tries of log-probabilities, and the refused one
+    if refused == "max_tokens":
+        assert {limit(entry["body"]) for entry in fake.seen if "max_completion_tokens" in entry["body"]} == {1, 96, 24}
+    assert all("\n" not in example["prediction"] for example in read(tmp_path, "trivia_qa")["examples"])
+
+
+@pytest.mark.parametrize("died", ["close", (401, f"no {KEY}"), (500, "out of memory")])
+def test_stopped_in_the_middle_it_goes_on_and_writes_the_same_bytes(died, fake, ask, tmp_path):
+    fake.logprobs = "vllm"
+    assert ask(fake.url)[0] == 0
+    whole = files(tmp_path)
+    for path in tmp_path.glob("*.json"):
+        path.unlink()
+    fake.seen = []
+    fake.trouble = lambda body, times: died if len(answers_asked(fake)) > 5 else None
+    code, output = ask(fake.url, "--server-concurrency", 1)
+    assert code == 2 and "gives no answers (" in output and "run again to go on" in output
+    assert not list(tmp_path.glob("*.json"))
+    answered = set(answers_asked(fake)[:5])
+    fake.seen, fake.trouble = [], lambda body, times: None
+    code, output = ask(fake.url, "--server-concurrency", 3)
+    assert code == 0 and not answered & set(answers_asked(fake)) and len(answers_asked(fake)) == ROWS - 5
+    assert files(tmp_path) == whole and not list(tmp_path.glob(".*part*"))
+
+
+def test_a_server_that_drops_a_connection_now_and_then_costs_nothing(fake, ask, tmp_path):
+    assert ask(fake.url)[0] == 0
+    whole = files(tmp_path)
+    troubles = ["close", (429, "slow down"), (503, "loading")]
+    fake.seen = []
+    fake.trouble = lambda body, times: troubles[len(fake.seen) % 3] if times == 0 and limit(body) > 1 else None
+    assert ask(fake.url, "--overwrite")[0] == 0 and files(tmp_path) == whole
+
+
+def test_rows_without_an_answer_are_counted_left_out_and_asked_for_again(fake, ask, rows, tmp_path, capsys):
+    fake.logprobs = "vllm"
+    too_long, broken = [json.dumps(prompt) for i, (_, prompt, _) in rows.items() if i.startswith("samsum")][2:4]
+
+    def trouble(body, times):
+        if limit(body) == 1:
+            return None
+        prompt = json.dumps(body["prompt"])
+        return {too_long: (400, "too long"), broken: (200, "no answer")}.get(prompt)
+
+    fake.trouble = trouble
+    code, output = ask(fake.url)
+    assert code == 1 and "2 requests got no answer (" in output
+    content = read(tmp_path, "samsum")
+    assert len(content["left_out"]) == 2 and len(content["examples"]) == 4
+    assert all(example["prediction"].startswith("answer ") for example in content["examples"])
+    # evaluations.py compares what all have
+    whole = {"task": "samsum", "examples": [{"id": row_id, "references": row["references"], "prediction": "x"}
+             for row_id, (row, _, _) in rows.items() if row_id.startswith("samsum")]}  # fmt: skip
+    (tmp_path / "whole.json").write_text(json.dumps(whole))
+    names = [f"other={tmp_path}/whole.json", f"served={tmp_path}/samsum_predictions_tuned-1.json"]
+    evaluations.main(["--predictions", *names, "--resamples", "50", "--output-dir", str(tmp_path / "evaluated")])
+    assert "2 rows left out" in capsys.readouterr().out
+    assert json.loads((tmp_path / "evaluated" / "evaluation.json").read_text())["samsum"]["examples"] == 4
+    fake.seen, fake.trouble = [], lambda body, times: None
+    code, output = ask(fake.url)
+    assert code == 0 and len(answers_asked(fake)) == 2 and len(read(tmp_path, "samsum")["examples"]) == 6
+    assert read(tmp_path, "samsum")["left_out"] == []
+
+
+@pytest.mark.parametrize("more, words", [(0, ": the same"), (1, "a second BOS"), (12, "or a system prompt")])
+def test_what_the_server_reads_otherwise_is_said_before_the_rows_are_asked(more, words, fake, ask, tmp_path):
+    fake.more = more
+    code, output = ask(fake.url)
+    first = output.split("\n")[0]
+    assert code == 0 and words in first and "tokens of the first prompt, the run " in first
+    assert "is asked by token ids" in output
+
+
+def test_ids_are_never_sent_to_another_tokenizer(fake, ask, tmp_path):
+    fake.tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tiny_llama2")
+    fake.logprobs = "vllm"
+    code, output = ask(fake.url)
+    assert code == 0 and "it has another tokenizer" in output and "perplexity: not given" in output
+    assert all(isinstance(entry["body"]["prompt"], str) for entry in fake.seen)
+    assert not any("stop_token_ids" in entry["body"] for entry in fake.seen)
+
+
+def test_answers_cut_by_the_limit_are_counted_but_not_those_that_ended_at_their_line(fake, ask, tmp_path):
+    fake.finish, fake.refuses = "length", ("stop",)
+    assert ask(fake.url)[0] == 0
+    counts = [read(tmp_path, task)["perplexity"]["tuned"]["hit_max_new_tokens"] for task in TASKS]
+    assert counts == [6, 0]
+
+
+def test_a_server_that_breaks_on_log_probabilities_still_gives_its_predictions(fake, ask, tmp_path):
+    dead = []
+
+    def trouble(body, times):
+        dead.extend([1] if "prompt_logprobs" in body else [])
+        return "close" if dead else None
+
+    fake.trouble = trouble
+    code, output = ask(fake.url)
+    assert code == 0 and "perplexity: not given by this server" in output
+    assert [len(read(tmp_path, task)["examples"]) for task in TASKS] == [6, 6]
+    assert len(fake.seen) == 3 + ROWS + 2  # no try was repeated
+
+
+def test_a_slow_server_is_waited_for_and_nothing_is_sent_twice(fake, ask, tmp_path):
+    one = threading.Lock()
+
+    def trouble(body, times):
+        with one:
+            time.sleep(0.15 if limit(body) > 1 else 0)  # 6 at once take 0.9 s: more than the limit for each
+
+    fake.trouble = trouble
+    code, output = ask(fake.url, "--server-concurrency", 6, "--server-timeout", 0.5)
+    assert code == 0, output
+    assert len(answers_asked(fake)) == ROWS and 2 <= fake.most <= 6
+
+
+def test_after_a_time_out_fewer_go_at_once_and_the_row_is_not_sent_again(fake, ask, rows, tmp_path):
+    stuck = [json.dumps(prompt) for i, (_, prompt, _) in rows.items() if i.startswith("samsum")][1]
+
+    def trouble(body, times):
+        if limit(body) > 1:
+            time.sleep(2.5 if json.dumps(body["prompt"]) == stuck else 0.15)
+
+    fake.trouble = trouble
+    code, output = ask(fake.url, "--server-concurrency", 2, "--server-timeout", 0.5)
+    assert code == 1 and "1 requests got no answer (APITimeoutError" in output
+    assert answers_asked(fake).count(stuck) == 1 and len(answers_asked(fake)) == ROWS
+    assert fake.most == 2  # with the one that the server still works on
+
+
+def test_no_more_examples_than_asked_for(fake, ask, rows, tmp_path):
+    code, output = ask(fake.url, "--server-max-examples", 2)
+    assert code == 0 and len(answers_asked(fake)) == 4
+    content = read(tmp_path, "samsum")
+    assert len(content["examples"]) == 2 and len(content["left_out"]) == 4
+
+
+def test_the_end_says_how_many_are_equal_and_where_the_first_differs(fake, ask, rows, tmp_path):
+    assert ask(fake.url)[0] == 0
+    for task in TASKS:
+        content = read(tmp_path, task)
+        if task == "samsum":
+            content["examples"][3]["prediction"] = "answer is 1"
+        (tmp_path / f"{task}_predictions.json").write_text(json.dumps(content))
+    code, output = ask(fake.url)
+    assert code == 0 and "samsum: 5 of 6 predictions equal" in output and "trivia_qa: 6 of 6" in output
+    assert f"the first other one: {content_id(tmp_path, 3)}, from character 7" in output
+    command = next(line for line in output.split("\n") if "python evaluations.py" in line)
+    arguments = command.split("evaluations.py ")[1].split(" ")
+    evaluations.main([*arguments, "--resamples", "50"])
+
+
+def content_id(folder, place):
+    return read(folder, "samsum")["examples"][place]["id"]
+
+
+@pytest.mark.parametrize(
+    "url, words",
+    [("localhost:8000", "http(s)://host/path"), (f"http://x:{KEY}@host/v1", "http(s)://host"),
+     ("http://127.0.0.1:9/v1", "check --server")],
+)  # fmt: skip
+def test_a_wrong_address_is_one_sentence(url, words, ask):
+    code, output = ask(url)
+    assert code == 2 and words in output and output.count("error: ") == 1
