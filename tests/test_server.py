@@ -296,7 +296,7 @@ def test_rows_without_an_answer_are_counted_left_out_and_asked_for_again(fake, a
 def test_what_the_server_reads_otherwise_is_said_before_the_rows_are_asked(more, words, fake, ask, tmp_path):
     fake.more = more
     code, output = ask(fake.url)
-    first = output.split("\n")[0]
+    first = output.split("\n")[1]
     assert code == 0 and words in first and "tokens of the first prompt, the run " in first
     assert "is asked by token ids" in output
 
