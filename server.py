@@ -18,6 +18,7 @@ from common import fail, progress, say
 WAITS = (1, 2, 4, 8, 16)  # seconds before a request is sent again to a busy server
 CONNECT = 30  # seconds to reach it
 ERRORS = (openai.APIError, ValueError, AttributeError, LookupError, TypeError)  # the last of what is no such server
+LESS_KNOWN = ("response_format", "stop_token_ids", "stop")  # left out in turn where a refusal names no option
 GATEWAY_TIMEOUTS = (504, 524)  # somebody before the server has stopped waiting
 NO_SUCH = (400, 404, 405, 422, 501)  # an endpoint, or a form of a prompt
 CAUSES = {  # why a server reads so many tokens more than the run
@@ -61,7 +62,7 @@ class Server:
                 break
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 named = {name for name in taken if re.search(rf"\b{name}\b", str(error))}
-                named = named or {"response_format"} & taken.keys()
+                named = named or set([name for name in LESS_KNOWN if name in taken][:1])
                 if not named:
                     raise
                 refused |= named

@@ -354,7 +354,7 @@ def test_a_server_that_answers_one_after_the_other_is_waited_for(serve, judge, t
 
     def script(candidate, times):
         with one:
-            time.sleep(0.3)  # 4 at once take 1.2 s, the limit is 0.5 s for each of them
+            time.sleep(0.15)  # 4 at once take 0.6 s, the limit is 0.5 s for each of them
         return points(candidate)
 
     server = serve(script)
