@@ -125,8 +125,9 @@ def machine(args):
     if args.dry_run and args.dry_run_gpu_gb:
         return args.dry_run_gpu_gb * 1e9, 2
     if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory, 2
-    return host_memory(), 4
+        gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        return min(gpu.total_memory for gpu in gpus), 2  # all processes have to settle alike
+    return host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 4
 
 
 def host_memory():
@@ -159,16 +160,21 @@ def rows_of_a_pass(shape, packed, args, checkpointing):
     return next((size for size in sizes if fits(shape, packed, args, size, checkpointing)), 1)
 
 
-def settle(shape, packed, args):
-    """Put into `args` what "auto" and 0 come to here: fused kernels, checkpointing where need be, rows of a pass.
-
-    A GPU is faster the more tokens it gets at once, and the tokens of an optimizer step stay the same.
-    """
+def choose_kernels(args):
+    """Put into `args` what USE_LIGER_KERNEL = "auto" comes to."""
     import torch
 
     if args.use_liger_kernel == "auto":
         found = torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")
         args.use_liger_kernel = "on" if found else "off"
+
+
+def settle(shape, packed, args):
+    """Put into `args` what "auto" and 0 come to here: fused kernels, checkpointing where need be, rows of a pass.
+
+    A GPU is faster the more tokens it gets at once, and the tokens of an optimizer step stay the same.
+    """
+    choose_kernels(args)
     if args.activation_checkpointing == "auto":
         alone = args.per_device_train_batch_size or 1
         args.activation_checkpointing = "off" if fits(shape, packed, args, alone, checkpointing=False) else "on"
@@ -241,7 +247,7 @@ def dry_run(shape, tokens, packed, args):
     passes = steps * args.gradient_accumulation_steps * (args.per_device_train_batch_size or 1) / len(packed)
     rows = [length for some in lengths.values() for length in some]
     work = [passes * operations(shape, rows, sum(labels.values()), checkpointing) for checkpointing in (True, False)]
-    line("petaflop", [flop / 1e15 for flop in work], ",.1f")
+    line("petaflop", [flop / 1e15 for flop in work], ",.3g")
     rate = args.dry_run_tflops or (NAMED_TFLOPS if args.dry_run_gpu_gb else matrix_rate() / 2e12)
     line(f"time at {rate:.3g} TFLOP/s", [str(timedelta(seconds=round(flop / rate / 1e12))) for flop in work])
     say("validation, loading and the driver's own memory (about 0.5 GB) come on top")

@@ -1,5 +1,6 @@
 """What the scripts know of Llamas: finding, loading, encoding, attention within packed rows, one pass that reads."""
 
+import hashlib
 import json
 import logging
 import os
@@ -183,13 +184,25 @@ def load_tokenizer(model, chat_template="auto"):
         fail(f"the tokenizer of {model} puts BOS in front twice: mend its post_processor in tokenizer.json")
     template = None
     if tokenizer.chat_template and chat_template != "off":
-        template = tokenizer.get_chat_template()  # of several the default one
+        try:
+            template = tokenizer.get_chat_template()  # of several the default one
+            compiles = isinstance(template, str)
+        except ValueError:  # none is
+            compiles = False
+        if not compiles:
+            fail(f"the tokenizer of {model} has no single chat template: give --chat-template off")
         if "strftime_now" in template and DATE not in template:
             template = DATE + template
     elif chat_template == "on":
         fail(f"the tokenizer of {model} has no chat template: give --chat-template off, or take the instruct model")
     tokenizer.chat_template = template
     return tokenizer
+
+
+def tokenizer_identity(tokenizer):
+    """What makes ids of a text, by content: the tokenizer and its chat template."""
+    content = tokenizer.backend_tokenizer.to_str() + (tokenizer.chat_template or "")
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def tokenizer_of(base, folder, chat_template="auto"):
@@ -348,8 +361,11 @@ def encode_chats(tokenizer, rows):
     try:
         prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, **options)
         wholes = tokenizer.apply_chat_template([c + a for c, a in zip(chats, answers, strict=True)], **options)
+        shown = tokenizer.apply_chat_template(chats[0] + answers[0], tokenize=False)
     except Exception as error:  # a template is a program
         raise ValueError(f"its chat template fails ({first_line(error)}): give --chat-template off") from error
+    if not all(text.strip() in shown for text in (rows["prompt"][0], rows["completion"][0])):
+        raise ValueError("its chat template does not write the whole text it is given: give --chat-template off")
     ends = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
     # what stands behind the end, mostly a newline, is never generated
     lengths = [

@@ -18,6 +18,7 @@ Writes: OUTPUT_DIR/merged/ (safetensors, tokenizer, generation config, model car
 import contextlib
 import gc
 import json
+import math
 import re
 import shutil
 import sys
@@ -92,14 +93,14 @@ def read_run(folder, base):
 
 
 def check_rows(args, tokenizer):
-    """Ids of CHECK_ROWS validation rows, the first of each task in turn, as llama.encode gives them."""
+    """CHECK_ROWS validation rows, the first of each task in turn, and their ids as llama.encode gives them."""
     from datasets import interleave_datasets
 
     rows = llama.load_rows(args.output_dir, "validation")
     tasks = [llama.rows_of(rows, task) for task in sorted(rows.unique("task"))]
     rows = interleave_datasets(tasks, stopping_strategy="all_exhausted_without_replacement")
     try:
-        return llama.encode(tokenizer, rows[: args.check_rows])
+        return rows[: args.check_rows], llama.encode(tokenizer, rows[: args.check_rows])
     except ValueError as error:
         fail(f"cannot compare on the validation rows: {first_line(error)}")
 
@@ -161,6 +162,8 @@ def merged_tensors(path, changes):
     for name, stored in tensors_in(path):
         if stored.dtype.itemsize < 2:
             fail(f"{path.name} of the base has {name} as {stored.dtype}: take its 16-bit weights")
+        if not stored.isfinite().all():
+            fail(f"{path.name} of the base has numbers in {name} that are not finite: get it again")
         yield name, stored, merge_tensor(name, stored, *changes)
 
 
@@ -437,7 +440,7 @@ def merge_and_check(args, base, run, fresh):
     folder = Path(args.output_dir) / "adapter"
     into = "16bit" if args.merge_base == "auto" else args.merge_base
     tokenizer = llama.tokenizer_of(base, folder)
-    ids = check_rows(args, tokenizer)
+    rows, ids = check_rows(args, tokenizer)
     begun, device = time.time(), roomy_device(base)
     options = {} if device is None else {"device_map": {"": device}}
     if device is None:
@@ -453,6 +456,8 @@ def merge_and_check(args, base, run, fresh):
     merged_at = time.time()
     problems, comparison, largest = [], {}, None
     try:
+        if llama.encode(llama.load_tokenizer(str(fresh)), rows) != ids:
+            problems.append(f"the tokenizer of {base} makes other tokens than the adapter's")
         problems += wrong_tensors(model, base, fresh, dtype)
         model = None  # one in memory at a time; torch's modules and PEFT's refer to one another
         gc.collect()
@@ -517,6 +522,13 @@ def model_card(args, base, run, report):
     )
 
 
+def without_nan(value):
+    """What JSON can say of it: None for the figures of a type that does not hold the weights."""
+    if isinstance(value, dict):
+        return {name: without_nan(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def finish(args, base, run, report, fresh):
     """Write model card and merge.json, the latter last: with it the folder is whole. Neither has a path of ours."""
     report |= {
@@ -529,7 +541,8 @@ def finish(args, base, run, report, fresh):
     }
     (fresh / "README.md").write_text(model_card(args, base, run, report), encoding="utf-8")
     report["sha256"] = {path.name: common.sha256(path) for path in sorted(fresh.iterdir())}
-    (fresh / "merge.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    content = without_nan(report)
+    (fresh / "merge.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def push(args, folder):

@@ -47,7 +47,7 @@ install() { # $@: requirement files; does nothing where they were installed befo
         return
     fi
     for file in "$@"; do flags+=(-r "$file"); done
-    echo "installing $1 into .venv (some minutes the first time)"
+    echo "installing $1 into .venv (several GB, some minutes the first time; .venv/install.log shows how far it is)"
     .venv/bin/python -m pip install --disable-pip-version-check "${flags[@]}" >$log 2>&1 ||
         die "pip could not install $1: $(grep -i error $log | tail -n 1 || true) (all of it is in $log)"
     echo "$checksum" >"$stamp" # last: an interrupted installation is done again

@@ -366,6 +366,8 @@ def test_general_text(text, tokenizer, model, adapter_off, run):
     model.set_attn_implementation(llama.choose_attention("packed"))
     parts = windows(tokenizer, text, min(WINDOW, model.config.max_position_embeddings))
     figures, tokens = {}, sum(len(part) - 1 for part in parts)
+    if not tokens:
+        fail("the text of --general-text is too short: it has a single token")
     for system, prefix in systems(run).items():
         with adapter_off() if prefix else contextlib.nullcontext(), torch.inference_mode():
             nll = sum(losses_of(*llama.read(model, [part[:1]], [part[1:]])).sum().item() for part in parts)

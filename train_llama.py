@@ -105,10 +105,11 @@ def choose_learning_rate(args, shape):
         say(f"learning rate {args.learning_rate:g}, for {shape['parameters'] / 1e9:.2g} B parameters")
 
 
-def run_identity(args, base, rows):
+def run_identity(args, base, tokenizer, rows):
     """What has to be the same for a run to go on where it was: settings, model, data, number of processes."""
     settings = {name: value for name, value in vars(args).items() if name not in UNBOUND}
     model = {"model": base, "weights": llama.weights_identity(base)}
+    model["tokenizer"] = llama.tokenizer_identity(tokenizer)
     data = {f"{split} rows": part._fingerprint for split, part in rows.items()}
     return settings | model | data | {"processes": int(os.environ.get("WORLD_SIZE", 1))}
 
@@ -150,7 +151,7 @@ def where_to_start(args, run):
     remedy = "give its settings again to go on with it, or --overwrite to start afresh, or another --output-dir"
     if checkpoint and not args.overwrite:
         common.refuse_another(checkpoint[0], checkpoint[1].get("run", {}), run, remedy)
-    if (output / "adapter").exists() and not args.overwrite:
+    if any((output / "adapter").glob("*")) and not args.overwrite:
         common.refuse_another(output / "adapter", old.get("run", {}), run, remedy)
     return "afresh", None
 
@@ -386,7 +387,8 @@ def train(args, base, rows):
     say(f"training {base} on {len(rows['train']):,} rows, validating on {len(rows['validation']):,}")
     shape = model_shape(base, llama.load_config(base), lora_config(args))
     choose_learning_rate(args, shape)
-    run = run_identity(args, base, rows)
+    tokenizer = llama.load_tokenizer(base, args.chat_template)
+    run = run_identity(args, base, tokenizer, rows)
     start, checkpoint = where_to_start(args, run)
     adapter = Path(args.output_dir) / "adapter"
     if start == "finished":
@@ -394,7 +396,6 @@ def train(args, base, rows):
             common.put_back(adapter)  # a kill may have left the one before beside it
         say(f"{adapter} is finished, by the same settings on the same rows: nothing to do")
         return
-    tokenizer = llama.load_tokenizer(base, args.chat_template)
     if tokenizer.chat_template:
         say("prompts go through the model's chat template (--chat-template off: plain prompts)")
     tokens = tokenize(rows["train"], tokenizer, args.max_length, "train")
@@ -424,11 +425,12 @@ def train(args, base, rows):
 
 def tell_costs(args, base, rows):
     """The dry run."""
-    from estimate import dry_run, model_shape
+    from estimate import choose_kernels, dry_run, model_shape
 
     shape = model_shape(base, llama.load_config(base), lora_config(args))
     choose_learning_rate(args, shape)
     tokens = tokenize(rows, llama.load_tokenizer(base, args.chat_template), args.max_length, "train")
+    choose_kernels(args)
     dry_run(shape, tokens, pack(tokens, args), args)
 
 

@@ -288,3 +288,27 @@ def test_asked_by_test_llama_it_gives_the_predictions_of_the_local_test(setting,
         assert [e["prediction"] for e in served["examples"]] == [e["prediction"] for e in local["examples"]]
         assert f"{task}: 6 of 6 predictions equal" in result.stdout
         assert {e["hit_max_new_tokens"] for e in served["examples"]} <= {True, False}
+
+
+DROPPED = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+CUT = "{% for m in messages %}{{ m.role }}: {{ (m.content | trim)[:20] }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [DROPPED, CUT])
+def test_a_template_that_drops_or_cuts_the_text_is_refused(template, tmp_path):
+    tokenizer = llama.load_tokenizer(str(chat_model(tmp_path / "model", "llama3")))
+    tokenizer.chat_template = template
+    row = {"id": ["x"], "prompt": ["Summarise this dialogue, please: A: hi. B: ho."], "completion": [" They greet."]}
+    with pytest.raises(ValueError, match="does not write the whole text"):
+        llama.encode(tokenizer, row)
+
+
+@pytest.mark.parametrize("template", [[{"name": "tool_use", "template": "x"}], 5])
+def test_a_template_that_is_none_is_one_sentence(template, tmp_path, capsys):
+    shutil.copytree(FIXTURES / "tiny_llama3", tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    with pytest.raises(SystemExit) as stopped:
+        llama.load_tokenizer(str(tmp_path / "model"))
+    assert stopped.value.code == 2 and "give --chat-template off" in capsys.readouterr().err
+    assert llama.load_tokenizer(str(tmp_path / "model"), "off").chat_template is None

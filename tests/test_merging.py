@@ -408,6 +408,25 @@ def test_logits_that_are_not_base_and_adapters_in_float32_fail(off, out, tmp_pat
     assert_unverified(out, capsys, "of their deviation from base and adapter's")
 
 
+def test_a_base_with_another_tokenizer_than_the_adapters_is_found(out, tmp_path, capsys):
+    make_adapter(out / "adapter", tmp_path / "base")
+    AutoTokenizer.from_pretrained(tmp_path / "base").save_pretrained(out / "adapter")
+    path = tmp_path / "base" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))  # which puts BOS in front
+    assert merge(out) == 1
+    assert_unverified(out, capsys, "makes other tokens than the adapter's")
+
+
+def test_numbers_of_the_base_that_are_none_are_named(out, tmp_path, capsys):
+    make_adapter(out / "adapter", tmp_path / "base")
+    for path in shards(tmp_path / "base"):
+        change_file(
+            path, lambda content: content.get("model.norm.weight", torch.zeros(1)).view(-1)[:1].fill_(math.nan)
+        )
+    assert merge(out) == 2 and stands(out)
+    assert "numbers in model.norm.weight that are not finite: get it again" in capsys.readouterr().err
+
+
 def test_auto_takes_float16_where_it_holds_every_weight_and_else_bfloat16(out, tmp_path, capsys):
     base = make_base(tmp_path / "model", "tiny_llama2", torch.bfloat16)
     make_adapter(out / "adapter", base)
@@ -418,6 +437,7 @@ def test_auto_takes_float16_where_it_holds_every_weight_and_else_bfloat16(out, t
         change_file(whole, lambda content: change(content[name]))
         code = merge(out, "--merge-dtype", "auto", "--check-rows", 1, *arguments)
         whole.write_bytes(before)
+        json.loads((out / "merged" / "merge.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
         return code
 
     assert auto(lambda w: None) == 0

@@ -275,18 +275,29 @@ def test_a_reader_that_goes_away_does_not_end_the_training(undisturbed, tmp_path
     assert json.loads((tmp_path / "adapter" / "run.json").read_text())["steps"] == 6
 
 
-def test_the_weights_of_the_base_and_the_number_of_processes_are_part_of_a_run(undisturbed, tmp_path, monkeypatch):
+def test_weights_tokenizer_and_number_of_processes_are_part_of_a_run(undisturbed, tmp_path, monkeypatch):
     args = train_llama.parse_args(COMMAND)
     rows = {split: llama.load_rows(undisturbed, split) for split in ("train", "validation")}
     shutil.copytree(FIXTURES / "tiny_llama2", tmp_path / "base")
     base = str(tmp_path / "base")
-    first = train_llama.run_identity(args, base, rows)
+
+    def identity():
+        return train_llama.run_identity(args, base, llama.load_tokenizer(base), rows)
+
+    first = identity()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    second = train_llama.run_identity(args, base, rows)
+    second = identity()
     with (tmp_path / "base" / "model.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"7")
-    third = train_llama.run_identity(args, base, rows)
+    third = identity()
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    fourth = identity()
+    content = json.loads((tmp_path / "base" / "tokenizer.json").read_text())
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(content | {"post_processor": None}))
+    fifth = identity()
+    for before, after in ((third, fourth), (fourth, fifth)):
+        assert {key for key in before if before[key] != after[key]} == {"tokenizer"}
     assert {key for key in first if first[key] != second[key]} == {"processes"}
     assert {key for key in second if second[key] != third[key]} == {"weights"}
 
