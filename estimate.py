@@ -249,7 +249,10 @@ def dry_run(shape, tokens, packed, args):
     work = [passes * operations(shape, rows, sum(labels.values()), checkpointing) for checkpointing in (True, False)]
     line("petaflop", [flop / 1e15 for flop in work], ",.3g")
     rate = args.dry_run_tflops or (NAMED_TFLOPS if args.dry_run_gpu_gb else matrix_rate() / 2e12)
-    line(f"time at {rate:.3g} TFLOP/s", [str(timedelta(seconds=round(flop / rate / 1e12))) for flop in work])
+    seconds = [flop / rate / 1e12 for flop in work]
+    line(f"time at {rate:.3g} TFLOP/s", [str(timedelta(seconds=round(took))) for took in seconds])
+    if args.dry_run_price:
+        line("price", [took / 3600 * args.dry_run_price for took in seconds], ",.2f")
     say("validation, loading and the driver's own memory (about 0.5 GB) come on top")
     least = sum(parts[args.activation_checkpointing == "off"].values())
     if least > room:

@@ -57,6 +57,7 @@ SEED = 0  # of adapter, dropout and order
 DRY_RUN = False  # only say what the run would cost; loads no weights
 DRY_RUN_GPU_GB = 0.0  # GB of a GPU that the dry run speaks of; 0 = of the machine at hand
 DRY_RUN_TFLOPS = 0.0  # to reckon with; 0 = half of a matrix product's here, 35 (an RTX 3090) with DRY_RUN_GPU_GB
+DRY_RUN_PRICE = 0.0  # of an hour of the machine, in whatever currency; 0 = not told
 OVERWRITE = False  # start afresh where another run stands, or this one finished; a stopped run goes on all the same
 OUTPUT_DIR = "outputs"  # holds dataset/, gets checkpoints/ and adapter/
 
@@ -78,6 +79,7 @@ UNBOUND = [
     "dry_run",
     "dry_run_gpu_gb",
     "dry_run_tflops",
+    "dry_run_price",
     "logging_steps",
     "save_steps",
     "save_minutes",

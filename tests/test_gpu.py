@@ -1,11 +1,12 @@
 """What a GPU machine would see, with GPUs pretended: one process on one GPU, types of old GPUs."""
 
+import json
 import os
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, ROOT
 
 import llama
 import test_llama
@@ -63,3 +64,16 @@ def test_a_turing_gpu_computes_in_float16_with_a_scaler_and_sdpa(monkeypatch, ca
     assert llama.choose_attention("auto") == "sdpa"
     config = train_llama.sft_config(train_llama.parse_args(["--per-device-train-batch-size", "1"]))
     assert config.fp16 and not config.bf16
+
+
+@pytest.mark.parametrize("stage", ["rates", "exactness"])
+def test_stages_of_the_gpu_benchmark_run_on_a_cpu(stage, tmp_path, monkeypatch, dataset):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    monkeypatch.setattr(gpu.Bench, "build", lambda self, name: dataset)
+    arguments = ["--shape", "tiny", "--folder", tmp_path, "--results", tmp_path / "gpu.json", "--stages", stage]
+    gpu.main(list(map(str, arguments)))
+    found = json.loads((tmp_path / "gpu.json").read_text())[stage]
+    assert "error" not in found and found.get("tflops", 1) > 0
+    assert found.get("float32", {"packed_gradient_beside_alone": 0})["packed_gradient_beside_alone"] < 1e-4
