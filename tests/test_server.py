@@ -317,6 +317,13 @@ def test_answers_cut_by_the_limit_are_counted_but_not_those_that_ended_at_their_
     assert counts == [6, 0]
 
 
+def test_an_answer_that_the_server_broke_off_is_none(fake, ask, tmp_path):
+    fake.finish = "content_filter"
+    code, output = ask(fake.url)
+    assert code == 2 and "its answer ended by content_filter" in output
+    assert not list(tmp_path.glob("*_predictions_*.json"))
+
+
 def test_a_server_that_breaks_on_log_probabilities_still_gives_its_predictions(fake, ask, tmp_path):
     dead = []
 
