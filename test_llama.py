@@ -646,8 +646,9 @@ def main(argv=None):
             with common.only_run_in(args.output_dir):
                 tokenizer = llama.tokenizer_of(base, source, args.chat_template)
                 paths, errors = test_server(args, base, tokenizer, rows)
-            show([common.read_json(path) for path in paths], prompts)
-            compare(args, paths)
+            if paths:
+                show([common.read_json(path) for path in paths], prompts)
+                compare(args, paths)
             if errors:
                 raise SystemExit(1)
         return
