@@ -457,7 +457,7 @@ def merge_and_check(args, base, run, fresh):
     problems, comparison, largest = [], {}, None
     try:
         if llama.encode(llama.load_tokenizer(str(fresh)), rows) != ids:
-            problems.append(f"the tokenizer of {base} makes other tokens than the adapter's")
+            problems.append("the base's tokenizer makes other tokens than the adapter's")
         problems += wrong_tensors(model, base, fresh, dtype)
         model = None  # one in memory at a time; torch's modules and PEFT's refer to one another
         gc.collect()

@@ -20,20 +20,29 @@ Writes: OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json; with 
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 import re
 import sys
-import textwrap
 import time
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import common
 import llama
 from common import fail, first_line, is_main, say
+from predictions import (
+    MAX_NLL,
+    append_work,
+    examples_done,
+    finished,
+    paths_of,
+    remove_work,
+    show,
+    systems,
+    template_of,
+    write_predictions,
+)
 
 # Settings: edit here, or override for one run on the command line.
 ADAPTER = "auto"  # a folder, or none: the base alone; auto: OUTPUT_DIR/adapter, or none where MODEL is given
@@ -59,11 +68,7 @@ OUTPUT_DIR = "outputs"  # holds dataset/ and adapter/, gets the predictions
 CHOICES = {"CHAT_TEMPLATE": llama.CHAT_TEMPLATES, "SERVER_API": ("auto", "completions", "chat")}
 # Settings that are resolved, or without an influence
 UNBOUND = ("adapter", "model", "chat_template", "load_in_4bit", "general_text", "name", "overwrite", "output_dir")
-# What binds a server's answers
-OF_SERVER = ("server", "server_api", "server_max_examples", "samsum_max_new_tokens", "trivia_qa_max_new_tokens")
 WINDOW = 1024  # tokens of the general text that are read at once
-MAX_NLL = 700  # nats a token: exp(700) is about the largest that a float holds
-SHOWN = 3  # examples of each task printed at the end
 
 
 def parse_args(argv=None):
@@ -109,68 +114,18 @@ def run_identity(args, base, folder, in_4bit, rows, tokenizer, text):
     """What has to be the same for a run to go on where it was, `settings` in the files: weights, rows, settings."""
     import torch
 
-    template = tokenizer.chat_template
     run = {
         "model": base,
         "weights": llama.weights_identity(base),
         "adapter": common.sha256(folder / "adapter_model.safetensors")[:16] if folder else "none",
         "4_bit": in_4bit,
-        "chat_template": hashlib.sha256(template.encode()).hexdigest()[:16] if template else "none",
+        "chat_template": template_of(tokenizer),
         "rows": rows._fingerprint,
         "general_text": hashlib.sha256(text.encode()).hexdigest()[:16] if text else "none",
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
     here = {name: value for name, value in vars(args).items() if not name.startswith("server")}
     return run | {name: value for name, value in here.items() if name not in UNBOUND}
-
-
-def systems(run):
-    """{name of a system: what its columns begin with}."""
-    both = run["adapter"] != "none" and run.get("compare_with_base")
-    return {"tuned": "", "base": "base_"} if both else {"tuned": ""}
-
-
-def work_files(path):
-    """The unfinished work beside a predictions file, one for each process that took part: a line a batch."""
-    return sorted(path.parent.glob(f".{path.stem}.part*.jsonl"))
-
-
-def read_work(path):
-    """[{"settings", "examples"}] of all batches done so far; a kill costs the batch at hand, no more."""
-    done = []
-    for part in work_files(path):
-        for line in part.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):  # half written
-                done.append(json.loads(line))
-    return done
-
-
-def examples_done(path, run):
-    """{place of a row in its task: what is known of it} of this run's batches."""
-    done = {}
-    for item in read_work(path):
-        for place, known in item["examples"] if item["settings"] == run else ():
-            done[place] = done.get(place, {}) | known
-    return done
-
-
-def append_work(file, run, examples):
-    """Add a line to a work file: [(place, what is known of it)]."""
-    file.write("\n" + json.dumps({"settings": run, "examples": examples}))  # apart from what a kill cut off
-    file.flush()
-
-
-def finished(args, path, run):
-    """Whether the predictions of this run stand at `path`; exits 2 where they, or work for them, are of another."""
-    stored = [common.read_json(path).get("settings")] if path.exists() else []
-    begun = [item["settings"] for item in read_work(path)]
-    if not args.overwrite and run not in begun:  # else what stands there was to be replaced
-        for other in begun + stored:
-            other = other if isinstance(other, dict) else {}  # another system's predictions
-            common.refuse_another(
-                path, other, run, "give its settings again, or --overwrite, or --name for more files"
-            )
-    return stored == [run] and not args.overwrite
 
 
 def load_system(base, folder, in_4bit, compare):
@@ -408,86 +363,6 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state)
     say(f"{task}: {len(rows)} rows, {len(done)} of them from before; {tokens:,} tokens in {took}")
 
 
-def perplexity(examples, prefix, texts):
-    """Corpus figures of a system on the completions `texts`; bits_per_byte compares models of other tokenizers."""
-    cut_off = sum(example[prefix + "hit_max_new_tokens"] for example in examples)
-    if not all(prefix + "nll" in example for example in examples):  # a server that does not give it
-        return {"examples": len(examples), "hit_max_new_tokens": cut_off}
-    nll = math.fsum(example[prefix + "nll"] for example in examples)
-    tokens = sum(example["tokens"] for example in examples)
-    words = sum(max(1, len(text.split())) for text in texts)
-    return {
-        "perplexity": math.exp(nll / tokens),
-        "nll_sum": nll,
-        "tokens": tokens,
-        "examples": len(examples),
-        "bits_per_byte": nll / sum(len(text.encode()) for text in texts) / math.log(2),
-        "word_perplexity": math.exp(min(MAX_NLL, nll / words)),
-        "hit_max_new_tokens": cut_off,
-    }
-
-
-def write_predictions(task, rows, folder, path, run, general):
-    """Put the predictions file in place, whole, from the work files.
-
-    Rows too long for a model that is loaded here predict "". What a server has no answer for is `left_out`.
-    """
-    done = examples_done(path, run)
-    scored = [done[place] for place in sorted(done)]
-    texts = [rows[place]["completion"] for place in sorted(done)]
-    too_long = {prefix + "prediction": "" for prefix in systems(run).values()} | {"too_long": True}
-    kept = [key for key in ("id", "references", "answer_in_context") if key in rows.column_names]
-    examples = [row | done.get(place, too_long) for place, row in enumerate(rows.select_columns(kept))]
-    left_out = [rows[place]["id"] for place in range(len(rows)) if "server" in run and place not in done]
-    examples = [example for example in examples if example["id"] not in left_out]
-    content = {
-        "task": task,
-        "model": run["model"],
-        "adapter": folder and str(folder),
-        "settings": run,
-        "perplexity": {name: perplexity(scored, prefix, texts) for name, prefix in systems(run).items()},
-        "general_text": general,
-        "too_long": [example["id"] for example in examples if "too_long" in example],
-        "left_out": left_out,
-        "examples": examples,
-    }
-    common.write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def remove_work(path):
-    for part in work_files(path):
-        part.unlink()
-
-
-def show(contents, prompts):
-    """Print the first examples of each task, then the table, base before tuned, within 80 columns."""
-    names = {"base": "base", "tuned": "tuned" if contents[0]["adapter"] else "model"}
-    names = {system: names[system] for system in reversed(contents[0]["perplexity"])}
-    for content in contents:
-        for example in content["examples"][:SHOWN]:
-            texts = {"prompt": prompts[example["id"]][-66:], "reference": " | ".join(example["references"][:3])}
-            for system, name in names.items():
-                texts[name] = example["base_prediction" if system == "base" else "prediction"]
-            say(f"\n{example['id']}")
-            for name, text in texts.items():
-                say(f"  {name:<10} {textwrap.shorten(text, 67, placeholder='...')}")
-    say(f"\n{'':<30}" + "".join(f"{name:>18}" for name in names.values()))
-    for content in contents:
-        for key in ("perplexity", "bits_per_byte", "word_perplexity", "hit_max_new_tokens"):
-            if key not in content["perplexity"]["tuned"]:
-                continue
-            figures = "".join(f"{content['perplexity'][name][key]:>18,.5g}" for name in names)
-            say(f"{content['task'] + ' ' + key:<30}{figures}")
-    if general := contents[-1]["general_text"]:
-        figures = "".join(f"{general[name]['perplexity']:>18,.5g}" for name in names)
-        say(f"{'general text perplexity':<30}{figures}")
-
-
-def paths_of(output_dir, name=""):
-    """{task: the path of its predictions file}"""
-    return {task: Path(output_dir, f"{task}_predictions{name and '_' + name}.json") for task in common.TASKS}
-
-
 def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
     """Test the tasks that are not finished; the paths of all that have rows."""
     text = read_general_text(args)
@@ -522,117 +397,6 @@ def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
     return [path for path in paths.values() if path.exists()]
 
 
-def rows_to_ask(args, task, rows, tokenizer):
-    """What server.Tested needs of each of the first SERVER_MAX_EXAMPLES rows of a task, as dicts."""
-    rows = rows.select(range(min(len(rows), args.server_max_examples or len(rows))))
-    try:
-        ids = llama.encode(tokenizer, rows.to_dict()) if len(rows) else {}
-    except ValueError as error:
-        fail(f"cannot test: {first_line(error)}")
-    known = {"one_line": task == "trivia_qa", "new": getattr(args, f"{task}_max_new_tokens")}
-    asked = [row | known | {"place": place} for place, row in enumerate(rows)]
-    return [row | {key: values[row["place"]] for key, values in ids.items()} for row in asked]
-
-
-def open_server(args, base, tokenizer):
-    """The server.Tested, with the end tokens of the local test."""
-    from transformers import GenerationConfig
-
-    from server import Tested
-
-    try:
-        config = GenerationConfig.from_pretrained(base)
-    except OSError:  # an older folder has none
-        config = GenerationConfig.from_model_config(llama.load_config(base))
-    ends = llama.end_tokens(SimpleNamespace(generation_config=config), tokenizer)
-    return Tested(args, tokenizer, sorted(ends))
-
-
-def ask_rows(served, ask, key, task, rows, path, run):
-    """Ask for what is not known under `key` of a task's rows, appending each answer to its work file; the errors."""
-    done = examples_done(path, run)
-    undone = [row for row in rows if key not in done.get(row["place"], {})]
-    if key == "nll":  # what got no answer is not scored
-        undone = [row for row in undone if row["place"] in done]
-    if not undone:
-        return []
-    with path.with_name(f".{path.stem}.part0.jsonl").open("a") as file:
-
-        def keep(row, known):
-            append_work(file, run, [(row["place"], {"tokens": len(row["completion_ids"])} | known)])
-
-        return served.ask_all(undone, ask, keep, f"{task} {key}")
-
-
-def test_server(args, base, tokenizer, rows):
-    """Ask the server of args.server for the rows that have no answer yet; the paths of the files, and the errors."""
-    served = open_server(args, base, tokenizer)
-    template = tokenizer.chat_template
-    run = {"model": served.model, "adapter": "none", "rows": rows._fingerprint}
-    run["chat_template"] = hashlib.sha256(template.encode()).hexdigest()[:16] if template else "none"
-    run |= {name: value for name, value in vars(args).items() if name in OF_SERVER}
-    paths = paths_of(args.output_dir, args.name or re.sub(r"[^\w-]+", "-", Path(served.model).name))
-    parts = {task: llama.rows_of(rows, task) for task in paths}
-    asked = {}
-    for task, path in paths.items():
-        if finished(args, path, run) and not work_files(path):
-            say(f"{path} is finished, by the same settings on the same rows: nothing to do")
-        elif parts[task]:
-            asked[task] = rows_to_ask(args, task, parts[task], tokenizer)
-    errors, everything = [], sum(asked.values(), [])
-    if everything:
-        served.begin(min(everything, key=lambda row: len(row["prompt_ids"])))
-    for task in asked:
-        errors += ask_rows(served, served.ask, "prediction", task, asked[task], paths[task], run)
-    if everything and served.gives_losses(everything[0]):  # now that the answers are there: some servers break on it
-        for task in asked:
-            errors += ask_rows(served, served.loss, "nll", task, asked[task], paths[task], run)
-    elif everything:
-        say("perplexity: not given by this server")
-    for task in asked:
-        if examples_done(paths[task], run):
-            write_predictions(task, parts[task], None, paths[task], run, {})
-            say(f"wrote {paths[task]}")
-        if not errors:
-            remove_work(paths[task])
-    if everything:
-        say(", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in served.counts().items()))
-    if served.refused:
-        say(f"left out, for the server refuses it: {', '.join(sorted(served.refused))}")
-    if errors:
-        told = f"{len(errors)} requests got no answer ({served.why(errors[0])})"
-        say(f"{told}: those rows are left out; give the same command again to ask for them")
-    return [path for path in paths.values() if path.exists()], errors
-
-
-def compare(args, paths):
-    """Say how many of a server's predictions are those of the model loaded here, and what compares the scores."""
-    here, files = paths_of(args.output_dir), []
-    for path in paths:
-        served = common.read_json(path)
-        task = served["task"]
-        local = common.read_json(here[task])
-        same = ("rows", "chat_template", f"{task}_max_new_tokens")
-        if path == here[task] or [local.get("settings", {}).get(key) for key in same] != [
-            served["settings"][key] for key in same
-        ]:
-            continue
-        known = {example["id"]: example["prediction"] for example in local["examples"]}
-        pairs = [(example["id"], known[example["id"]], example["prediction"]) for example in served["examples"]]
-        others = [pair for pair in pairs if pair[1] != pair[2]]
-        say(f"\n{task}: {len(pairs) - len(others)} of {len(pairs)} predictions equal those of {here[task]}")
-        if others:
-            row_id, mine, its = others[0]
-            start = len(os.path.commonprefix([mine, its]))
-            say(f"  the first other one: {row_id}, from character {start}")
-            for name, text in (("here", mine), ("server", its)):
-                say(f"  {name:<10} {textwrap.shorten(text[start:], 67, placeholder='...')}")
-        files += [f"tested={here[task]}", f"served={path}"]
-    if files:
-        told = "whether the scores differ, with intervals"
-        say(f"{told}: python evaluations.py --predictions {' '.join(files)} --output-dir {args.output_dir}/served")
-
-
 @common.script
 def main(argv=None):
     args = parse_args(argv)
@@ -643,14 +407,10 @@ def main(argv=None):
     prompts = dict(zip(rows["id"], rows["prompt"], strict=True))
     if args.server:
         if is_main():
-            with common.only_run_in(args.output_dir):
-                tokenizer = llama.tokenizer_of(base, source, args.chat_template)
-                paths, errors = test_server(args, base, tokenizer, rows)
-            if paths:
-                show([common.read_json(path) for path in paths], prompts)
-                compare(args, paths)
-            if errors:
-                raise SystemExit(1)
+            from served import test_server
+
+            tokenizer = llama.tokenizer_of(base, source, args.chat_template)
+            test_server(args, base, tokenizer, rows, prompts)
         return
     import torch
     from accelerate import PartialState

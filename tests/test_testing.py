@@ -23,6 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import llama
+import predictions
 import test_llama as tester
 from common import only_run_in
 
@@ -138,7 +139,7 @@ def test_perplexity_is_that_of_transformers_own_loss_row_by_row_whatever_the_bat
 def test_figures_of_a_case_done_by_hand():
     rows = [{"nll": nats * math.log(2), "tokens": tokens} for nats, tokens in ((6, 3), (2, 1))]
     rows = [row | {"hit_max_new_tokens": row["tokens"] == 1} for row in rows]
-    figures = tester.perplexity(rows, "", [" two words", " one"])
+    figures = predictions.perplexity(rows, "", [" two words", " one"])
     assert figures["perplexity"] == pytest.approx(4) and figures["hit_max_new_tokens"] == 1
     assert figures["bits_per_byte"] == pytest.approx(8 / 14)
     assert figures["word_perplexity"] == pytest.approx(2 ** (8 / 3))
