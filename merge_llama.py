@@ -1,10 +1,10 @@
 """Merge the adapter of train_llama.py into its base, and prove it: a plain transformers folder, ready to serve.
 
 Base and adapter answer validation rows; the base is merged shard by shard, in the memory of its largest; then every
-tensor is compared with PEFT's merge, and the folder, loaded as a user loads it, with base and adapter. In float32 the
-two have to agree; what rounding to the stored type then costs, and to others, is reported, and refuses nothing. The
-check needs 4 bytes a parameter, on the GPU or else of RAM; with less it compares in 16 bit. Only what passes takes the
-place of OUTPUT_DIR/merged; what does not is left beside it, marked.
+tensor is compared with PEFT's merge, and the folder, loaded as a user loads it, with base and adapter (verify.py). In
+float32 the two have to agree; what rounding to the stored type costs is reported, and refuses nothing. The check needs
+4 bytes a parameter, on the GPU or else of RAM; with less it compares in 16 bit. Only what passes takes the place of
+OUTPUT_DIR/merged; what does not is left beside it, marked.
 
 Reads:  OUTPUT_DIR/adapter/, its base model, the validation rows of OUTPUT_DIR/dataset/; dataset_report.json and
         evaluation.json for the model card, where they are of this adapter.
@@ -15,42 +15,34 @@ Writes: OUTPUT_DIR/merged/ (safetensors, tokenizer, generation config, model car
     python merge_llama.py --merge-base 4bit --check-rows 32 --output-dir outputs/demo
 """
 
-import contextlib
 import gc
 import json
 import math
-import re
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
 import common
 import llama
+import merged_folder
+import verify
 from common import fail, first_line, say
 
 # Settings: edit here, or override for one run on the command line.
 MERGE_BASE = "auto"  # 16bit: weights as stored; 4bit: those quantised to NF4 and back; auto: 16bit
 MERGE_DTYPE = "auto"  # float16, bfloat16, float32; auto: float16 where it holds every weight, else bfloat16
-CHECK_ROWS = 16  # validation rows, in equal shares of the tasks, on which the models are compared
-PUSH_TO_HUB = "none"  # OWNER/NAME of a hub repository that gets the verified folder, or none
-PRIVATE = True  # whether that repository is
+CHECK_ROWS = 8  # validation rows, in equal shares of the tasks, on which the models are compared
+COMPARE_TYPES = False  # also tell what the types that are not written, and the other base, would cost
 OUTPUT_DIR = "outputs"  # holds adapter/ and dataset/, gets merged/
 
 # Fixed
-# Mean logit difference over the logits' standard deviation, nothing rounded: a real model's is 1e-6. Beside it the
-# limit where memory allows 16 bit alone, in which rounding costs 0.025: that finds another model altogether.
-MAX_RELATIVE_DIFFERENCE = 1e-4
-MAX_RELATIVE_DIFFERENCE_16BIT = 0.1
 DTYPES = ("float32", "float16", "bfloat16")
 FLOAT16_MAX = 65504
 TRACE = 1e-4  # share of the weights that may be smaller than float16's smallest number, 6e-8
 SMALL_FILES = 2**26  # bytes of room for all that is not weights
-ROWS_AT_A_TIME = 8  # in one pass of the check: layers that lie on the disk are read once for all of them
-INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json")
+QUANTISED = "_proj.weight"  # how the names of the weights end that llama.load_model quantises
 # What adapter_config.json may have besides PEFT's defaults: what a later PEFT invents is refused, too.
 FOLLOWED = (
     *("base_model_name_or_path", "peft_version", "task_type", "inference_mode", "auto_mapping"),
@@ -61,10 +53,7 @@ FOLLOWED = (
 
 def parse_args(argv=None):
     choices = {"MERGE_BASE": ("auto", "16bit", "4bit"), "MERGE_DTYPE": ("auto", *DTYPES)}
-    args = common.parse_settings(sys.modules[__name__], argv, choices)
-    if args.push_to_hub != "none" and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to_hub):
-        fail("--push-to-hub must be OWNER/NAME, or none")
-    return args
+    return common.parse_settings(sys.modules[__name__], argv, choices)
 
 
 def refuse_more_than_lora(folder):
@@ -117,35 +106,23 @@ def scales_of(model, folder):
     return {f"{name}.weight": layer.scaling["default"] for name, layer in layers.items()}
 
 
-def tensors_in(path):
-    """(name, tensor) in turn, each opened for it alone: what was read of a mapped file counts as memory."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        names = sorted(file.keys())
-    for name in names:
-        with safe_open(path, "pt") as file:
-            yield name, file.get_tensor(name)
-
-
-def changes_of(model, folder):
-    """(tensors of the adapter, {weight: its scale}, weights that `model` holds in 4 bits), for merge_tensor."""
+def changes_of(model, folder, into):
+    """(tensors of the adapter, {weight: its scale}, whether the base's are those of 4 bits), for merge_tensor."""
     from safetensors.torch import load_file
 
-    held = {name for name, module in model.named_modules() if hasattr(module, "quant_state")}
-    nf4 = {name.removesuffix(".base_layer") + ".weight" for name in held}
-    return load_file(folder / "adapter_model.safetensors"), scales_of(model, folder), nf4
+    return load_file(folder / "adapter_model.safetensors"), scales_of(model, folder), into == "4bit"
 
 
-def merge_tensor(name, stored, lora, scales, nf4):
+def merge_tensor(name, stored, lora, scales, in_4bit):
     """`stored`, a base weight [out, in], with scale x B A added, in float32; as it is where nothing changes it."""
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    if name not in scales and name not in nf4:
+    quantised = in_4bit and name.endswith(QUANTISED)
+    if name not in scales and not quantised:
         return stored
     weight = stored.float()
-    if name in nf4:  # quantised as llama.load_model loads it in 4 bits, and back
+    if quantised:  # as llama.load_model does, and back
         weight = weight.to("cuda" if torch.cuda.is_available() else "cpu")
         weight = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True)).float().cpu()
     if name in scales:
@@ -159,7 +136,7 @@ def merge_tensor(name, stored, lora, scales, nf4):
 
 def merged_tensors(path, changes):
     """(name, the base's tensor in `path`, what the adapter makes of it) in turn; see merge_tensor."""
-    for name, stored in tensors_in(path):
+    for name, stored in verify.tensors_in(path):
         if stored.dtype.itemsize < 2:
             fail(f"{path.name} of the base has {name} as {stored.dtype}: take its 16-bit weights")
         if not stored.isfinite().all():
@@ -223,216 +200,20 @@ def merge_in_its_type(args, model, base, changes, fresh):
     return dtype, counts
 
 
-def write_small_files(base, model, tokenizer, target, dtype, weights):
-    """Tokenizer, index, config, generation config, Modelfile: with the chat template of training or without one.
-
-    The last two are greedy and end at every end token, as tested.
-    dtype, weights: how the weights are stored, and how many they are.
-    """
-    import torch
-
-    source = llama.fetch(base)
-    # beside a single file an index is a leftover of other weights
-    whole = (target / "model.safetensors").exists()
-    for path in (path for pattern in TOKENIZER_FILES for path in source.glob(pattern)):
-        shutil.copyfile(path, target / path.name)  # saved again, an older transformers could not read them
-    if tokenizer.chat_template:
-        (target / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-    config = common.read_json(target / "tokenizer_config.json")
-    if config.pop("chat_template", None):  # where older folders have it
-        (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if not whole:
-        index = common.read_json(source / INDEX)
-        index["metadata"] = {"total_size": weights * getattr(torch, dtype).itemsize}
-        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    config = common.read_json(source / "config.json")
-    config.pop("auto_map", None)  # names code, which is not copied
-    config |= {"dtype": dtype, "torch_dtype": dtype}  # the second is how transformers 4 and servers call it
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    generation = model.generation_config
-    # samplers' settings beside do_sample=False make transformers warn, and servers sample
-    generation.update(do_sample=False, temperature=None, top_p=None, top_k=None)
-    generation.update(bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
-    ends = sorted(llama.end_tokens(model, tokenizer))
-    generation.update(eos_token_id=ends)
-    generation.save_pretrained(target)
-    (target / "Modelfile").write_text(modelfile(tokenizer, ends), encoding="utf-8")
+def weights_to_try(args, into, dtype, base, changes):
+    """{row of the table: (names and merged weights in turn, the type to round them to)} beside what was written."""
+    lora, scales, in_4bit = changes
+    found = {name: (changes, name) for name in DTYPES if name != dtype and (args.compare_types or name == "float32")}
+    if args.compare_types:
+        other = {"16bit": "4bit", "4bit": "16bit"}[into]
+        found[f"into {other}"] = ((lora, scales, not in_4bit), dtype)
+    return {name: (merged_weights(base, changes), dtype) for name, (changes, dtype) in found.items()}
 
 
-def modelfile(tokenizer, ends):
-    """What `ollama create` needs to ask and to stop as in training; `ends`: ids of the end tokens."""
-    text = prompt = "{{ .Prompt }}"
-    if tokenizer.chat_template:
-        message = {"role": "user", "content": prompt}
-        text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-    if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:  # Ollama puts it there as the tokenizer does
-        text = text.removeprefix(tokenizer.bos_token)
-    row = {"id": ["sample"], "prompt": ["What is it?"], "completion": [" It is a sample."]}
-    same = tokenizer(text.replace(prompt, row["prompt"][0])).input_ids == llama.encode(tokenizer, row)["prompt_ids"][0]
-    notes = [] if same else ["# Ollama reads other tokens than in training: a BOS or a blank in front."]
-    stops = [f'PARAMETER stop "{token}"' for token in filter(None, tokenizer.convert_ids_to_tokens(ends))]
-    greedy = ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]  # Ollama's own are 0.8 and 1.1
-    return "\n".join([*notes, "FROM .", f'TEMPLATE """{text}"""', *stops, *greedy, ""])
-
-
-def logits_of(model, ids):
-    """Logits [answer tokens, vocabulary] before each completion token of all rows, and those tokens' ids."""
-    import torch
-
-    attention = llama.choose_attention("packed")
-    model.set_attn_implementation(attention)
-    step = ROWS_AT_A_TIME if attention == "packed" else 1
-    found = []
-    with torch.inference_mode():
-        for start in common.progress(range(0, len(ids["prompt_ids"]), step), "checking"):
-            part = slice(start, start + step)
-            logits, golds = llama.read(model, ids["prompt_ids"][part], ids["completion_ids"][part])
-            found.append((logits.float().cpu(), golds.cpu()))
-    return [torch.cat(parts) for parts in zip(*found, strict=True)]
-
-
-def merged_by_peft(layer, stored):
-    """What a merged weight must be, in float32, by its module in base + adapter; None: as `stored`, the base's."""
-    from bitsandbytes.functional import dequantize_4bit
-    from peft.tuners.lora import LoraLayer
-
-    adapted = isinstance(layer, LoraLayer)
-    # PEFT's own merge of 4-bit layers would quantise the sum again, so only its update is asked for
-    weight = getattr(layer.get_base_layer() if adapted else layer, "weight", None)
-    nf4 = getattr(weight, "quant_state", None)
-    if not adapted and nf4 is None:
-        return None
-    weight = stored.float() if nf4 is None else dequantize_4bit(weight.data, nf4).float().cpu()
-    return weight + layer.get_delta_weight("default").float().cpu() if adapted else weight
-
-
-def wrong_tensors(model, base, fresh, dtype):
-    """Sentences on the tensors in `fresh` that are not those of `model`, base and adapter under PEFT, in `dtype`."""
-    import torch
-
-    layers, dtype = dict(model.named_modules()), getattr(torch, dtype)
-    for path in llama.weight_files(base):
-        pairs = zip(tensors_in(path), tensors_in(fresh / path.name), strict=True)
-        for (name, stored), (same_name, merged) in pairs:
-            expected = merged_by_peft(layers.get(name.removesuffix(".weight")), stored)
-            if (same_name, merged.dtype, merged.shape) != (name, dtype, stored.shape):
-                yield f"{same_name} has another dtype, shape or name than {name} of the base"
-            elif expected is None:
-                if not torch.equal(merged.view(torch.uint8), stored.to(dtype).view(torch.uint8)):
-                    yield f"{name} differs from the base, and should not"
-            else:
-                limits, off = torch.finfo(merged.dtype), (merged.float() - expected).abs()
-                # a step of rounding is fine, and 1e-6 of the largest value: float32 sums depend on their order
-                slack = 1e-6 * expected.abs().max() + limits.smallest_normal * limits.eps
-                if not (off <= limits.eps * expected.abs() + slack).all():  # NaN: no
-                    yield f"{name} differs from PEFT's merge, by up to {off.max().item():.3g}"
-
-
-def perplexity(logits, golds):
-    from torch.nn.functional import cross_entropy
-
-    return cross_entropy(logits, golds).exp().item()
-
-
-def compare(tuned, merged, golds):
-    """How far the merged model's logits [tokens, vocabulary] are from base and adapter's, and its perplexity."""
-    apart = (tuned - merged).abs()
-    return {
-        "merged_perplexity": perplexity(merged, golds),
-        "largest_logit_difference": apart.max().item(),
-        "mean_logit_difference": apart.mean().item(),
-        "relative_difference": (apart.mean() / tuned.std()).item(),
-        "equal_greedy_tokens": (tuned.argmax(-1) == merged.argmax(-1)).float().mean().item(),
-    }
-
-
-def roomy_device(base):
-    """The device that has room for the model in float32, or None; beside a GPU, a CPU would take half an hour."""
-    import psutil
-    import torch
-
-    needed = 2 * sum(path.stat().st_size for path in llama.weight_files(base))  # of 16-bit files
-    if torch.cuda.is_available():  # activations besides
-        return "cuda:0" if 1.2 * needed < torch.cuda.mem_get_info()[0] else None
-    return "cpu" if needed < psutil.virtual_memory().available else None
-
-
-def load_merged(folder, offload, **places):
-    """The merged model as a user loads it; layers that have no room go to the disk, into the folder `offload`."""
-    from transformers import AutoModelForCausalLM
-
-    places = {"dtype": llama.compute_dtype(), "device_map": "auto", "offload_folder": offload} | places
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **places)
-    if info["missing_keys"]:  # transformers only warns, and draws them at random
-        raise ValueError(f"no {min(info['missing_keys'])}")
-    return model
-
-
-def put_weights(model, base, changes, dtype):
-    """Give the loaded merged model the merged weights of `base`, rounded to `dtype`."""
-    import torch
-
-    parameters = dict(model.named_parameters())
+def merged_weights(base, changes):
     for path in llama.weight_files(base):
         for name, _, weight in merged_tensors(path, changes):
-            if name in parameters:  # a tied head has none of its own
-                parameters[name].data.copy_(weight.to(getattr(torch, dtype)))
-
-
-@contextlib.contextmanager
-def activations_seen(model):
-    """A list that gets the largest number that went into a layer of the model, or came out."""
-    import torch
-
-    def look(module, inputs, output):
-        for tensor in (*inputs, output):
-            if torch.is_tensor(tensor) and tensor.is_floating_point():
-                largest[0] = max(largest[0], tensor.abs().max().item())
-
-    largest = [0.0]
-    hooks = [module.register_forward_hook(look) for module in model.modules() if not [*module.children()]]
-    yield largest
-    for hook in hooks:
-        hook.remove()
-
-
-def linear_weights(model):
-    """The weights that llama.load_model would quantise."""
-    import torch
-
-    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    return {f"{name}.weight" for name in layers if name != "lm_head"}
-
-
-def compare_folder(fresh, dtype, base, into, changes, ids, tuned, golds, device):
-    """The problems of the merged folder, {what is compared: figures} beside base + adapter, its largest activation.
-
-    dtype: as stored. device: where it is compared in float32, with each type's weights in turn; None: in 16 bit.
-    """
-    lora, scales, nf4 = changes
-    places = {} if device is None else {"dtype": "float32", "device_map": {"": device}}
-    with tempfile.TemporaryDirectory() as offload:
-        model = load_merged(fresh, offload, **places)
-        with activations_seen(model) as largest:
-            merged, _ = logits_of(model, ids)
-        comparison = {dtype: compare(tuned, merged, golds)}
-        if device is not None:
-            for other in (other for other in DTYPES if other != dtype):
-                put_weights(model, base, changes, other)
-                comparison[other] = compare(tuned, logits_of(model, ids)[0], golds)
-            put_weights(model, base, (lora, scales, set() if nf4 else linear_weights(model)), dtype)
-            other = {"16bit": "4bit", "4bit": "16bit"}[into]
-            comparison[f"into {other}"] = compare(tuned, logits_of(model, ids)[0], golds)
-    strictly = device is not None
-    limit = MAX_RELATIVE_DIFFERENCE if strictly else MAX_RELATIVE_DIFFERENCE_16BIT
-    off, problems = comparison["float32" if strictly else dtype]["relative_difference"], []
-    if not off <= limit:  # NaN is beyond it
-        problems.append(
-            f"{'in float32 ' * strictly}the logits are {off:.3g} of their deviation from base and adapter's"
-        )
-    elif not merged.isfinite().all():
-        problems.append(f"in {dtype} it has logits that are no numbers")
-    return problems, comparison, largest[0]
+            yield name, weight
 
 
 def merge_and_check(args, base, run, fresh):
@@ -441,28 +222,25 @@ def merge_and_check(args, base, run, fresh):
     into = "16bit" if args.merge_base == "auto" else args.merge_base
     tokenizer = llama.tokenizer_of(base, folder)
     rows, ids = check_rows(args, tokenizer)
-    begun, device = time.time(), roomy_device(base)
-    options = {} if device is None else {"device_map": {"": device}}
+    begun, device = time.time(), verify.roomy_device(base)
     if device is None:
         say("no room for the model in float32: its logits are compared in 16 bit, which tells less")
-    # in 4 bits the rest is float32 all the same: else NF4 would be made of weights that were rounded first
-    options["dtype"] = llama.compute_dtype() if device is None and into == "16bit" else "float32"
-    model = llama.load_model(base, into == "4bit", **options)
-    model = llama.load_adapter(model, folder).get_base_model()
-    tuned, golds = logits_of(model, ids)
-    ready, changes = time.time(), changes_of(model, folder)
+    model = verify.load_tuned(base, folder, into, device)
+    tuned, golds = verify.logits_of(model, ids)
+    ready, changes = time.time(), changes_of(model, folder, into)
     dtype, counts = merge_in_its_type(args, model, base, changes, fresh)
-    write_small_files(base, model, tokenizer, fresh, dtype, counts["weights"])
+    merged_folder.write_small_files(base, model, tokenizer, fresh, dtype, counts["weights"])
     merged_at = time.time()
     problems, comparison, largest = [], {}, None
     try:
         if llama.encode(llama.load_tokenizer(str(fresh)), rows) != ids:
             problems.append("the base's tokenizer makes other tokens than the adapter's")
-        problems += wrong_tensors(model, base, fresh, dtype)
+        problems += verify.wrong_tensors(model, base, fresh, dtype)
         model = None  # one in memory at a time; torch's modules and PEFT's refer to one another
         gc.collect()
-        more, comparison, largest = compare_folder(fresh, dtype, base, into, changes, ids, tuned, golds, device)
-        problems += more
+        others = weights_to_try(args, into, dtype, base, changes) if device else {}
+        comparison, largest = verify.compare_folder(fresh, dtype, others, ids, tuned, golds, device)
+        problems += verify.problems_of(comparison, dtype, device)
     except Exception as error:  # whatever the libraries raise, it is no whole folder
         problems.append(f"it cannot be loaded ({first_line(error)})")
     return {
@@ -476,7 +254,7 @@ def merge_and_check(args, base, run, fresh):
         "chat_template": bool(tokenizer.chat_template),
         "check_rows": len(ids["prompt_ids"]),
         "answer_tokens": len(golds),
-        "adapter_perplexity": perplexity(tuned, golds),
+        "adapter_perplexity": verify.perplexity(tuned, golds),
         "comparison": comparison,
         "largest_activation": largest,
         "seconds_merging": merged_at - ready,
@@ -501,27 +279,6 @@ def show(report):
         say(f"warning: {reason}: have servers compute in bfloat16 or float32, or give --merge-dtype bfloat16")
 
 
-def model_card(args, base, run, report):
-    """README.md of the merged folder: model_card.md.jinja, filled in with what is of this adapter."""
-    import jinja2
-
-    output, hub_id = Path(args.output_dir), None if Path(base).is_dir() else base
-    built = common.read_json(output / "dataset_report.json")
-    rows = built.get("splits", {}).get("train", {}).get("sha256", "")[:32]
-    metas = re.search(r"^meta-llama/.*llama-?(2|3(\.\d)?)(?!\d)", base.lower())
-    template = Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")
-    options = {"trim_blocks": True, "keep_trailing_newline": True, "undefined": jinja2.ChainableUndefined}
-    return jinja2.Template(template, **options).render(
-        hub_id=hub_id,
-        licence=f"llama{metas[1]}" if metas else "other",
-        report=report,
-        run=run,
-        built=built if rows == run.get("run", {}).get("train rows") else {},
-        evaluation=common.read_json(output / "evaluation.json"),
-        here="." if args.push_to_hub == "none" else args.push_to_hub,
-    )
-
-
 def without_nan(value):
     """What JSON can say of it: None for the figures of a type that does not hold the weights."""
     if isinstance(value, dict):
@@ -539,27 +296,10 @@ def finish(args, base, run, report, fresh):
         "versions": common.versions("torch", "transformers", "peft", "bitsandbytes", "safetensors"),
         "git_commit": common.git_commit(),
     }
-    (fresh / "README.md").write_text(model_card(args, base, run, report), encoding="utf-8")
+    (fresh / "README.md").write_text(merged_folder.model_card(args.output_dir, base, run, report), encoding="utf-8")
     report["sha256"] = {path.name: common.sha256(path) for path in sorted(fresh.iterdir())}
     content = without_nan(report)
     (fresh / "merge.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def push(args, folder):
-    """Upload the verified folder; the token is the one of `hf auth login`, or HF_TOKEN."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    try:
-        url = api.create_repo(args.push_to_hub, private=args.private, exist_ok=True)
-        if args.private and not api.model_info(args.push_to_hub).private:
-            raise ValueError("it is there already, and public: give --no-private if that is meant")
-        api.upload_folder(repo_id=args.push_to_hub, folder_path=folder, commit_message="Merged model")
-        say(f"pushed to {url}")
-    except Exception as error:  # no login, no network, no right to
-        fail(
-            f"cannot push to {args.push_to_hub} ({first_line(error)}): see to that, or: hf auth login; {folder} stays"
-        )
 
 
 @common.script
@@ -584,8 +324,6 @@ def main(argv=None):
                 print(f"error: {problems}: left in {place}, merged/ was not touched", file=sys.stderr)
                 raise SystemExit(1)
         say(f"wrote {target} ({report['merge_base']} base, {report['dtype']})")
-        if args.push_to_hub != "none":
-            push(args, target)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llama
-import merge_llama
+import merged_folder
 from common import TASKS
 
 SHORT = ["--samsum-max-new-tokens", "8", "--trivia-qa-max-new-tokens", "8"]
@@ -156,7 +156,7 @@ def test_the_modelfile_asks_and_stops_as_in_training(name, dataset, tmp_path):
     base = chat_model(tmp_path / "base", name) if name in CHATS else FIXTURES / name
     tokenizer = llama.load_tokenizer(str(base))
     ends = llama.end_tokens(NO_CONFIG, tokenizer)
-    text = merge_llama.modelfile(tokenizer, sorted(ends))
+    text = merged_folder.modelfile(tokenizer, sorted(ends))
     found = read_modelfile(text)
     assert found["FROM"] == ["."] and found["temperature"] == ["0"] and found["repeat_penalty"] == ["1"]
     assert {tokenizer.convert_tokens_to_ids(token) for token in found["stop"]} == ends

@@ -10,9 +10,7 @@ import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import create_autospec
 
-import huggingface_hub
 import psutil
 import pytest
 import torch
@@ -24,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import llama
 import merge_llama
+import merged_folder
+import verify
 from common import TASKS, only_run_in, sha256
 
 LLAMAS = ("tiny_llama2", "tiny_llama3")
@@ -162,7 +162,8 @@ def logits_of(model, prompts, wholes):
 @pytest.mark.parametrize("into, other", [("16bit", "4bit"), ("4bit", "16bit")])
 def test_the_figures_are_those_of_the_whole_models(into, other, out, tmp_path, capsys):
     make_adapter(out / "adapter", tmp_path / "base", trained_in_4bit=True)
-    assert merge(out, "--merge-base", into, "--merge-dtype", "bfloat16", "--check-rows", 5) == 0
+    asked = ["--merge-base", into, "--merge-dtype", "bfloat16", "--check-rows", 5, "--compare-types"]
+    assert merge(out, *asked) == 0
     lines = capsys.readouterr().out.split("\n")
     assert all(len(line) <= 80 for line in lines if not line.startswith(("merging ", "wrote ")))  # with paths
     content = report(out / "merged")
@@ -217,8 +218,8 @@ def test_layers_that_have_no_room_stay_on_the_disk_with_the_same_logits(out, tmp
         alone = torch.cat([model(torch.tensor([p + c])).logits[0, len(p) - 1 : -1] for p, c in pairs])
 
     def read(offload):
-        model = merge_llama.load_merged(tmp_path / "base", offload)
-        return merge_llama.logits_of(model, rows)[0], getattr(model, "hf_device_map", {})
+        model = verify.load_merged(tmp_path / "base", offload)
+        return verify.logits_of(model, rows)[0], getattr(model, "hf_device_map", {})
 
     whole, _ = read(tmp_path / "nothing")
     assert torch.allclose(whole, alone, atol=1e-5)
@@ -237,8 +238,8 @@ def test_where_memory_holds_no_float32_the_folder_is_compared_all_the_same(out, 
     assert merge(out, "--merge-dtype", "auto") == 0
     assert "no room for the model in float32" in capsys.readouterr().out
     assert list(report(out / "merged")["comparison"]) == ["float16"]
-    real = merge_llama.compare
-    monkeypatch.setattr(merge_llama, "compare", lambda one, two, golds: real(one, two + 0.11 * one.std(), golds))
+    real = verify.compare
+    monkeypatch.setattr(verify, "compare", lambda one, two, golds: real(one, two + 0.11 * one.std(), golds))
     assert merge(out, "--merge-dtype", "auto") == 1
     assert "error: the merge failed its check (the logits are 0.11 of" in capsys.readouterr().err
 
@@ -250,7 +251,7 @@ def test_one_model_is_in_memory_at_a_time(out, tmp_path, monkeypatch):
 
     make_adapter(out / "adapter", tmp_path / "base", trained_in_4bit=True)
     before, seen = models(), []
-    for module, name in ((llama, "load_model"), (merge_llama, "load_merged")):
+    for module, name in ((llama, "load_model"), (verify, "load_merged")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, **o: (seen.append(models()), real(*a, **o))[1])
     assert merge(out, "--check-rows", 1) == 0
@@ -325,8 +326,8 @@ SPOILT = {
 
 def before_the_check(monkeypatch, change):
     """Have `change()` called between merge and check."""
-    real = merge_llama.wrong_tensors
-    monkeypatch.setattr(merge_llama, "wrong_tensors", lambda *a: (change(), real(*a))[1])
+    real = verify.wrong_tensors
+    monkeypatch.setattr(verify, "wrong_tensors", lambda *a: (change(), real(*a))[1])
 
 
 @pytest.mark.parametrize("what", list(SPOILT))
@@ -344,7 +345,7 @@ def test_ctrl_c_is_one_line_and_leaves_the_old_folder(out, tmp_path, capsys, mon
         raise KeyboardInterrupt
 
     make_adapter(out / "adapter", tmp_path / "base")
-    monkeypatch.setattr(merge_llama, "wrong_tensors", interrupted)
+    monkeypatch.setattr(verify, "wrong_tensors", interrupted)
     assert merge(out) == 130
     assert "interrupted: " in capsys.readouterr().err and stands(out)
 
@@ -373,7 +374,7 @@ def test_a_wrong_scale_and_an_adapter_that_changes_after_it_was_loaded_are_found
         patch.setattr(merge_llama, "scales_of", lambda *a: {key: 1.01 * scale for key, scale in scales(*a).items()})
         assert merge(out) == 1
         assert_unverified(out, capsys, "model.layers.0.", "differs from PEFT's merge")
-        patch.setattr(merge_llama, "wrong_tensors", lambda *a: [])  # the logits alone tell, too
+        patch.setattr(verify, "wrong_tensors", lambda *a: [])  # the logits alone tell, too
         assert merge(out, "--merge-dtype", "bfloat16") == 1
         assert_unverified(out, capsys, "in float32 the logits are ")
     monkeypatch.setattr(merge_llama, "changes_of", lambda *a: (flip(path), real(*a))[1])
@@ -394,7 +395,7 @@ def test_a_transposed_matrix_of_the_adapter_is_found(tensor, out, tmp_path, caps
     for dtype in merge_llama.DTYPES:
         assert merge(out, "--merge-dtype", dtype) == 1
         assert_unverified(out, capsys, "q_proj.weight differs from PEFT's merge")
-    monkeypatch.setattr(merge_llama, "wrong_tensors", lambda *_: [])
+    monkeypatch.setattr(verify, "wrong_tensors", lambda *_: [])
     assert merge(out) == 1
     assert_unverified(out, capsys, "in float32 the logits are ")
 
@@ -402,8 +403,8 @@ def test_a_transposed_matrix_of_the_adapter_is_found(tensor, out, tmp_path, caps
 @pytest.mark.parametrize("off", [2e-4, math.nan])
 def test_logits_that_are_not_base_and_adapters_in_float32_fail(off, out, tmp_path, capsys, monkeypatch):
     make_adapter(out / "adapter", tmp_path / "base")
-    real = merge_llama.compare
-    monkeypatch.setattr(merge_llama, "compare", lambda one, two, golds: real(one, two + off * one.std(), golds))
+    real = verify.compare
+    monkeypatch.setattr(verify, "compare", lambda one, two, golds: real(one, two + off * one.std(), golds))
     assert merge(out) == 1
     assert_unverified(out, capsys, "of their deviation from base and adapter's")
 
@@ -640,7 +641,7 @@ def test_merged_and_adapter_and_the_output_folder_may_be_links(out, tmp_path, ca
     for _ in range(2):
         assert merge(tmp_path / "link") == 0
         assert (out / "merged").readlink() == tmp_path / "big" and report(tmp_path / "big")["verified"]
-    monkeypatch.setattr(merge_llama, "MAX_RELATIVE_DIFFERENCE", -1)
+    monkeypatch.setattr(verify, "MAX_RELATIVE_DIFFERENCE", -1)
     assert merge(out) == 1 and report(tmp_path / "merged.unverified")["verified"] is False
     assert report(out / "merged")["verified"]
     assert sorted(p.name for p in tmp_path.iterdir() if "merged" in p.name) == ["merged.unverified"]
@@ -656,14 +657,15 @@ def test_a_second_merge_into_the_folder_is_refused(out, tmp_path, capsys):
 def test_no_adapter_is_a_sentence_and_makes_no_folder(tmp_path, capsys):
     assert merge(tmp_path / "typo") == 2
     assert "run train_llama.py first" in capsys.readouterr().err and not (tmp_path / "typo").exists()
-    for wrong in (["--push-to-hub", "me"], ["--check-rows", "0"], ["--merge-base", "8bit"]):
+    for wrong in (["--check-rows", "0"], ["--merge-base", "8bit"]):
         assert merge(tmp_path / "typo", *wrong) == 2
         assert wrong[0] in capsys.readouterr().err
 
 
 def killed(out, name, call):
-    """In a process of its own: merge, and die at the given call of merge_llama's function `name`."""
-    real, calls = getattr(merge_llama, name), []
+    """In a process of its own: merge, and die at the given call of the merge's or the check's function `name`."""
+    module = merge_llama if hasattr(merge_llama, name) else verify
+    real, calls = getattr(module, name), []
 
     def dying(*arguments):
         calls.append(arguments)
@@ -671,7 +673,7 @@ def killed(out, name, call):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments)
 
-    setattr(merge_llama, name, dying)
+    setattr(module, name, dying)
     merge(out)
 
 
@@ -808,32 +810,6 @@ def test_chat_template_tokenizer_model_and_the_bases_own_settings_are_kept(out, 
     assert not {"temperature", "top_p"} & generation.keys() and generation["do_sample"] is False
 
 
-def test_the_verified_folder_goes_to_a_private_repository_and_to_no_public_one(out, tmp_path, capsys, monkeypatch):
-    make_adapter(out / "adapter", tmp_path / "base", run=identified(tmp_path / "base"))
-    built_by(out, samsum=LOCAL)
-    hub = create_autospec(huggingface_hub.HfApi, instance=True)  # whose calls must have the real one's arguments
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
-    files = []
-    hub.upload_folder.side_effect = lambda **given: files.append(snapshot(given["folder_path"]))
-    hub.model_info.return_value.private = True
-    assert merge(out, "--push-to-hub", "me/tuned") == 0
-    hub.create_repo.assert_called_once_with("me/tuned", private=True, exist_ok=True)
-    assert hub.upload_folder.call_args.kwargs["repo_id"] == "me/tuned" and files == [snapshot(out / "merged")]
-    assert "pushed to" in capsys.readouterr().out
-    assert 'from_pretrained("me/tuned")' in (out / "merged" / "README.md").read_text()
-    hub.model_info.return_value.private = False  # it was there before
-    assert merge(out, "--push-to-hub", "me/tuned") == 2
-    assert "public: give --no-private" in capsys.readouterr().err and len(files) == 1
-    hub.create_repo.side_effect = ValueError("not yours")
-    assert merge(out, "--push-to-hub", "me/tuned") == 2
-    error = capsys.readouterr().err
-    assert "cannot push to me/tuned (not yours)" in error and "hf auth login" in error
-    assert report(out / "merged")["verified"] and len(files) == 1
-    hub.reset_mock()
-    monkeypatch.setattr(merge_llama, "MAX_RELATIVE_DIFFERENCE", -1)
-    assert merge(out, "--push-to-hub", "me/tuned") == 1 and not hub.method_calls
-
-
 def card_of(out, base, run=(), **report):
     """The model card of a merge that passed its check."""
     given = {
@@ -848,8 +824,7 @@ def card_of(out, base, run=(), **report):
         "versions": {"transformers": "5"},
         "problems": [],
     }
-    arguments = merge_llama.parse_args(["--output-dir", str(out)])
-    return merge_llama.model_card(arguments, base, {"adapter_sha256": "c" * 64} | dict(run), given | report)
+    return merged_folder.model_card(out, base, {"adapter_sha256": "c" * 64} | dict(run), given | report)
 
 
 def test_the_card_of_a_hub_model_and_hub_data_names_both_and_their_licences(out):

@@ -1,0 +1,85 @@
+"""What stands in a merged folder beside its weights: tokenizer, configs, Ollama's Modelfile, the model card."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import common
+import llama
+
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json")
+
+
+def write_small_files(base, model, tokenizer, target, dtype, weights):
+    """Tokenizer, index, config, generation config, Modelfile: with the chat template of training or without one.
+
+    The last two are greedy and end at every end token, as tested.
+    dtype, weights: how the weights are stored, and how many they are.
+    """
+    import torch
+
+    source = llama.fetch(base)
+    # beside a single file an index is a leftover of other weights
+    whole = (target / "model.safetensors").exists()
+    for path in (path for pattern in TOKENIZER_FILES for path in source.glob(pattern)):
+        shutil.copyfile(path, target / path.name)  # saved again, an older transformers could not read them
+    if tokenizer.chat_template:
+        (target / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    config = common.read_json(target / "tokenizer_config.json")
+    if config.pop("chat_template", None):  # where older folders have it
+        (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if not whole:
+        index = common.read_json(source / INDEX)
+        index["metadata"] = {"total_size": weights * getattr(torch, dtype).itemsize}
+        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    config = common.read_json(source / "config.json")
+    config.pop("auto_map", None)  # names code, which is not copied
+    config |= {"dtype": dtype, "torch_dtype": dtype}  # the second is how transformers 4 and servers call it
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    generation = model.generation_config
+    # samplers' settings beside do_sample=False make transformers warn, and servers sample
+    generation.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+    generation.update(bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
+    ends = sorted(llama.end_tokens(model, tokenizer))
+    generation.update(eos_token_id=ends)
+    generation.save_pretrained(target)
+    (target / "Modelfile").write_text(modelfile(tokenizer, ends), encoding="utf-8")
+
+
+def modelfile(tokenizer, ends):
+    """What `ollama create` needs to ask and to stop as in training; `ends`: ids of the end tokens."""
+    text = prompt = "{{ .Prompt }}"
+    if tokenizer.chat_template:
+        message = {"role": "user", "content": prompt}
+        text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:  # Ollama puts it there as the tokenizer does
+        text = text.removeprefix(tokenizer.bos_token)
+    row = {"id": ["sample"], "prompt": ["What is it?"], "completion": [" It is a sample."]}
+    same = tokenizer(text.replace(prompt, row["prompt"][0])).input_ids == llama.encode(tokenizer, row)["prompt_ids"][0]
+    notes = [] if same else ["# Ollama reads other tokens than in training: a BOS or a blank in front."]
+    stops = [f'PARAMETER stop "{token}"' for token in filter(None, tokenizer.convert_ids_to_tokens(ends))]
+    greedy = ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]  # Ollama's own are 0.8 and 1.1
+    return "\n".join([*notes, "FROM .", f'TEMPLATE """{text}"""', *stops, *greedy, ""])
+
+
+def model_card(output_dir, base, run, report):
+    """README.md of the merged folder: model_card.md.jinja, filled in with what is of this adapter."""
+    import jinja2
+
+    output, hub_id = Path(output_dir), None if Path(base).is_dir() else base
+    built = common.read_json(output / "dataset_report.json")
+    rows = built.get("splits", {}).get("train", {}).get("sha256", "")[:32]
+    metas = re.search(r"^meta-llama/.*llama-?(2|3(\.\d)?)(?!\d)", base.lower())
+    template = Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")
+    options = {"trim_blocks": True, "keep_trailing_newline": True, "undefined": jinja2.ChainableUndefined}
+    return jinja2.Template(template, **options).render(
+        hub_id=hub_id,
+        licence=f"llama{metas[1]}" if metas else "other",
+        report=report,
+        run=run,
+        built=built if rows == run.get("run", {}).get("train rows") else {},
+        evaluation=common.read_json(output / "evaluation.json"),
+        here=".",
+    )

@@ -1,0 +1,183 @@
+"""Is a merged folder what base and adapter are? Every tensor against PEFT's merge, then the models' logits."""
+
+import contextlib
+import math
+import tempfile
+
+import common
+import llama
+
+# Mean logit difference over the logits' standard deviation, nothing rounded: a real model's is 1e-6. Beside it the
+# limit where memory allows 16 bit alone, in which rounding costs 0.025: that finds another model altogether.
+MAX_RELATIVE_DIFFERENCE = 1e-4
+MAX_RELATIVE_DIFFERENCE_16BIT = 0.1
+ROWS_AT_A_TIME = 8  # in one pass: layers that lie on the disk are read once for all of them
+
+
+def tensors_in(path):
+    """(name, tensor) in turn, each opened for it alone: what was read of a mapped file counts as memory."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        names = sorted(file.keys())
+    for name in names:
+        with safe_open(path, "pt") as file:
+            yield name, file.get_tensor(name)
+
+
+def merged_by_peft(layer, stored):
+    """What a merged weight must be, in float32, by its module in base + adapter; None: as `stored`, the base's."""
+    from bitsandbytes.functional import dequantize_4bit
+    from peft.tuners.lora import LoraLayer
+
+    adapted = isinstance(layer, LoraLayer)
+    # PEFT's own merge of 4-bit layers would quantise the sum again, so only its update is asked for
+    weight = getattr(layer.get_base_layer() if adapted else layer, "weight", None)
+    nf4 = getattr(weight, "quant_state", None)
+    if not adapted and nf4 is None:
+        return None
+    weight = stored.float() if nf4 is None else dequantize_4bit(weight.data, nf4).float().cpu()
+    return weight + layer.get_delta_weight("default").float().cpu() if adapted else weight
+
+
+def wrong_tensors(model, base, fresh, dtype):
+    """Sentences on the tensors in `fresh` that are not those of `model`, base and adapter under PEFT, in `dtype`."""
+    import torch
+
+    layers, dtype = dict(model.named_modules()), getattr(torch, dtype)
+    for path in llama.weight_files(base):
+        pairs = zip(tensors_in(path), tensors_in(fresh / path.name), strict=True)
+        for (name, stored), (same_name, merged) in pairs:
+            expected = merged_by_peft(layers.get(name.removesuffix(".weight")), stored)
+            if (same_name, merged.dtype, merged.shape) != (name, dtype, stored.shape):
+                yield f"{same_name} has another dtype, shape or name than {name} of the base"
+            elif expected is None:
+                if not torch.equal(merged.view(torch.uint8), stored.to(dtype).view(torch.uint8)):
+                    yield f"{name} differs from the base, and should not"
+            else:
+                limits, off = torch.finfo(merged.dtype), (merged.float() - expected).abs()
+                # a step of rounding is fine, and 1e-6 of the largest value: float32 sums depend on their order
+                slack = 1e-6 * expected.abs().max() + limits.smallest_normal * limits.eps
+                if not (off <= limits.eps * expected.abs() + slack).all():  # NaN: no
+                    yield f"{name} differs from PEFT's merge, by up to {off.max().item():.3g}"
+
+
+def roomy_device(base):
+    """The device that has room for the model in float32, or None; beside a GPU, a CPU would take half an hour."""
+    import psutil
+    import torch
+
+    needed = 2 * sum(path.stat().st_size for path in llama.weight_files(base))  # of 16-bit files
+    if torch.cuda.is_available():  # activations besides
+        return "cuda:0" if 1.2 * needed < torch.cuda.mem_get_info()[0] else None
+    return "cpu" if needed < psutil.virtual_memory().available else None
+
+
+def load_tuned(base, folder, into, device):
+    """Base and adapter as PEFT computes them, in float32 on `device`; None: in 16 bit, wherever they fit."""
+    options = {} if device is None else {"device_map": {"": device}}
+    # in 4 bits the rest is float32 all the same: else NF4 would be made of weights that were rounded first
+    options["dtype"] = llama.compute_dtype() if device is None and into == "16bit" else "float32"
+    model = llama.load_model(base, into == "4bit", **options)
+    return llama.load_adapter(model, folder).get_base_model()
+
+
+def load_merged(folder, offload, **places):
+    """The merged model as a user loads it; layers that have no room go to the disk, into the folder `offload`."""
+    from transformers import AutoModelForCausalLM
+
+    places = {"dtype": llama.compute_dtype(), "device_map": "auto", "offload_folder": offload} | places
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **places)
+    if info["missing_keys"]:  # transformers only warns, and draws them at random
+        raise ValueError(f"no {min(info['missing_keys'])}")
+    return model
+
+
+def logits_of(model, ids):
+    """Logits [answer tokens, vocabulary] before each completion token of all rows, and those tokens' ids."""
+    import torch
+
+    attention = llama.choose_attention("packed")
+    model.set_attn_implementation(attention)
+    step = ROWS_AT_A_TIME if attention == "packed" else 1
+    found = []
+    with torch.inference_mode():
+        for start in common.progress(range(0, len(ids["prompt_ids"]), step), "checking"):
+            part = slice(start, start + step)
+            logits, golds = llama.read(model, ids["prompt_ids"][part], ids["completion_ids"][part])
+            found.append((logits.float().cpu(), golds.cpu()))
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+def perplexity(logits, golds):
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy(logits, golds).exp().item()
+
+
+def compare(tuned, merged, golds):
+    """How far the merged model's logits [tokens, vocabulary] are from base and adapter's, and its perplexity."""
+    apart = (tuned - merged).abs()
+    return {
+        "merged_perplexity": perplexity(merged, golds),
+        "largest_logit_difference": apart.max().item(),
+        "mean_logit_difference": apart.mean().item(),
+        "relative_difference": (apart.mean() / tuned.std()).item(),
+        "equal_greedy_tokens": (tuned.argmax(-1) == merged.argmax(-1)).float().mean().item(),
+    }
+
+
+def put_weights(model, weights, dtype):
+    """Give a loaded model the weights, (name, tensor) in turn, rounded to `dtype`."""
+    import torch
+
+    parameters = dict(model.named_parameters())
+    for name, weight in weights:
+        if name in parameters:  # a tied head has none of its own
+            parameters[name].data.copy_(weight.to(getattr(torch, dtype)))
+
+
+@contextlib.contextmanager
+def activations_seen(model):
+    """A list that gets the largest number that went into a layer of the model, or came out."""
+    import torch
+
+    def look(module, inputs, output):
+        for tensor in (*inputs, output):
+            if torch.is_tensor(tensor) and tensor.is_floating_point():
+                largest[0] = max(largest[0], tensor.abs().max().item())
+
+    largest = [0.0]
+    hooks = [module.register_forward_hook(look) for module in model.modules() if not [*module.children()]]
+    yield largest
+    for hook in hooks:
+        hook.remove()
+
+
+def compare_folder(fresh, dtype, others, ids, tuned, golds, device):
+    """{what is compared: figures} of the merged folder beside base + adapter, and its largest activation.
+
+    dtype: as stored. device: where it is compared in float32, then with the weights of `others`; None: in 16 bit.
+    """
+    places = {} if device is None else {"dtype": "float32", "device_map": {"": device}}
+    with tempfile.TemporaryDirectory() as offload:
+        model = load_merged(fresh, offload, **places)
+        with activations_seen(model) as largest:
+            comparison = {dtype: compare(tuned, logits_of(model, ids)[0], golds)}
+        for name, (weights, rounded) in others.items():
+            put_weights(model, weights, rounded)
+            comparison[name] = compare(tuned, logits_of(model, ids)[0], golds)
+    return comparison, largest[0]
+
+
+def problems_of(comparison, dtype, device):
+    """Sentences on logits that cannot come from rounding."""
+    limit = MAX_RELATIVE_DIFFERENCE if device else MAX_RELATIVE_DIFFERENCE_16BIT
+    off = comparison["float32" if device else dtype]["relative_difference"]
+    if not off <= limit:  # NaN is beyond it
+        return [
+            f"{'in float32 ' if device else ''}the logits are {off:.3g} of their deviation from base and adapter's"
+        ]
+    if not math.isfinite(comparison[dtype]["largest_logit_difference"]):
+        return [f"in {dtype} it has logits that are no numbers"]
+    return []
