@@ -41,7 +41,7 @@ def shape_of(folder, args):
 def test_it_needs_no_weights_and_counts_meta_s_parameters(sizes, parameters, dataset, tmp_path):
     model = without_weights(tmp_path / "model", sizes)
     shutil.copytree(dataset / "dataset", tmp_path / "dataset")
-    named = ["--dry-run-gpu-gb", 24, "--dry-run-tflops", 1e-3, "--dry-run-price", 3600]
+    named = ["--dry-run-gpu", "4090", "--dry-run-price", 3600 * 83]
     result = run("train_llama.py", "--dry-run", *named, "--model", model, "--output-dir", tmp_path)
     assert result.returncode == 0, result.stderr
     assert parameters in result.stdout
@@ -50,8 +50,9 @@ def test_it_needs_no_weights_and_counts_meta_s_parameters(sizes, parameters, dat
         [line.split()[1:] for line in result.stdout.splitlines() if line.startswith(name)]
         for name in ("petaf", "price")
     )
-    for flop, cost in zip(petaflop, price, strict=True):  # a second of 1e9 FLOP costs 1
-        assert float(cost.replace(",", "")) == pytest.approx(float(flop.replace(",", "")) * 1e6, rel=0.01)
+    for flop, cost in zip(petaflop, price, strict=True):  # 1e12 FLOP cost 1, at half of its 165 TFLOP/s
+        assert float(cost.replace(",", "")) == pytest.approx(float(flop.replace(",", "")) * 1e3, rel=0.01)
+    assert "time at 83 TFLOP/s" in result.stdout
     assert not (tmp_path / "adapter").exists() and not (tmp_path / "checkpoints").exists()
     assert all(len(line) <= 80 for line in result.stdout.splitlines() if not line.startswith("warning"))
 
