@@ -278,6 +278,15 @@ def test_as_much_of_a_step_goes_at_once_as_fits_the_gpu(room, settled, tmp_path,
     assert tuple(getattr(args, name) for name in SETTLED) == ("off", 2, 4)
 
 
+@pytest.mark.parametrize("steps, warmup", [(1, 0), (5, 2), (19, 9), (20, 10), (999, 10)])
+def test_the_warm_up_of_a_short_run_is_at_most_half_of_it(steps, warmup, monkeypatch, capsys):
+    monkeypatch.setattr(estimate, "fits", lambda *_, **__: True)
+    args = train_llama.parse_args(["--max-steps", str(steps)])
+    estimate.settle({}, {"labels": [[1, 1]]}, args)
+    assert args.warmup_steps == warmup
+    assert (f"warm-up of {warmup} optimizer steps instead of 10" in capsys.readouterr().out) == (warmup < 10)
+
+
 def test_a_cpu_takes_one_packed_row_at_a_time_and_checkpoints_where_memory_is_short(tmp_path, monkeypatch):
     shape = shape_of(without_weights(tmp_path / "model", META_8B), train_llama.parse_args([]))
     packed = {"labels": [[-100] * 1900 + [1] * 148] * 8}
