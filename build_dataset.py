@@ -224,7 +224,7 @@ def take(rows, limit, others, render, counts):
     """{key: rendered row} of the first `limit` rows that can be used and some spares; counts all others by reason."""
     kept, ids = {}, set()
     while drawn := list(islice(rows, with_spares(max(0, limit - len(kept))) if limit else None)):
-        counts["looked at"] += len(drawn)
+        counts["drawn at random"] += len(drawn)
         for row, rendered in zip(drawn, render(drawn), strict=True):
             reason = why_not(row, others, kept, ids) or (rendered if isinstance(rendered, str) else None)
             if reason:
@@ -414,7 +414,7 @@ def build_task(task, files, args, each):
         found = sum(row["answer_in_context"] for row in usable.values())
         rates[split] = {args.context: found / max(1, len(usable) + counts[split]["answer not in context"])}
         counts[split] = {"available": len(drawn[split])} | counts[split]
-        counts[split] |= {"spare": len(usable) - len(kept), "kept": len(kept)}
+        counts[split] |= {"usable but not needed": len(usable) - len(kept), "kept": len(kept)}
         if not kept:
             reasons = ", ".join(f"{reason}: {n}" for reason, n in counts[split].items())
             fail(f"{task}: no usable row for {split} ({reasons}): check the source and the example counts")
@@ -449,7 +449,7 @@ def print_report(task, part, row):
     say(f"\n--- {row['id']} (prompt, then [completion]) ---\n{row['prompt']}[{row['completion']}]")
     say(f"\n{task:<28}" + "".join(f"{split:>17}" for split in SPLITS))
     reasons = dict.fromkeys(name for split in SPLITS for name in part["counts"][split])
-    for name in sorted(reasons, key=lambda name: name in ("spare", "kept")):  # these two last
+    for name in sorted(reasons, key=lambda name: name in ("usable but not needed", "kept")):  # these two last
         say(f"  {name:<26}" + "".join(f"{part['counts'][split].get(name, 0):>17,}" for split in SPLITS))
     if rates := part.get("answer_in_context"):
         cells = [f"{rate:>17.1%}" for split in SPLITS for rate in rates[split].values()]

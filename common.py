@@ -55,6 +55,8 @@ def parse_settings(module, argv=None, choices=None):
     settings = settings_of(module)
     for name, comment in settings.items():
         value, allowed = getattr(module, name), (choices or {}).get(name, ())
+        if value is None and "None: " not in comment:
+            parser.error(f"{name} is None in the settings: give it a value there")
         options = {"default": value, "help": (comment or " ").replace("%", "%%")}
         if isinstance(value, bool) or value is None:
             options["action"] = argparse.BooleanOptionalAction
@@ -68,7 +70,7 @@ def parse_settings(module, argv=None, choices=None):
     args = parser.parse_args(argv)
     for name, comment in settings.items():
         value, default = getattr(args, name.lower()), getattr(module, name)
-        may_be_0 = default == 0 or "0 = " in comment
+        may_be_0 = "0 = " in comment or (default == 0 and float not in (choices or {}).get(name, ()))
         below = math.inf if isinstance(value, float) else 2**31
         if type(value) in (int, float) and not (0 <= value < below and (value or may_be_0)):
             parser.error(f"{flag_of(name)} must be {'0 or more' if may_be_0 else 'above 0'} and below {below}")
