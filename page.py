@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from significance import LOWER_IS_BETTER
+from significance import LOWER_IS_BETTER, by_system
 
 MAIN_SCORE = {"samsum": "rougeLsum", "trivia_qa": "f1"}  # what the page plots and sorts by
 STYLE = {  # of the figures
@@ -51,8 +51,9 @@ def draw(caption, xlabel, ylabel, lines, first=0):
 
 def draw_task(task, result):
     """The figures of a task: how the main score of the others differs from that of the first system."""
-    (first, *others), title, lines = result["files"], label(MAIN_SCORE[task]), {}
-    values = {name: np.array(result["per_example"][name][MAIN_SCORE[task]]) for name in result["files"]}
+    (first, *others), title, lines = result["intervals"], label(MAIN_SCORE[task]), {}
+    seeds = by_system({name: scores[MAIN_SCORE[task]] for name, scores in result["per_example"].items()})
+    values = {name: np.mean([*scores.values()], axis=0) for name, scores in seeds.items()}
     edges = np.linspace(-105, 105, 22)  # equal scores stand in the middle of a bin
     for name in others:
         share = np.histogram(values[name] - values[first], edges)[0] / result["examples"] * 100
@@ -73,7 +74,7 @@ def draw_loss(loss):
 def scores_of(result):
     """{system: {metric: score}} of a task, the perplexity among them where there is one."""
     scores = {}
-    for name in result["files"]:
+    for name in result["intervals"]:
         scores[name] = {metric: value for metric, value in result[name].items() if not metric.endswith("signature")}
         if name in result["perplexity"]:
             scores[name]["perplexity"] = result["perplexity"][name]["perplexity"]
@@ -87,7 +88,7 @@ def part_of(task, rows, result):
         "name": task,
         "rows": asdict(rows),
         "result": result,
-        "systems": list(rows.systems),
+        "systems": list(result["intervals"]),
         "scores": scores,
         "metrics": list(dict.fromkeys(metric for by_metric in scores.values() for metric in by_metric)),
         "figures": draw_task(task, result),

@@ -237,7 +237,7 @@ def test_every_number_of_the_tables_is_in_evaluation_json(tab, folder):
     assert cells[1].split("\n")[0] == f"{task['tuned']['exact_match']:.2f}"
     low, high = test["interval"]
     assert cells[2].split("\n") == [f"{test['difference']:+.2f}", f"{low:+.2f} to {high:+.2f}"]
-    assert cells[4] == f"{test['wins']} / {test['ties']} / {test['losses']}"
+    assert cells[5] == f"{test['wins']} / {test['ties']} / {test['losses']}"
     assert report["training"]["loss"] == {"loss": [[1, 2.0], [2, 1.0]], "eval_loss": [[2, 1.5]]}
     assert report["data"]["samsum"]["train"] == {"available": 9, "kept": 5, "also in test": 4}
     assert "4 also in test" in tab.locator("main").inner_text()
