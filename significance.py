@@ -7,8 +7,8 @@ for many.
 
 import numpy as np
 
-LOWER_IS_BETTER = ("perplexity",)
-NO_TEST = ("length_ratio",)  # neither high nor low is good
+LOWER_IS_BETTER = ("perplexity", "from_memory")
+NO_TEST = ("length_ratio", "neither_or_both")  # neither high nor low is good
 ENDS = (2.5, 97.5)  # percentiles, of every 95 % interval
 LEVEL = 0.05  # a test is significant below it, after Holm
 CELLS = 500_000  # numbers of a chunk of resamples: 4 MB stay in a core's cache
