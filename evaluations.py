@@ -503,7 +503,7 @@ def main(argv=None):
             print_judge(report[task]["judge"])
     if swapped:
         print_table(SWAPPED, report[SWAPPED])
-        say("swapped: questions whose context now says another answer; does a system follow it, or give the true one?")
+        say("swapped: the context says another answer; who remembers gives the true one")
     say(f"\nwrote {folder / 'evaluation.html'} and {folder / 'evaluation.json'}")
 
 

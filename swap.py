@@ -65,8 +65,8 @@ def swap_row(row, answers):
 
     def fits(other):
         words = normalized(other)
-        known = stands(words, text) or any(stands(words, name) or stands(name, words) for name in names)
-        return kind_of(other) == kind_of(own) and words and not known
+        alias = any(stands(words, name) or stands(name, words) for name in names)
+        return kind_of(other) == kind_of(own) and words and not alias and not stands(words, text)
 
     place = answers.index(own)
     other = next(filter(fits, answers[place + 1 :] + answers[:place]), None)
