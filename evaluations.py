@@ -68,9 +68,8 @@ BLEU = {"samsum": "bleu", "trivia_qa": "bleu_effective_order"}  # the one score 
 MEANS = {task: [name for name in names if name != BLEU[task]] for task, names in SCORES.items()}
 KEYS = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "comparisons")
 RESERVED = (*KEYS, "groups", "per_example", "judge")  # of evaluation.json, beside a task's systems: no system's name
-DEFAULT = (*(f"{task}_predictions" for task in TASKS), "trivia_qa_predictions_swapped")
 PROMPT_ENDS = {"samsum": "Summary:", "trivia_qa": "Answer:"}  # build_dataset.py's, for examples without a task
-SWAPPED = "swapped"  # the part of the report on test_llama.py --swap-answers
+SWAPPED = "swapped"  # column and part of the report of test_llama.py --swap-answers
 NAME = re.compile(r"([\w.+-]+)=(.+)", re.DOTALL)  # --predictions NAME=FILE
 SAME_RUN = ("adapter", "weights", "rows", "4_bit")  # what the predictions of two tasks must have in common
 
@@ -122,7 +121,7 @@ class PredictionFile(BaseModel, strict=True):
         times = Counter(example.id for example in self.examples if example.id is not None)
         if twice := [row_id for row_id, count in times.items() if count > 1]:
             raise ValueError(f"id {twice[0]!r} stands there more than once: every example needs its own")
-        if column(self.examples, "swapped"):
+        if column(self.examples, SWAPPED):
             self.task = SWAPPED  # from here on: told apart from the plain questions
         return self
 
@@ -244,7 +243,8 @@ def leave_out(files):
 
 def read_all(args):
     """{task: Rows} of the files of --predictions, or of those of test_llama.py in OUTPUT_DIR."""
-    default = [f"{args.output_dir}/{name}.json" for name in DEFAULT]
+    names = (*(f"{task}_predictions" for task in TASKS), "trivia_qa_predictions_swapped")
+    default = [f"{args.output_dir}/{name}.json" for name in names]
     paths = args.predictions or [path for path in default if Path(path).exists()]
     if not paths:
         fail(f"no predictions at {args.output_dir}: run test_llama.py first")
@@ -257,11 +257,10 @@ def read_all(args):
         files.append((name, path, read_file(path, "" if args.predictions else ": run test_llama.py --overwrite")))
     leave_out([data for _, _, data in files])
     for name, path, data in files:
-        keys = ("references", "id", "prompt", "answer_in_context", "swapped")
-        shared = (column(data.examples, key) for key in keys)
+        shared = (column(data.examples, key) for key in ("references", "id", "prompt", "answer_in_context", SWAPPED))
         rows = tasks.setdefault(data.task, Rows(path, *shared))
         examples = aligned(rows, path, data.examples)
-        if rows.swapped != column(examples, "swapped"):
+        if rows.swapped != column(examples, SWAPPED):
             fail(f"{path}: other answers were swapped in than in {rows.file}")
         for system, values in systems_of(name, path, data, examples).items():
             if system in rows.systems:

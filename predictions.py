@@ -133,8 +133,7 @@ def show(contents, prompts):
     for content in contents:
         for example in content["examples"][:SHOWN]:
             texts = {"prompt": prompts[example["id"]][-66:], "reference": " | ".join(example["references"][:3])}
-            if "swapped" in example:
-                texts["swapped"] = example["swapped"]
+            texts |= {"swapped": example["swapped"]} if "swapped" in example else {}
             for system, name in names.items():
                 texts[name] = example["base_prediction" if system == "base" else "prediction"]
             say(f"\n{example['id']}")

@@ -6,82 +6,61 @@ from collections import Counter
 import numpy as np
 
 import significance
-from common import fail, normalize_answer, say
+from common import fail, holds, normalized, say
 
-NUMBERS = r"\S*\d.*|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|hundred|thousand|million"
+NUMBER = r"\S*\d.*|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|hundred|thousand|million"
 GAP = r"[\W_]+(?:(?:a|an|the)[\W_]+)*"  # between two words of an answer, by the official rules
 SHARES = ("follows_context", "from_memory", "neither_or_both")
-normalized = normalize_answer.__wrapped__  # past its cache, which would keep every context in memory
 
 
 def swap_answers(rows):
-    """The trivia_qa rows that can be swapped, as a Dataset, and {"swapped" or why not: rows}; exits 2 without any.
+    """The trivia_qa rows (a Dataset) that hold another answer, `swapped`, and {"swapped" or why not: rows}.
 
-    Prompt and completion have the answer `swapped`; `references` stay the true ones.
+    `references` stay the true ones, `completion` does not. Exits 2 where there is no such row.
     """
     from datasets import Dataset
 
     asked = [row for row in rows if row["task"] == "trivia_qa"]
-    answers = list(dict.fromkeys(map(answer_of, asked)))
-    results = [swap_row(row, answers) for row in asked]
-    swapped = [row for row in results if isinstance(row, dict)]
+    answers = [re.sub(r"^(a|an|the) +", "", row["completion"].strip(), flags=re.IGNORECASE) for row in asked]
+    results = [swap_row(row, answers[i], answers[i + 1 :] + answers[:i]) for i, row in enumerate(asked)]
     counts = dict(Counter("swapped" if isinstance(row, dict) else row for row in results))
     say(f"trivia_qa, answers in the context: {', '.join(f'{n} {what}' for what, n in counts.items())}")
-    if not swapped:
+    if "swapped" not in counts:
         fail("no answer can be swapped: run build_dataset.py with trivia_qa, a context and more test rows")
-    swapped = Dataset.from_list(swapped)
+    swapped = Dataset.from_list([row for row in results if isinstance(row, dict)])
     swapped._fingerprint = rows._fingerprint  # the rows that they were made from
     return swapped, counts
 
 
-def answer_of(row):
-    """The gold answer without its article: the context has one in front."""
-    return re.sub(r"^(a|an|the) +", "", row["completion"].strip(), flags=re.IGNORECASE)
-
-
 def kind_of(answer):
-    """What may take its place: a year, a number, or one, two or more words that begin with a small letter or not."""
-    if re.fullmatch(r"\d{3,4}s?", answer):
-        return "year"
-    if re.fullmatch(NUMBERS, answer.lower(), re.DOTALL):
-        return "number"
-    return answer[:1].islower(), min(3, len(answer.split()))
+    """Whether it is a year, is a number, begins with a small letter, and how many words it has, 3 for more."""
+    year, number = (bool(re.fullmatch(form, answer.lower())) for form in (r"\d{3,4}s?", NUMBER))
+    return year, number, answer[:1].islower(), min(3, len(answer.split()))
 
 
-def stands(words, text):
-    return f" {words} " in f" {text} "  # both normalised
-
-
-def swap_row(row, answers):
-    """The row with the first answer after its own in `answers` that fits, or why there is none (a string)."""
+def swap_row(row, own, others):
+    """The row with the first of `others` that fits in the place of `own`, or why there is none (a string)."""
     start, mark, rest = row["prompt"].partition("Context:\n")
     context, end, question = rest.rpartition("\n\nQuestion: ")
-    names = sorted(filter(None, map(normalized, row["references"])), key=len, reverse=True)
-    if not any(stands(name, normalized(context)) for name in names):
+    names = sorted(filter(None, map(normalized, row["references"])), key=len, reverse=True)  # the longest first
+    if not holds(context, names):
         return "not there"
-    if any(stands(name, normalized(question)) for name in names):
+    if holds(question, names):
         return "also in the question"
-    text, own = normalized(rest), answer_of(row)
-
-    def fits(other):
-        words = normalized(other)
-        alias = any(stands(words, name) or stands(name, words) for name in names)
-        return kind_of(other) == kind_of(own) and words and not alias and not stands(words, text)
-
-    place = answers.index(own)
-    other = next(filter(fits, answers[place + 1 :] + answers[:place]), None)
-    if not other:
-        return "without another of their kind"
-    forms = "|".join(GAP.join(map(re.escape, name.split())) for name in names)  # the longest first
+    forms = "|".join(GAP.join(map(re.escape, name.split())) for name in names)
     whole = rf"(?<![^\W_])(?:{forms})(?![^\W_]|[\u0300-\u036f])"  # no letter, digit or accent beside it
-    context = re.sub(whole, lambda _: other, context, flags=re.IGNORECASE)
-    if any(stands(name, normalized(context)) for name in names):
-        return "in another form"
-    return row | {"prompt": start + mark + context + end + question, "completion": f" {other}", "swapped": other}
+    kind = kind_of(own)
+    for other in (one for one in others if kind_of(one) == kind):
+        words = normalized(other)
+        if words and not holds(other, names) and not any(holds(text, [words]) for text in (rest, *names)):
+            text = re.sub(whole, other.replace("\\", r"\\"), context, flags=re.IGNORECASE)
+            known = {"prompt": start + mark + text + end + question, "completion": f" {other}", "swapped": other}
+            return "in another form" if holds(text, names) else row | known
+    return "without another of their kind"
 
 
 def score(rows, args):
-    """{system: {share: %}} of the answers by what they hold: the swapped one, a true one, neither or both; tested."""
+    """{system: {share: % of its answers}}, with tests: they hold the swapped answer, a true one, neither or both."""
     from metrics import best, contains_score
 
     def shares(sums, examples):
@@ -92,13 +71,7 @@ def score(rows, args):
         new = np.array(best(contains_score, system.predictions, [[answer] for answer in rows.swapped]))
         true = np.array(best(contains_score, system.predictions, rows.references))
         tables[name] = np.column_stack([new * (true == 0), true * (new == 0), 100 * (new == true)])
-    whole, columns = significance.measure(shares, tables, args), {share: i for i, share in enumerate(SHARES)}
-    return whole["scores"] | {
-        "examples": whole["examples"],
-        "files": {name: system.file for name, system in rows.systems.items()},
-        "made_from": {name: system.made_from for name, system in rows.systems.items()},
-        "too_long": {},
-        "perplexity": {},
-        "intervals": whole["intervals"],
-        "comparisons": significance.compare(shares, tables, columns, whole["differences"], args),
-    }
+    result, columns = significance.measure(shares, tables, args), dict(zip(SHARES, range(3), strict=True))
+    tests = significance.compare(shares, tables, columns, result.pop("differences"), args)
+    files = {name: system.file for name, system in rows.systems.items()}
+    return result.pop("scores") | result | {"files": files, "comparisons": tests, "too_long": {}, "perplexity": {}}

@@ -5,8 +5,7 @@ likelihood / scored tokens) over the gold completion and its EOS after the exact
 text, which is of no task, shows what tuning or quantising cost elsewhere: its tokens in windows of 1,024 that do not
 overlap, each behind the tokenizer's BOS where it puts one; every token counts but the first of a window without BOS. A
 killed run goes on where it was when its command is given again. With --server, a server of OpenAI's protocol answers
-in the place of a model that is loaded here; --swap-answers asks of each context that holds the answer to a question
-what it says once another one stands in it (swap.py). This is a script of the pipeline, not a pytest file.
+in the place of a model that is loaded here. This is a script of the pipeline, not a pytest file.
 
 Reads:  OUTPUT_DIR/dataset/ (test) and OUTPUT_DIR/adapter/, whose adapter_config.json names the base model.
 Writes: OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json; with --name NAME,
@@ -45,6 +44,7 @@ from predictions import (
     template_of,
     write_predictions,
 )
+from swap import swap_answers
 
 # Settings: edit here, or override for one run on the command line.
 ADAPTER = "auto"  # a folder, or none: the base alone; auto: OUTPUT_DIR/adapter, or none where MODEL is given
@@ -406,8 +406,6 @@ def main(argv=None):
     started = time.time()
     rows = llama.load_rows(args.output_dir, "test")
     if args.swap_answers:
-        from swap import swap_answers
-
         rows, args.swap_answers = swap_answers(rows)  # how many, for the settings in the file
     base, folder, in_4bit, source = choose_system(args)
     say(f"testing {args.server or folder or base} on {len(rows):,} rows")
