@@ -35,7 +35,7 @@ def swapped(*rows):
 
 SWAPS = {  # context, answer and aliases, the answer that is lent, what the context must say
     "everywhere, whatever the case": ("Paris. PARIS! In paris?", ["Paris"], "Rome", "Rome. Rome! In Rome?"),
-    "whole words": ("The artist loves art.", ["art"], "music", "The artist loves music."),
+    "whole words": ("Smart artists love art.", ["art"], "music", "Smart artists love music."),
     "aliases, the longest first": (
         "New York City, or New York, or NYC.",
         ["NYC", "New York", "New York City"],
@@ -78,8 +78,9 @@ REFUSED = {  # context, question, answers, the answers that are lent, why not
     "in the context": ("Art, music.", "Which?", ["art"], ["music"], "without another of their kind"),
     "in the question as well": ("Art.", "Not music?", ["art"], ["music"], "without another of their kind"),
     "an alias": ("Art.", "Which?", ["art", "music"], ["music"], "without another of their kind"),
-    "part of an alias": ("New York.", "Which?", ["New York", "York"], ["York"], "without another of their kind"),
-    "around an alias": ("York.", "Which?", ["York", "A Town"], ["Town"], "without another of their kind"),
+    "in an alias": ("York.", "Which?", ["York", "York Town"], ["Town"], "without another of their kind"),
+    "around an alias": ("Old York.", "Which?", ["Old York", "York"], ["New York"], "without another of their kind"),
+    "made by the swap": ("Old Mill Sea.", "Which?", ["Old Mill", "Red Sea"], ["Big Red"], "in another form"),
 }
 
 
