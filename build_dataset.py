@@ -35,7 +35,7 @@ import huggingface_hub  # loads its parts where they are used
 import pyarrow.parquet
 
 import common
-from common import fail, first_line, say
+from common import fail, first_line, holds, normalized, say
 
 # Settings: edit here, or override for one run on the command line.
 SAMSUM = "knkarthick/samsum"  # hub id or local folder with train.csv, validation.csv, test.csv
@@ -70,7 +70,6 @@ STOP_WORDS = (  # left out of the query: rare in a page or not, they say nothing
     "may might must my no not of on or our s she should so t than that the their then there these they this those to "
     "was we were what when where which who whom whose why will with would you your"
 )
-normalized = common.normalize_answer.__wrapped__  # past its cache, which would keep every context in memory
 
 
 class Row(NamedTuple):  # as it was drawn, not yet rendered
@@ -303,12 +302,6 @@ def first_words(pages, max_words):
     text = "\n".join(pages)
     ends = [word.end() for word in islice(re.finditer(r"\S+", text), max_words)]
     return text[: ends[-1]].strip() if ends else ""
-
-
-def holds(context, aliases):
-    """Whether a context holds one of the normalised aliases as whole words."""
-    text = f" {normalized(context)} "
-    return any(f" {alias} " in text for alias in aliases)
 
 
 def template(task, context):

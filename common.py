@@ -317,3 +317,12 @@ def normalize_answer(text):
     """
     text = text.replace("_", " ").lower().translate(PUNCTUATION)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+normalized = normalize_answer.__wrapped__  # past its cache, which would keep every context in memory
+
+
+def holds(text, answers):
+    """Whether a text holds one of the normalised answers as whole words in a row."""
+    text = f" {normalized(text)} "
+    return any(f" {answer} " in text for answer in answers)

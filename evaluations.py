@@ -35,6 +35,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 import significance
+import swap
 from common import (
     TASKS,
     check_url,
@@ -67,20 +68,16 @@ SCORES = {  # what each task reports, in the order of the table
 }
 BLEU = {"samsum": "bleu", "trivia_qa": "bleu_effective_order"}  # the one score that is no mean over examples
 MEANS = {task: [name for name in names if name != BLEU[task]] for task, names in SCORES.items()}
-KEYS = (
-    "examples",
-    "ids",
-    "files",
-    "made_from",
-    "too_long",
-    "perplexity",
-    "general_text",
-    "intervals",
-    "seeds",
+KEYS = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "seeds")
+RESERVED = (
+    *KEYS,
     "comparisons",
-)
-RESERVED = (*KEYS, "groups", "per_example", "judge")  # of evaluation.json, beside a task's systems: no system's name
+    "groups",
+    "per_example",
+    "judge",
+)  # of evaluation.json, beside a task's systems: no system's name
 PROMPT_ENDS = {"samsum": "Summary:", "trivia_qa": "Answer:"}  # build_dataset.py's, for examples without a task
+SWAPPED = "swapped"  # column and part of the report of test_llama.py --swap-answers
 NAME = re.compile(r"([\w.+-]+(?:@[\w.+-]+)?)=(.+)", re.DOTALL)  # --predictions NAME=FILE or NAME@SEED=FILE
 SAME_RUN = ("adapter", "weights", "rows", "4_bit")  # what the predictions of two tasks must have in common
 
@@ -106,6 +103,7 @@ class Example(BaseModel, strict=True):
     base_prediction: str | None = None
     prompt: str | None = None
     answer_in_context: bool | None = None
+    swapped: str | None = None  # what the context says in the place of the answer
     nll: float | None = None
     base_nll: float | None = None
     tokens: int | None = None
@@ -131,6 +129,8 @@ class PredictionFile(BaseModel, strict=True):
         times = Counter(example.id for example in self.examples if example.id is not None)
         if twice := [row_id for row_id, count in times.items() if count > 1]:
             raise ValueError(f"id {twice[0]!r} stands there more than once: every example needs its own")
+        if column(self.examples, SWAPPED):
+            self.task = SWAPPED  # from here on: told apart from the plain questions
         return self
 
 
@@ -156,6 +156,7 @@ class Rows:
     ids: list | None
     prompts: list | None
     inside: list | None
+    swapped: list | None
     systems: dict = field(default_factory=dict)
 
 
@@ -236,7 +237,7 @@ def aligned(rows, path, examples):
 
 def leave_out(files):
     """Take the rows that one of the files leaves out from all files of its task."""
-    for task in TASKS:
+    for task in (*TASKS, SWAPPED):
         of_task = [data for data in files if data.task == task]
         left_out = {row_id for data in of_task for row_id in data.left_out}
         for data in of_task:
@@ -251,7 +252,8 @@ def leave_out(files):
 
 def read_all(args):
     """{task: Rows} of the files of --predictions, or of those of test_llama.py in OUTPUT_DIR."""
-    default = [f"{args.output_dir}/{task}_predictions.json" for task in TASKS]
+    names = (*(f"{task}_predictions" for task in TASKS), "trivia_qa_predictions_swapped")
+    default = [f"{args.output_dir}/{name}.json" for name in names]
     paths = args.predictions or [path for path in default if Path(path).exists()]
     if not paths:
         fail(f"no predictions at {args.output_dir}: run test_llama.py first")
@@ -264,9 +266,11 @@ def read_all(args):
         files.append((name, path, read_file(path, "" if args.predictions else ": run test_llama.py --overwrite")))
     leave_out([data for _, _, data in files])
     for name, path, data in files:
-        shared = (column(data.examples, key) for key in ("references", "id", "prompt", "answer_in_context"))
+        shared = (column(data.examples, key) for key in ("references", "id", "prompt", "answer_in_context", SWAPPED))
         rows = tasks.setdefault(data.task, Rows(path, *shared))
         examples = aligned(rows, path, data.examples)
+        if rows.swapped != column(examples, SWAPPED):
+            fail(f"{path}: other answers were swapped in than in {rows.file}")
         for system, values in systems_of(name, path, data, examples).items():
             if system in rows.systems:
                 fail(f"{path} is a second file for {data.task}: name both, --predictions a={rows.file} b={path}")
@@ -277,7 +281,7 @@ def read_all(args):
     if not args.predictions:
         refuse_two_runs(tasks)
     add_prompts(args.output_dir, tasks)
-    return {task: tasks[task] for task in TASKS if task in tasks}
+    return {task: tasks[task] for task in (*TASKS, SWAPPED) if task in tasks}
 
 
 def refuse_two_runs(tasks):
@@ -286,7 +290,8 @@ def refuse_two_runs(tasks):
     for other in others:
         mine, its = one.made_from or {}, other.made_from or {}
         told = {name: mine[name] for name in SAME_RUN if name in mine and name in its}
-        refuse_another(f"{other.file}, beside {one.file},", its, told, "run test_llama.py --overwrite")
+        flag = " --swap-answers" if its.get("swap_answers") else ""
+        refuse_another(f"{other.file}, beside {one.file},", its, told, f"run test_llama.py{flag} --overwrite")
 
 
 def add_prompts(output_dir, tasks):
@@ -486,6 +491,9 @@ def print_judge(judge):
 def main(argv=None):
     args = parse_args(argv)
     tasks = read_all(args)
+    swapped = tasks.pop(SWAPPED, None)
+    if not tasks:
+        fail("swapped questions are told beside the plain ones: give the files of those, too")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):  # known before a judge is paid
@@ -498,6 +506,8 @@ def main(argv=None):
     report = {task: score_task(task, rows, args) for task, rows in tasks.items()}
     for task, judgements in judged.items():
         report[task]["judge"] = judge.report(task, report[task], judgements, args) | counts
+    if swapped:
+        report[SWAPPED] = swap.score(swapped, args)
     adjust(report)
     training = read_training(folder, made_from(tasks, "adapter"))
     report |= {
@@ -515,6 +525,9 @@ def main(argv=None):
         print_table(task, report[task])
         if "judge" in report[task]:
             print_judge(report[task]["judge"])
+    if swapped:
+        print_table(SWAPPED, report[SWAPPED])
+        say("swapped: the context says another answer; who remembers gives the true one")
     say(f"\nwrote {folder / 'evaluation.html'} and {folder / 'evaluation.json'}")
 
 

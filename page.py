@@ -81,18 +81,11 @@ def scores_of(result):
     return scores
 
 
-def part_of(task, rows, result):
-    """What the template shows of a task."""
+def part_of(result):
+    """What the template shows of a task, or of the swapped questions, in a table."""
     scores = scores_of(result)
-    return {
-        "name": task,
-        "rows": asdict(rows),
-        "result": result,
-        "systems": list(result["intervals"]),
-        "scores": scores,
-        "metrics": list(dict.fromkeys(metric for by_metric in scores.values() for metric in by_metric)),
-        "figures": draw_task(task, result),
-    }
+    metrics = list(dict.fromkeys(metric for by_metric in scores.values() for metric in by_metric))
+    return {"result": result, "systems": list(result["intervals"]), "scores": scores, "metrics": metrics}
 
 
 def public_name(model):
@@ -105,14 +98,19 @@ def page(report, tasks):
     folder = jinja2.FileSystemLoader(Path(__file__).resolve().parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # jinja2 sorts keys: the first system is first
-    parts = [part_of(task, rows, report[task]) for task, rows in tasks.items()]
+    parts = [
+        part_of(report[task]) | {"name": task, "rows": asdict(rows), "figures": draw_task(task, report[task])}
+        for task, rows in tasks.items()
+    ]
+    swapped = [part_of(report["swapped"])] if "swapped" in report else []
     made_from = [made or {} for part in parts for made in part["result"]["made_from"].values()]
     return environment.get_template("evaluation.html.jinja").render(
         report=report,
         tasks=parts,
+        swapped=swapped,
         models=list(dict.fromkeys(public_name(made["model"]) for made in made_from if "model" in made)),
         loss_figures=draw_loss(report["training"]["loss"]) if report["training"] else [],
-        labels={metric: label(metric) for part in parts for metric in (*part["metrics"], "judge")},
+        labels={metric: label(metric) for part in parts + swapped for metric in (*part["metrics"], "judge")},
         main_score=MAIN_SCORE,
         lower_is_better=LOWER_IS_BETTER,
     )

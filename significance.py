@@ -7,8 +7,8 @@ for many.
 
 import numpy as np
 
-LOWER_IS_BETTER = ("perplexity",)
-NO_TEST = ("length_ratio",)  # neither high nor low is good
+LOWER_IS_BETTER = ("perplexity", "from_memory")
+NO_TEST = ("length_ratio", "neither_or_both")  # neither high nor low is good
 ENDS = (2.5, 97.5)  # percentiles, of every 95 % interval
 ERRORS = 1.96 + 0.84  # standard errors: beyond the first a test at 5 % finds a difference; 80 % lie above -0.84
 LEVEL = 0.05  # a test is significant below it, after Holm
