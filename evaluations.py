@@ -69,13 +69,8 @@ SCORES = {  # what each task reports, in the order of the table
 BLEU = {"samsum": "bleu", "trivia_qa": "bleu_effective_order"}  # the one score that is no mean over examples
 MEANS = {task: [name for name in names if name != BLEU[task]] for task, names in SCORES.items()}
 KEYS = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "seeds")
-RESERVED = (
-    *KEYS,
-    "comparisons",
-    "groups",
-    "per_example",
-    "judge",
-)  # of evaluation.json, beside a task's systems: no system's name
+# Keys of evaluation.json beside a task's systems: no system's name
+RESERVED = (*KEYS, "comparisons", "groups", "per_example", "judge")
 PROMPT_ENDS = {"samsum": "Summary:", "trivia_qa": "Answer:"}  # build_dataset.py's, for examples without a task
 SWAPPED = "swapped"  # column and part of the report of test_llama.py --swap-answers
 NAME = re.compile(r"([\w.+-]+(?:@[\w.+-]+)?)=(.+)", re.DOTALL)  # --predictions NAME=FILE or NAME@SEED=FILE
