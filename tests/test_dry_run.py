@@ -64,6 +64,8 @@ def test_trainable_parameters_and_nf4_bytes_by_hand(tmp_path):
     assert shape["trainable"] == 8 * layer * 32
     assert shape["linear"] == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     parts = estimate.memory(shape, train_llama.parse_args([]), 2048, 300, checkpointing=True)
+    # float32: weights and gradients, AdamW's two moments
+    assert parts["adapter and gradients"] == parts["optimizer"] == 2 * 4 * shape["trainable"]
     assert parts["weights"] == pytest.approx(0.516 * shape["linear"] + 2 * (2 * 128256 * 4096 + 65 * 4096), rel=1e-3)
 
 
@@ -128,11 +130,11 @@ def test_the_activations_are_those_autograd_keeps(dropout, factor, in_4bit, tmp_
     assert 0.97 <= told / ((kept[1] - kept[0]) / 2) <= 1  # what it leaves out: a few numbers a token
 
 
-@pytest.mark.parametrize("passes, epochs", [(2, "2"), (3, "2"), (3, "1.5")])
-def test_it_counts_the_steps_that_the_run_then_takes(passes, epochs, dataset, tmp_path):
+@pytest.mark.parametrize("size, passes, epochs", [(1, 2, "2"), (1, 3, "2"), (2, 5, "1.5")])
+def test_it_counts_the_steps_that_the_run_then_takes(size, passes, epochs, dataset, tmp_path):
     shutil.copytree(dataset / "dataset", tmp_path / "dataset")
-    arguments = ["--model", FIXTURES / "tiny_llama2", "--max-length", 256, "--gradient-accumulation-steps", passes]
-    arguments += ["--num-train-epochs", epochs, "--output-dir", tmp_path]
+    arguments = ["--model", FIXTURES / "tiny_llama2", "--max-length", 300, "--gradient-accumulation-steps", passes]
+    arguments += ["--per-device-train-batch-size", size, "--num-train-epochs", epochs, "--output-dir", tmp_path]
     told = run("train_llama.py", *arguments, "--dry-run").stdout
     assert run("train_llama.py", *arguments).returncode == 0
     done = json.loads((tmp_path / "adapter" / "run.json").read_text())

@@ -505,7 +505,7 @@ def test_a_system_may_have_any_name_that_is_not_a_key_of_the_report(tmp_path):
 
 
 def test_any_number_of_systems_is_compared_with_the_first_row_by_row_whatever_their_order(tmp_path):
-    answers = {"a": "Rome Paris Oslo Bern", "b": "Paris Paris Oslo Rome", "c": "Paris Paris Paris Paris"}
+    answers = {"a": "Rome Paris Oslo Bern", "b": "Paris Paris Oslo Rome", "c": "Paris Paris Rome Oslo"}
     gold, paths = ["Paris", "Paris", "Oslo", "Bern"], []
     for name, text in answers.items():
         rows = [example(id=str(i), references=[gold[i]], prediction=word) for i, word in enumerate(text.split())]

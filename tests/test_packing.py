@@ -206,9 +206,10 @@ def test_batch_size_and_accumulation_can_be_traded(dataset, tmp_path):
 
 def test_the_best_adapter_is_kept_and_patience_ends_the_run(dataset, tmp_path):
     arguments = ["--num-train-epochs", 40, "--eval-steps", 2, "--early-stopping-patience", 2, "--save-steps", 100]
-    arguments += ["--gradient-accumulation-steps", 2, "--logging-steps", 1]
+    arguments += ["--gradient-accumulation-steps", 2, "--logging-steps", 1, "--warmup-steps", 4]
+    arguments += ["--lora-r", 4, "--lora-alpha", 12, "--target-modules", "q_proj", "up_proj", "down_proj"]
     shutil.copytree(dataset / "dataset", tmp_path / "dataset")
-    model = ["--model", FIXTURES / "tiny_llama3", "--max-length", 512, "--warmup-steps", 0, "--learning-rate", "3e-2"]
+    model = ["--model", FIXTURES / "tiny_llama3", "--max-length", 512, "--learning-rate", "3e-2"]
     result = run("train_llama.py", *model, *arguments, "--output-dir", tmp_path)
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "adapter" / "run.json").read_text())
@@ -221,5 +222,10 @@ def test_the_best_adapter_is_kept_and_patience_ends_the_run(dataset, tmp_path):
     assert all(torch.equal(kept[key], written[key]) for key in kept)
     steps = [entry for entry in log if "loss" in entry]
     assert [entry["step"] for entry in steps] == list(range(1, summary["steps"] + 1))
+    rates = [entry["learning_rate"] for entry in steps]
+    assert rates[:5] == pytest.approx([0, 0.0075, 0.015, 0.0225, 0.03])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    config = json.loads((best / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 12, ["down_proj", "q_proj", "up_proj"])
     for key in ("learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory_gb"):
         assert all(entry[key] >= 0 for entry in steps)

@@ -6,6 +6,8 @@ import shutil
 import pytest
 from conftest import ROOT, run
 
+import page
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
@@ -281,6 +283,16 @@ def test_prompts_come_from_the_data_set_where_the_predictions_have_none(dataset,
         assert run("evaluations.py", "--output-dir", tmp_path, "--resamples", "50").returncode == 0
         page = (tmp_path / "evaluation.html").read_text()
         assert ("Answer the question from the context" in page) == expected
+
+
+def test_a_gain_stands_to_the_right_of_zero_in_the_figure(monkeypatch):
+    monkeypatch.setattr(page, "draw", lambda caption, xlabel, ylabel, lines, first: lines)
+    scores = {"base": {"f1": [0, 0, 50, 100]}, "tuned": {"f1": [100, 50, 50, 100]}}
+    result = {"files": dict.fromkeys(scores), "examples": 4, "per_example": scores}
+    (lines,) = page.draw_task("trivia_qa", result)
+    edges, shares, _ = lines["tuned"]
+    shares = {edge + 5: share for edge, share in zip(edges, shares[:-1], strict=False) if share}
+    assert shares == {0: 50, 50: 25, 100: 25}
 
 
 def test_the_template_stands_beside_the_script():

@@ -262,6 +262,16 @@ def test_a_server_that_drops_a_connection_now_and_then_costs_nothing(fake, ask, 
     assert ask(fake.url, "--overwrite")[0] == 0 and files(tmp_path) == whole
 
 
+def test_failures_here_and_there_do_not_end_a_run():
+    def ask(item):
+        return item if item % 8 else {}["no such key"]
+
+    kept = []
+    server = asking.Server("server", "http://127.0.0.1:9/v1", "", concurrency=4, timeout=1)
+    errors = server.ask_all(list(range(1, 81)), ask, lambda *one: kept.append(one), "")
+    assert len(errors) == 10 and sorted(kept) == [(item, item) for item in range(1, 81) if item % 8]
+
+
 def test_rows_without_an_answer_are_counted_left_out_and_asked_for_again(fake, ask, rows, tmp_path, capsys):
     fake.logprobs = "vllm"
     too_long, broken = [json.dumps(prompt) for i, (_, prompt, _) in rows.items() if i.startswith("samsum")][2:4]
@@ -281,11 +291,13 @@ def test_rows_without_an_answer_are_counted_left_out_and_asked_for_again(fake, a
     # evaluations.py compares what all have
     whole = {"task": "samsum", "examples": [{"id": row_id, "references": row["references"], "prediction": "x"}
              for row_id, (row, _, _) in rows.items() if row_id.startswith("samsum")]}  # fmt: skip
+    whole["perplexity"] = {"tuned": {"perplexity": 2.0}}  # of all its rows: no figure of those compared
     (tmp_path / "whole.json").write_text(json.dumps(whole))
     names = [f"other={tmp_path}/whole.json", f"served={tmp_path}/samsum_predictions_tuned-1.json"]
     evaluations.main(["--predictions", *names, "--resamples", "50", "--output-dir", str(tmp_path / "evaluated")])
     assert "2 rows left out" in capsys.readouterr().out
-    assert json.loads((tmp_path / "evaluated" / "evaluation.json").read_text())["samsum"]["examples"] == 4
+    evaluated = json.loads((tmp_path / "evaluated" / "evaluation.json").read_text())["samsum"]
+    assert evaluated["examples"] == 4 and evaluated["perplexity"].keys() == {"served"}
     fake.seen, fake.trouble = [], lambda body, times: None
     code, output = ask(fake.url)
     assert code == 0 and len(answers_asked(fake)) == 2 and len(read(tmp_path, "samsum")["examples"]) == 6

@@ -139,9 +139,9 @@ def test_perplexity_is_that_of_transformers_own_loss_row_by_row_whatever_the_bat
 def test_figures_of_a_case_done_by_hand():
     rows = [{"nll": nats * math.log(2), "tokens": tokens} for nats, tokens in ((6, 3), (2, 1))]
     rows = [row | {"hit_max_new_tokens": row["tokens"] == 1} for row in rows]
-    figures = predictions.perplexity(rows, "", [" two words", " one"])
+    figures = predictions.perplexity(rows, "", [" two wörds", " one"])  # 11 bytes and 4
     assert figures["perplexity"] == pytest.approx(4) and figures["hit_max_new_tokens"] == 1
-    assert figures["bits_per_byte"] == pytest.approx(8 / 14)
+    assert figures["bits_per_byte"] == pytest.approx(8 / 15)
     assert figures["word_perplexity"] == pytest.approx(2 ** (8 / 3))
 
 
