@@ -2,7 +2,7 @@
 
 The fixtures' sample, the demo's settings (run.sh), and for each seed three trainings: both tasks, samsum alone,
 trivia_qa alone. Each task's test rows are the same for both. Scores, their intervals and the paired comparison are
-those of evaluations.py, for each seed; a seed's interval is about test rows, the spread over seeds about training.
+those of evaluations.py, for each seed and, over rows and seeds, for all together.
 
     python benchmarks/joint.py
     python benchmarks/joint.py --seeds 1 --epochs 0.2
@@ -44,10 +44,10 @@ def train_and_test(output, seed, epochs):
     return {"command_seconds": seconds, **{key: run[key] for key in ("seconds", "steps", "best_step", "tokens")}}
 
 
-def compare(task, joint, alone, output):
-    """Scores, intervals and the paired comparison of the two, by evaluations.py."""
-    file = f"{task}_predictions.json"
-    systems = [f"alone={alone / file}", f"joint={joint / file}"]
+def compare(task, folder, seeds, output):
+    """Scores, intervals and the paired comparison of the two over these seeds, by evaluations.py."""
+    of = {"alone": task, "joint": "joint"}
+    systems = [f"{name}@{s}={folder / f'{of[name]}_{task}_{s}.json'}" for name in of for s in seeds]
     output.mkdir(exist_ok=True)
     command = [sys.executable, "evaluations.py", "--predictions", *systems, "--output-dir", output]
     timed(command, output.with_suffix(".txt"))
@@ -73,18 +73,21 @@ def main(argv=None):
     for name, tasks in systems.items():
         build(tasks, folder / name)
     result = {"machine": machine(), "training": {name: [] for name in systems}, "scores": {task: [] for task in TASKS}}
+    result["all_seeds"] = {}
     for seed in range(args.seeds):
         for name in systems:
             result["training"][name].append(train_and_test(folder / name, seed, args.epochs))
+            for task in systems[name]:
+                shutil.copy(folder / name / f"{task}_predictions.json", folder / f"{name}_{task}_{seed}.json")
             print(f"seed {seed}, {name}: {result['training'][name][-1]['command_seconds']:.0f} s", flush=True)
         for task in TASKS:
-            scores = compare(task, folder / "joint", folder / task, folder / f"compare_{task}")
-            result["scores"][task].append(scores)
+            result["scores"][task].append(compare(task, folder, [seed], folder / f"compare_{task}"))
+            result["all_seeds"][task] = compare(task, folder, range(seed + 1), folder / f"all_{task}")
         if args.epochs == EPOCHS:
             save("joint", result)
     rows = []
     for task, runs in result["scores"].items():
-        for seed, scores in enumerate(runs):
+        for seed, scores in [*enumerate(runs), ("all", result["all_seeds"][task])]:
             for metric, pair in scores.items():
                 cells = [f"{pair[n]['score']:.2f} [{pair[n]['interval'][0]:.2f}, {pair[n]['interval'][1]:.2f}]"
                          for n in ("joint", "alone")]  # fmt: skip
