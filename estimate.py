@@ -19,7 +19,7 @@ HOST_COPIES = 1.4  # times what autograd keeps: attention's copies on a CPU, and
 SAVERS = "try --activation-checkpointing on, then a smaller --max-length or model; --dry-run shows what each takes"
 USABLE = 0.88  # of the memory there is: the driver takes some, and the allocator's pieces do not fill it
 # GB, and TFLOP/s to reckon with: half of the dense bf16 rate (T4: fp16) in NVIDIA's data sheets. A step on an H200
-# came to 224 to 480 (benchmarks/RESULTS.md).
+# came to 171 to 480 (benchmarks/RESULTS.md).
 GPUS = {"h200": (141, 495), "h100": (80, 495), "a100": (80, 156), "l40s": (48, 181)}
 GPUS |= {"4090": (24, 83), "3090": (24, 36), "a10": (24, 62), "t4": (16, 32)}
 

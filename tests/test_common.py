@@ -84,11 +84,12 @@ def test_values_that_cannot_be_meant_are_refused(argv, module, capsys):
     assert stopped.value.code == 2 and argv[0] in capsys.readouterr().err
 
 
-def test_a_constant_edited_to_a_value_that_is_no_choice_is_refused_too(module, capsys):
-    module.NAMES = ["a", "x"]
+@pytest.mark.parametrize("name, value", [("NAMES", ["a", "x"]), ("LIMIT", 0), ("RATE", 0.0), ("LIMIT", -1)])
+def test_a_constant_edited_to_a_value_that_cannot_be_meant_is_refused_too(name, value, module, capsys):
+    setattr(module, name, value)
     with pytest.raises(SystemExit):
         parse(module)
-    assert "--names must be one of a, b" in capsys.readouterr().err
+    assert f"--{name.lower()} must be " in capsys.readouterr().err
 
 
 def test_a_constant_edited_to_none_is_refused_where_none_means_nothing(module, capsys):
