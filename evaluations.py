@@ -522,7 +522,7 @@ def main(argv=None):
             print_judge(report[task]["judge"])
     if swapped:
         print_table(SWAPPED, report[SWAPPED])
-        say("swapped: the context says another answer; who remembers gives the true one")
+        say("swapped, in %: the context says another answer, who remembers gives the true one")
     say(f"\nwrote {folder / 'evaluation.html'} and {folder / 'evaluation.json'}")
 
 

@@ -71,7 +71,7 @@ def score(rows, args):
         new = np.array(best(contains_score, system.predictions, [[answer] for answer in rows.swapped]))
         true = np.array(best(contains_score, system.predictions, rows.references))
         tables[name] = np.column_stack([new * (true == 0), true * (new == 0), 100 * (new == true)])
-    result, columns = significance.measure(shares, tables, args), dict(zip(SHARES, range(3), strict=True))
+    result, columns = significance.measure(shares, tables, args), {"follows_context": 0, "from_memory": 1}
     tests = significance.compare(shares, tables, columns, result.pop("differences"), args)
     files = {name: system.file for name, system in rows.systems.items()}
     return result.pop("scores") | result | {"files": files, "comparisons": tests, "too_long": {}, "perplexity": {}}

@@ -419,6 +419,8 @@ def test_swapped_questions_are_asked_into_a_file_of_their_own_and_compared_with_
     (tmp_path / "trivia_qa_predictions_swapped.json").write_text(json.dumps(content))
     code, output = ask(fake.url, "--swap-answers")
     assert code == 0 and "2 of 2 predictions equal" in output and "nothing to do" in output
+    code, output = ask(fake.url, "--name", "tuned-1_swapped")  # that file's own name
+    assert code == 2 and "swap answers" in output
 
 
 def content_id(folder, place):

@@ -151,7 +151,7 @@ def test_a_planted_reader_and_a_planted_memory_are_told_apart_and_the_plain_scor
     assert found["tuned"] == {"follows_context": 87.5, "from_memory": 5, "neither_or_both": 7.5}
     tests = found["comparisons"]["tuned"]
     assert tests["follows_context"]["significant"] and tests["from_memory"]["significant"]
-    counts = {name: [tests[name][key] for key in ("wins", "ties", "losses")] for name in tests}
+    counts = {name: [tests[name][key] for key in ("wins", "ties", "losses")] for name in list(tests)[:2]}
     assert counts["follows_context"] == [30, 9, 1] and counts["from_memory"] == [30, 8, 2]  # less memory is better
     assert "p_value" not in tests["neither_or_both"] and found["examples"] == 40
     assert report["trivia_qa"]["tuned"] == plain["trivia_qa"]["tuned"]
