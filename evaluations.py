@@ -383,10 +383,8 @@ def score_task(task, rows, args):
         if told or perplexity:
             result["perplexity"][name] = told or {"perplexity": perplexity}
         exact = [scores[member] for member in rows.systems if member.partition("@")[0] == name]
-        result[name] = whole["scores"][name] | {
-            BLEU[task]: float(np.mean([one["bleu"] for one in exact])),
-            f"{BLEU[task]}_signature": exact[0]["bleu_signature"],
-        }
+        bleu, signature = float(np.mean([one["bleu"] for one in exact])), exact[0]["bleu_signature"]
+        result[name] = whole["scores"][name] | {BLEU[task]: bleu, f"{BLEU[task]}_signature": signature}
     result["per_example"] = {
         name: {metric: np.round(table[:, i], 4).tolist() for metric, i in columns.items()}
         for name, table in tables.items()

@@ -147,9 +147,8 @@ def compare(scores_of_sums, tables, columns, differences, args):
     (_, first), *others = by_system(tables).items()
     result = {}
     for name, other in others:
-        of_rows = {}
-        if len(first) == len(other) == 1:
-            of_rows = randomisation(scores_of_sums, *first.values(), *other.values(), args.resamples, args.seed)
+        pair = [*first.values(), *other.values()]
+        of_rows = randomisation(scores_of_sums, *pair, args.resamples, args.seed) if len(pair) == 2 else {}
         before, after = (np.mean([*seeds.values()], axis=0) for seeds in (first, other))
         tests = result[name] = {metric: dict(part) for metric, part in differences[name].items()}
         for metric, test in tests.items():
