@@ -288,7 +288,7 @@ def test_prompts_come_from_the_data_set_where_the_predictions_have_none(dataset,
 def test_a_gain_stands_to_the_right_of_zero_in_the_figure(monkeypatch):
     monkeypatch.setattr(page, "draw", lambda caption, xlabel, ylabel, lines, first: lines)
     scores = {"base": {"f1": [0, 0, 50, 100]}, "tuned": {"f1": [100, 50, 50, 100]}}
-    result = {"files": dict.fromkeys(scores), "examples": 4, "per_example": scores}
+    result = {"intervals": dict.fromkeys(scores), "examples": 4, "per_example": scores}
     (lines,) = page.draw_task("trivia_qa", result)
     edges, shares, _ = lines["tuned"]
     shares = {edge + 5: share for edge, share in zip(edges, shares[:-1], strict=False) if share}
