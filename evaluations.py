@@ -450,7 +450,7 @@ def print_table(task, result):
         tests = result["comparisons"].get(name, {})
         least = {metric: tests.get(metric, {}).get("minimum_detectable") for metric in main}
         if told := ", ".join(f"{short(value)} in {metric}" for metric, value in least.items() if value):
-            say(f"Found 4 times in 5: true differences of {told}")
+            say(f"4 of 5 such tests find a difference of {told}")
     for name, seeds in result["seeds"].items():
         values = {metric: [scores[metric] for scores in seeds.values() if metric in scores] for metric in main}
         told = [f"{metric} {short(min(of))} to {short(max(of))}" for metric, of in values.items() if of]
