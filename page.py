@@ -13,7 +13,11 @@ from matplotlib.figure import Figure
 
 from significance import LOWER_IS_BETTER, by_system
 
-MAIN_SCORE = {"samsum": "rougeLsum", "trivia_qa": "f1", "swapped": "follows_context"}  # what the page plots and sorts by
+MAIN_SCORE = {
+    "samsum": "rougeLsum",
+    "trivia_qa": "f1",
+    "swapped": "follows_context",
+}  # what the page plots and sorts by
 STYLE = {  # of the figures
     "svg.fonttype": "none",
     "svg.hashsalt": "evaluation",  # the same file every time
