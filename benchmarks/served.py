@@ -1,0 +1,165 @@
+"""Serve what was trained in every way at hand, and say what each costs beside the local test: README's table.
+
+Takes a finished training, copies its adapter and the first test rows of each task, tests the adapter on the 16-bit
+base, merges into each type and tests that, all here in float32. Then it starts the servers one after the other, by the
+commands below: a program that is not on the PATH is left out, and said. Each is asked by `test_llama.py --server`; its
+answers are compared with the local test of the same weights by evaluations.py. An interrupted run goes on where it
+was; what was measured stands in benchmarks/results/served.json after each.
+
+    python benchmarks/served.py --outputs outputs
+    python benchmarks/served.py --outputs outputs --only "vLLM, merged" --folder /tmp/served --port 8100
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from peers import FOLDER, ROOT, machine, save, timed
+from real_model import AS_HERE, Chain
+
+LLAMA = "llama-server -m {type}.gguf -c 8192 -np 2 --port {port}"
+GGUF = "test -f {type}.gguf || convert_hf_to_gguf.py merged --outtype {type} --outfile {type}.gguf && "
+# {what a server is given: (the local test of the same weights, the model's name there, its command)}, run in FOLDER
+SERVERS = {
+    "vLLM, adapter": ("adapter", "tuned", "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules "
+                      "tuned=adapter --dtype float32 --max-model-len 4096 --port {port}"),
+    "vLLM, merged": ("float16", "", "vllm serve merged --dtype float32 --max-model-len 4096 --port {port}"),
+    "vLLM, merged, in bfloat16": ("float16", "", "vllm serve merged --dtype bfloat16 --max-model-len 4096 "
+                                  "--port {port}"),
+    "llama.cpp, f16, cache in f32": ("float16", "", GGUF + LLAMA + " -ctk f32 -ctv f32 -fa off"),
+    "llama.cpp, f16": ("float16", "", GGUF + LLAMA),
+    "llama.cpp, q8_0": ("float16", "", GGUF + LLAMA),
+    "transformers serve": ("float16", "", "transformers serve merged --dtype float32 --port {port}"),
+}  # fmt: skip
+LOCAL = {"adapter, 4-bit base": "adapter", "float32": "adapter", "bfloat16": "adapter", "float16": "adapter"}
+SCORES = {"samsum": ("rouge1",), "trivia_qa": ("exact_match", "f1")}
+
+
+def program(command):
+    """The first program of a command that is not on the PATH, or None."""
+    names = re.findall(r"(?:^|&& |\|\| )([\w.-]+)", command)
+    return next((name for name in names if not shutil.which(name)), None)
+
+
+def prepare(args):
+    """The folder with a copy of the adapter, and of the data set with `examples` test rows a task."""
+    from datasets import concatenate_datasets, load_from_disk
+
+    if (args.folder / "dataset").exists():
+        return
+    args.folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(args.outputs / "adapter", args.folder / "adapter", dirs_exist_ok=True)
+    shutil.copy(args.outputs / "dataset_report.json", args.folder)
+    rows = load_from_disk(str(args.outputs / "dataset"))
+    parts = [rows["test"].filter(lambda task, wanted=task: task == wanted, input_columns="task") for task in SCORES]
+    rows["test"] = concatenate_datasets([part.select(range(min(args.examples, len(part)))) for part in parts])
+    rows.save_to_disk(args.folder / ".dataset")
+    (args.folder / ".dataset").rename(args.folder / "dataset")
+
+
+def local_tests(chain):
+    """Test the adapter, on the 16-bit base and as it was trained, and merge into each type and test that."""
+    options = ("--no-compare-with-base", "--general-text", "", "--name")
+    chain.run("adapter", "test_llama", "--no-load-in-4bit", *options, "adapter")
+    in_4bit = slug("adapter, 4-bit base")
+    chain.run(in_4bit, "test_llama", "--load-in-4bit", *options, in_4bit)
+    for dtype in ("float32", "bfloat16", "float16"):  # the last one is served
+        if dtype not in chain.costs:
+            chain.costs.pop(f"merge {dtype}", None)  # merged/ may be another by now
+            chain.run(f"merge {dtype}", "merge_llama", "--merge-dtype", dtype)
+            chain.run(dtype, "test_llama", "--model", chain.output / "merged", *options, dtype)
+
+
+def slug(name):
+    return re.sub(r"\W+", "_", name)
+
+
+@contextlib.contextmanager
+def serving(command, port, folder, log):
+    """The seconds that a server took to be ready; it and all that it started is stopped at the end."""
+    started = time.time()
+    with open(log, "w") as file:
+        words = {"shell": True, "cwd": folder, "stdout": file, "stderr": file, "start_new_session": True}
+        process = subprocess.Popen(command, env=os.environ | AS_HERE, **words)
+    try:
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).close()
+                break
+            if process.poll() is not None:
+                sys.exit(f"{command} ended, see {log}:\n{log.read_text()[-3000:]}")
+            time.sleep(1)
+        yield time.time() - started
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def compared(chain, name, against):
+    """What is known of a system beside `against`: speed, and per task equal predictions, scores, perplexity."""
+    files = {task: [chain.file(task, slug(system)) for system in (against, name)] for task in SCORES}
+    named = [f"{system}={path}" for pair in files.values() for system, path in zip("ab", pair, strict=True)]
+    output = chain.output / "compared"
+    timed([sys.executable, "evaluations.py", "--predictions", *named, "--output-dir", output], f"{output}.txt")
+    evaluation, found = json.loads((output / "evaluation.json").read_text()), {"against": against, "tasks": {}}
+    contents = {task: [json.loads(path.read_text()) for path in pair] for task, pair in files.items()}
+    for task, (tested, served) in contents.items():
+        known = {example["id"]: example["prediction"] for example in tested["examples"]}
+        equal = sum(known[example["id"]] == example["prediction"] for example in served["examples"])
+        part = found["tasks"][task] = {"rows": len(served["examples"]), "equal": equal, "scores": {}}
+        part["perplexity"] = served["perplexity"]["tuned"].get("perplexity")
+        for metric in SCORES[task]:
+            difference = evaluation[task]["comparisons"]["b"][metric]
+            shown = {key: difference[key] for key in ("difference", "interval")}
+            part["scores"][metric] = {"score": evaluation[task]["b"][metric], **shown}
+    seconds = re.findall(r" in ([\d.]+) s|took ([\d.]+) s", (chain.output / f"{slug(name)}.txt").read_text())
+    found["seconds"] = sum(float(first or second) for first, second in seconds)
+    examples = [example for _, served in contents.values() for example in served["examples"]]
+    found["rows"], found["new_tokens"] = len(examples), sum(example["new_tokens"] or 0 for example in examples)
+    return found
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--outputs", type=Path, default=ROOT / "outputs", help="of a finished train_llama.py")
+    parser.add_argument("--examples", type=int, default=30, help="test rows a task")
+    parser.add_argument("--only", nargs="+", choices=SERVERS, default=list(SERVERS))
+    parser.add_argument("--port", type=int, default=8100)
+    parser.add_argument("--folder", type=Path, default=FOLDER / "served")
+    args = parser.parse_args(argv)
+    args.outputs, args.folder = args.outputs.resolve(), args.folder.resolve()
+    prepare(args)
+    chain = Chain(args.folder)
+    local_tests(chain)
+    adapter = json.loads((args.folder / "adapter" / "adapter_config.json").read_text())
+    base, url = adapter["base_model_name_or_path"], f"http://127.0.0.1:{args.port}/v1"
+    result = {"machine": machine(), "model": Path(base).name, "examples": args.examples, "systems": {}}
+    for name, against in ({"adapter": "adapter"} | LOCAL).items():
+        result["systems"][name] = compared(chain, name, against)
+    for name in args.only:
+        against, served_name, command = SERVERS[name]
+        kind = name.split(", ")[-1] if name.endswith("q8_0") else "f16"
+        command = command.format(base=base, rank=adapter["r"], port=args.port, type=kind)
+        if missing := program(command):
+            print(f"{name} is left out: {missing} is not on the PATH", flush=True)
+            continue
+        if slug(name) not in chain.costs:
+            with serving(command, args.port, args.folder, args.folder / f"{slug(name)}.log") as seconds:
+                options = ("--server", url, "--server-model", served_name, "--name", slug(name))
+                chain.run(slug(name), "test_llama", *options)
+            print(f"{name}: ready after {seconds:.0f} s", flush=True)
+        result["systems"][name] = compared(chain, name, against) | {"command": command}
+        save("served", result)
+
+
+if __name__ == "__main__":
+    main()
