@@ -372,19 +372,34 @@ def test_no_more_examples_than_asked_for(fake, ask, rows, tmp_path):
     assert len(content["examples"]) == 2 and len(content["left_out"]) == 4
 
 
-def test_the_end_says_how_many_are_equal_and_where_the_first_differs(fake, ask, rows, tmp_path):
+def test_the_end_says_whether_it_is_as_tested_and_how_far_the_scores_are(fake, ask, tmp_path):
+    def tested_as(changed, name=""):
+        """Make the local test of it, with other predictions in the rows `changed` of samsum."""
+        for task in TASKS:
+            content = read(tmp_path, task)
+            del content["settings"]["server"]
+            for place in changed if task == "samsum" else ():
+                content["examples"][place]["prediction"] = "answer is 1"
+            (tmp_path / f"{task}_predictions{name}.json").write_text(json.dumps(content))
+
     assert ask(fake.url)[0] == 0
-    for task in TASKS:
-        content = read(tmp_path, task)
-        if task == "samsum":
-            content["examples"][3]["prediction"] = "answer is 1"
-        (tmp_path / f"{task}_predictions.json").write_text(json.dumps(content))
+    tested_as([3])
     code, output = ask(fake.url)
-    assert code == 0 and "samsum: 5 of 6 predictions equal" in output and "trivia_qa: 6 of 6" in output
+    # an answer has 4 words: 5 times 4 and 1 of the other one are the same, and then they part
+    assert "samsum: differs by rounding (they part once in 22 words); 5 of 6 predictions equal" in output
+    assert code == 0 and "trivia_qa: as tested; 6 of 6 predictions equal" in output
     assert f"the first other one: {content_id(tmp_path, 3)}, from character 7" in output
+    tested_as([0, 3])
+    output = ask(fake.url)[1]
+    assert "samsum: differs (they part once in 10 words); 4 of 6 predictions equal" in output
     command = next(line for line in output.split("\n") if "python evaluations.py" in line)
-    arguments = command.split("evaluations.py ")[1].split(" ")
-    evaluations.main([*arguments, "--resamples", "50"])
+    evaluations.main(command.split("evaluations.py ")[1].split(" "))
+    found = json.loads((tmp_path / "served" / "evaluation.json").read_text())["samsum"]["comparisons"]["served"]
+    low, high = found["rouge1"]["interval"]
+    assert f"ROUGE-1 {found['rouge1']['difference']:+.1f} [{low:+.1f}, {high:+.1f}]" in output
+    tested_as([3], "_merged")  # the nearest test is the one to compare with
+    output = ask(fake.url)[1]
+    assert f"5 of 6 predictions equal those of {tmp_path}/samsum_predictions_merged.json" in output
 
 
 def content_id(folder, place):
