@@ -1,10 +1,10 @@
 """Serve what was trained in every way at hand, and say what each costs beside the local test: README's table.
 
 Takes a finished training, copies its adapter and the first test rows of each task, tests the adapter on the 16-bit
-base, merges into each type and tests that, all here in float32. Then it starts the servers one after the other, by the
-commands below: a program that is not on the PATH is left out, and said. Each is asked by `test_llama.py --server`; its
-answers are compared with the local test of the same weights by evaluations.py. An interrupted run goes on where it
-was; what was measured stands in benchmarks/results/served.json after each.
+base, and merged into each type. Then it starts the servers one after the other, by the commands below: one whose
+program is not on the PATH is left out, and said. Each is asked by `test_llama.py --server`; its answers are compared
+with the local test of the same weights by evaluations.py. An interrupted run goes on where it was; what was measured
+stands in benchmarks/results/served.json after each.
 
     python benchmarks/served.py --outputs outputs
     python benchmarks/served.py --outputs outputs --only "vLLM, merged" --folder /tmp/served --port 8100
@@ -23,24 +23,25 @@ import time
 import urllib.request
 from pathlib import Path
 
-from peers import FOLDER, ROOT, machine, save, timed
+from peers import FOLDER, RESULTS, ROOT, machine, save, timed
 from real_model import AS_HERE, Chain
 
 LLAMA = "llama-server -m {type}.gguf -c 8192 -np 2 --port {port}"
-GGUF = "test -f {type}.gguf || convert_hf_to_gguf.py merged --outtype {type} --outfile {type}.gguf && "
+GGUF = "test -f {type}.gguf || convert_hf_to_gguf.py merged_float16 --outtype {type} --outfile {type}.gguf && "
 # {what a server is given: (the local test of the same weights, the model's name there, its command)}, run in FOLDER
 SERVERS = {
     "vLLM, adapter": ("adapter", "tuned", "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules "
                       "tuned=adapter --dtype float32 --max-model-len 4096 --port {port}"),
-    "vLLM, merged": ("float16", "", "vllm serve merged --dtype float32 --max-model-len 4096 --port {port}"),
-    "vLLM, merged, in bfloat16": ("float16", "", "vllm serve merged --dtype bfloat16 --max-model-len 4096 "
+    "vLLM, merged": ("float16", "", "vllm serve merged_float16 --dtype float32 --max-model-len 4096 --port {port}"),
+    "vLLM, merged, in bfloat16": ("float16", "", "vllm serve merged_float16 --dtype bfloat16 --max-model-len 4096 "
                                   "--port {port}"),
     "llama.cpp, f16, cache in f32": ("float16", "", GGUF + LLAMA + " -ctk f32 -ctv f32 -fa off"),
     "llama.cpp, f16": ("float16", "", GGUF + LLAMA),
     "llama.cpp, q8_0": ("float16", "", GGUF + LLAMA),
-    "transformers serve": ("float16", "", "transformers serve merged --dtype float32 --port {port}"),
+    "transformers serve": ("float16", "", "transformers serve merged_float16 --dtype float32 --port {port}"),
 }  # fmt: skip
-LOCAL = {"adapter, 4-bit base": "adapter", "float32": "adapter", "bfloat16": "adapter", "float16": "adapter"}
+DTYPES = ("float16", "bfloat16", "float32")
+LOCAL = ("adapter", *DTYPES, "adapter, 4-bit base")  # the first two are what the servers are compared with
 SCORES = {"samsum": ("rouge1",), "trivia_qa": ("exact_match", "f1")}
 
 
@@ -66,17 +67,19 @@ def prepare(args):
     (args.folder / ".dataset").rename(args.folder / "dataset")
 
 
-def local_tests(chain):
-    """Test the adapter, on the 16-bit base and as it was trained, and merge into each type and test that."""
-    options = ("--no-compare-with-base", "--general-text", "", "--name")
-    chain.run("adapter", "test_llama", "--no-load-in-4bit", *options, "adapter")
-    in_4bit = slug("adapter, 4-bit base")
-    chain.run(in_4bit, "test_llama", "--load-in-4bit", *options, in_4bit)
-    for dtype in ("float32", "bfloat16", "float16"):  # the last one is served
-        if dtype not in chain.costs:
-            chain.costs.pop(f"merge {dtype}", None)  # merged/ may be another by now
-            chain.run(f"merge {dtype}", "merge_llama", "--merge-dtype", dtype)
-            chain.run(dtype, "test_llama", "--model", chain.output / "merged", *options, dtype)
+def local_test(chain, name):
+    """Test the adapter on the base, or merge it into a type and test that."""
+    options = ("--no-compare-with-base", "--general-text", "", "--name", slug(name))
+    if name in DTYPES:
+        merged = chain.output / f"merged_{name}"
+        if not merged.exists():
+            chain.costs.pop(f"merge_{name}", None)
+            chain.run(f"merge_{name}", "merge_llama", "--merge-dtype", name)
+            (chain.output / "merged").rename(merged)
+        options = ("--model", merged, *options)
+    else:
+        options = ("--load-in-4bit" if "4-bit" in name else "--no-load-in-4bit", *options)
+    chain.run(slug(name), "test_llama", *options)
 
 
 def slug(name):
@@ -132,22 +135,26 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--outputs", type=Path, default=ROOT / "outputs", help="of a finished train_llama.py")
     parser.add_argument("--examples", type=int, default=30, help="test rows a task")
-    parser.add_argument("--only", nargs="+", choices=SERVERS, default=list(SERVERS))
+    parser.add_argument("--only", nargs="+", choices=[*LOCAL, *SERVERS], default=[*LOCAL, *SERVERS])
     parser.add_argument("--port", type=int, default=8100)
     parser.add_argument("--folder", type=Path, default=FOLDER / "served")
     args = parser.parse_args(argv)
     args.outputs, args.folder = args.outputs.resolve(), args.folder.resolve()
     prepare(args)
     chain = Chain(args.folder)
-    local_tests(chain)
     adapter = json.loads((args.folder / "adapter" / "adapter_config.json").read_text())
     base, url = adapter["base_model_name_or_path"], f"http://127.0.0.1:{args.port}/v1"
-    result = {"machine": machine(), "model": Path(base).name, "examples": args.examples, "systems": {}}
-    for name, against in ({"adapter": "adapter"} | LOCAL).items():
-        result["systems"][name] = compared(chain, name, against)
-    for name in args.only:
+    kept = RESULTS / "served.json"
+    result = json.loads(kept.read_text()) if kept.exists() else {"systems": {}}
+    result |= {"machine": machine(), "model": Path(base).name, "examples": args.examples}
+    for name in (*LOCAL[:2], *args.only):
+        if name in LOCAL:
+            local_test(chain, name)
+            result["systems"][name] = compared(chain, name, "adapter")
+            save("served", result)
+            continue
         against, served_name, command = SERVERS[name]
-        kind = name.split(", ")[-1] if name.endswith("q8_0") else "f16"
+        kind = "q8_0" if "q8_0" in name else "f16"
         command = command.format(base=base, rank=adapter["r"], port=args.port, type=kind)
         if missing := program(command):
             print(f"{name} is left out: {missing} is not on the PATH", flush=True)
