@@ -5,6 +5,7 @@ import os
 import re
 import textwrap
 import time
+from contextlib import suppress
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -42,9 +43,7 @@ BROKEN_OFF = ("content_filter", "abort", "error")  # reasons to finish that leav
 WAYS = {"text": "text", "chat": "chat", "ids": "token ids"}  # a prompt goes
 # Other tokenizers cut digits, capitals, accents and brackets otherwise
 PROBE = "In 1987, naïve Zürich-Cafés sold 12345678 x_iPhones {a: [0.25]}; 東京 don't!?\nAnswer:"
-ROUNDING = (
-    20  # words: rounding parts two answers once in 30 and more, another model, prompt or template once in 4 or less
-)
+ROUNDING = 20  # words: rounding parts two answers after 30 and more, another model or prompt after 4 or less
 RESAMPLES = 10_000  # of the intervals
 LOGPROBS = ({"prompt_logprobs": 0}, {"echo": True, "logprobs": 0})  # vLLM's, and OpenAI's of old
 
@@ -230,16 +229,22 @@ def ask_server(args, base, tokenizer, rows):
         errors += ask_rows(served, served.ask, "prediction", task, asked[task], paths[task], run)
     if everything:
         say(f"the answers took {time.time() - started:.1f} s")
+    missing = 0
     if everything and served.gives_losses(everything[0]):  # now that the answers are there: some servers break on it
-        for task in asked:
-            errors += ask_rows(served, served.loss, "nll", task, asked[task], paths[task], run)
+        with suppress(SystemExit):  # it said that no more come, and the answers count all the same
+            for task in asked:
+                ask_rows(served, served.loss, "nll", task, asked[task], paths[task], run)
+        missing = sum("nll" not in row for task in asked for row in examples_done(paths[task], run).values())
+        if missing:
+            told = f"perplexity: not given for {missing} rows, which the same command asks for again"
+            say(f"{told} (with --server-concurrency 1 where the server breaks on several at once)")
     elif everything:
         say("perplexity: not given by this server")
     for task in asked:
         if examples_done(paths[task], run):
             write_predictions(task, parts[task], None, paths[task], run, {})
             say(f"wrote {paths[task]}")
-        if not errors:
+        if not errors and not missing:
             remove_work(paths[task])
     if everything:
         say(", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in served.counts().items()))

@@ -338,6 +338,28 @@ def test_a_server_that_breaks_on_log_probabilities_still_gives_its_predictions(f
     assert len(fake.seen) == 3 + ROWS + 2  # no try was repeated
 
 
+def test_one_that_breaks_on_several_log_probabilities_still_gives_its_predictions_and_then_the_rest(
+    fake, ask, tmp_path
+):
+    fake.logprobs = "vllm"
+    assert ask(fake.url)[0] == 0
+    whole, fake.seen = files(tmp_path), []
+    asked = []
+
+    def trouble(body, times):
+        asked.extend([1] if "prompt_logprobs" in body else [])
+        return "close" if len(asked) > 2 else None
+
+    fake.trouble = trouble
+    code, output = ask(fake.url, "--overwrite", "--server-concurrency", 1)
+    assert code == 0 and "perplexity: not given for 11 rows" in output and "samsum_predictions_tuned-1.json" in output
+    assert [len(read(tmp_path, task)["examples"]) for task in TASKS] == [6, 6]
+    assert "perplexity" not in read(tmp_path, "trivia_qa")["perplexity"]["tuned"]
+    fake.seen, fake.trouble = [], lambda body, times: None
+    assert ask(fake.url)[0] == 0 and files(tmp_path) == whole
+    assert not answers_asked(fake) and not list(tmp_path.glob(".*part*"))
+
+
 def test_a_slow_server_is_waited_for_and_nothing_is_sent_twice(fake, ask, tmp_path):
     one = threading.Lock()
 
