@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -95,9 +96,14 @@ def serving(command, port, folder, log):
         process = subprocess.Popen(command, env=os.environ | AS_HERE, **words)
     try:
         while True:
-            with contextlib.suppress(OSError):
+            try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).close()
                 break
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # loading; transformers serve may have no list of models
+                    break
+            except OSError:
+                pass
             if process.poll() is not None:
                 sys.exit(f"{command} ended, see {log}:\n{log.read_text()[-3000:]}")
             time.sleep(1)
