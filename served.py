@@ -43,7 +43,8 @@ BROKEN_OFF = ("content_filter", "abort", "error")  # reasons to finish that leav
 WAYS = {"text": "text", "chat": "chat", "ids": "token ids"}  # a prompt goes
 # Other tokenizers cut digits, capitals, accents and brackets otherwise
 PROBE = "In 1987, naïve Zürich-Cafés sold 12345678 x_iPhones {a: [0.25]}; 東京 don't!?\nAnswer:"
-ROUNDING = 20  # words: rounding parts two answers after 30 and more, another model or prompt after 4 or less
+# Words before two answers part: with SmolLM2-135M in float16 over 300, in q8_0 18 to 23; through NF4 3, untuned 0
+ROUNDING = 10
 RESAMPLES = 10_000  # of the intervals
 LOGPROBS = ({"prompt_logprobs": 0}, {"echo": True, "logprobs": 0})  # vLLM's, and OpenAI's of old
 

@@ -39,7 +39,8 @@ SERVERS = {
     "llama.cpp, f16, cache in f32": ("float16", "", GGUF + LLAMA + " -ctk f32 -ctv f32 -fa off"),
     "llama.cpp, f16": ("float16", "", GGUF + LLAMA),
     "llama.cpp, q8_0": ("float16", "", GGUF + LLAMA),
-    "transformers serve": ("float16", "merged", "transformers serve merged_float16 --dtype float32 --port {port}"),
+    "transformers serve": ("float16", "merged_float16", "transformers serve merged_float16 --dtype float32 "
+                           "--port {port}"),
 }  # fmt: skip
 DTYPES = ("float16", "bfloat16", "float32")
 LOCAL = ("adapter", *DTYPES, "adapter, 4-bit base")  # the first two are what the servers are compared with

@@ -31,7 +31,7 @@ class Fake(ThreadingHTTPServer):
         self.tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tiny_llama3")
         self.takes_ids, self.chat_only, self.refuses, self.logprobs, self.more = True, False, (), None, 0
         self.trouble = lambda prompt, times: None  # or (status, message), or "close"
-        self.finish = "stop"
+        self.finish, self.fastapi = "stop", False
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -48,7 +48,8 @@ class Fake(ThreadingHTTPServer):
         if isinstance(prompt, list) and not self.takes_ids:
             return 400, {"error": {"message": "prompt must be a string."}}
         if named := [name for name in self.refuses if name in body]:
-            return 400, {"error": {"message": f"Unsupported parameter: '{named[0]}'"}}
+            told = f"Unsupported parameter: '{named[0]}'"
+            return 400, {"detail": told} if self.fastapi else {"error": {"message": told}}
         ids = prompt if isinstance(prompt, list) else self.tokenizer(prompt).input_ids + [0] * self.more
         text = f" {says(ids)} \nand on"
         if "stop" in body:
@@ -232,6 +233,15 @@ def test_a_parameter_that_is_refused_is_left_out_once_and_for_all(refused, fake,
     if refused == "max_tokens":
         assert {limit(entry["body"]) for entry in fake.seen if "max_completion_tokens" in entry["body"]} == {1, 96, 24}
     assert all("\n" not in example["prediction"] for example in read(tmp_path, "trivia_qa")["examples"])
+
+
+def test_what_a_server_says_in_another_form_than_openais_is_read_and_told(fake, ask):
+    fake.fastapi, fake.refuses = True, ("temperature",)
+    code, output = ask(fake.url, "--server-concurrency", 1)
+    assert code == 0 and "left out, for the server refuses it: temperature\n" in output
+    fake.refuses = ("model",)
+    code, output = ask(fake.url, "--name", "other")
+    assert code == 2 and "Unsupported parameter: 'model'" in output
 
 
 @pytest.mark.parametrize("died", ["close", (401, f"no {KEY}"), (500, "out of memory")])
