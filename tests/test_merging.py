@@ -887,7 +887,7 @@ def test_of_another_data_set_the_card_says_nothing(out):
     built_by(out, samsum=LOCAL)
     for rows in ("a" * 31 + "b", "a" * 16, None):
         card = card_of(out, "someone/model", {"run": {"train rows": rows}} if rows else {})
-        assert "CC BY" not in card and "Summarize" not in card and "python" not in card and "77" not in card
+        assert "CC BY" not in card and "Summarize" not in card and "```python" not in card and "77" not in card
         assert "not recorded here" in card
 
 
