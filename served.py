@@ -4,9 +4,14 @@ import math
 import os
 import re
 import textwrap
+import time
+from contextlib import suppress
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import openai
 
 import common
@@ -39,6 +44,9 @@ BROKEN_OFF = ("content_filter", "abort", "error")  # reasons to finish that leav
 WAYS = {"text": "text", "chat": "chat", "ids": "token ids"}  # a prompt goes
 # Other tokenizers cut digits, capitals, accents and brackets otherwise
 PROBE = "In 1987, naïve Zürich-Cafés sold 12345678 x_iPhones {a: [0.25]}; 東京 don't!?\nAnswer:"
+# Words before two answers part: with SmolLM2-135M in float16 over 300, in q8_0 18 to 23; through NF4 3, untuned 0
+ROUNDING = 10
+RESAMPLES = 10_000  # of the intervals
 LOGPROBS = ({"prompt_logprobs": 0}, {"echo": True, "logprobs": 0})  # vLLM's, and OpenAI's of old
 
 
@@ -219,18 +227,27 @@ def ask_server(args, base, tokenizer, rows):
     errors, everything = [], sum(asked.values(), [])
     if everything:
         served.begin(min(everything, key=lambda row: len(row["prompt_ids"])))
+    started = time.time()
     for task in asked:
         errors += ask_rows(served, served.ask, "prediction", task, asked[task], paths[task], run)
+    if everything:
+        say(f"the answers took {time.time() - started:.1f} s")
+    missing = 0
     if everything and served.gives_losses(everything[0]):  # now that the answers are there: some servers break on it
-        for task in asked:
-            errors += ask_rows(served, served.loss, "nll", task, asked[task], paths[task], run)
+        with suppress(SystemExit):  # it said that no more come, and the answers count all the same
+            for task in asked:
+                ask_rows(served, served.loss, "nll", task, asked[task], paths[task], run)
+        missing = sum("nll" not in row for task in asked for row in examples_done(paths[task], run).values())
+        if missing:
+            told = f"perplexity: not given for {missing} rows, which the same command asks for again"
+            say(f"{told} (with --server-concurrency 1 where the server breaks on several at once)")
     elif everything:
         say("perplexity: not given by this server")
     for task in asked:
         if examples_done(paths[task], run):
             write_predictions(task, parts[task], None, paths[task], run, {})
             say(f"wrote {paths[task]}")
-        if not errors:
+        if not errors and not missing:
             remove_work(paths[task])
     if everything:
         say(", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in served.counts().items()))
@@ -242,31 +259,76 @@ def ask_server(args, base, tokenizer, rows):
     return [path for path in paths.values() if path.exists()], errors
 
 
+def nearest_test(args, served):
+    """The path of the local test of the same prompts that is nearest, and (its, the server's) prediction of each row.
+
+    The adapter in 4 bits, as tested by default, is another model than the adapter merged into the 16-bit base.
+    """
+    task, found = served["task"], []
+    same = ("rows", "chat_template", "swap_answers", f"{task}_max_new_tokens")
+    for path in sorted(Path(args.output_dir).glob(f"{task}_predictions*.json")):
+        local = common.read_json(path)
+        settings = local.get("settings") or {}
+        if "server" not in settings and all(settings.get(key) == served["settings"][key] for key in same):
+            known = {example["id"]: example["prediction"] for example in local["examples"]}
+            pairs = [(known[example["id"]], example["prediction"]) for example in served["examples"]]
+            found.append((sum(mine == its for mine, its in pairs), path, pairs))
+    return max(found, key=lambda test: test[0])[1:] if found else (None, [])
+
+
+def words_before_parting(pairs):
+    """How many words equal answers go on for, on average, before they part; inf: they never do."""
+    words, parted = 0, 0
+    for mine, its in pairs:
+        both = zip(mine.split(), its.split(), strict=False)
+        words += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
+        parted += mine != its
+    return words / parted if parted else math.inf
+
+
+def score_differences(task, served, pairs):
+    """{score: [its difference, the ends of its 95 % interval]} of the server's answers to the tested ones, by row."""
+    import metrics
+    import significance
+
+    references = [example["references"] for example in served["examples"]]
+    mine, its = zip(*pairs, strict=True)
+    scores = {"ROUGE-1": lambda texts: metrics.rouge(texts, references)["rouge1"]}
+    if task == "trivia_qa":
+        kinds = {"exact match": metrics.exact_match_score, "F1": metrics.f1_score}
+        scores = {name: partial(metrics.best, kind, references=references) for name, kind in kinds.items()}
+    gaps = np.array([np.subtract(score(its), score(mine)) for score in scores.values()]).T
+    means = significance.resampled_sums(gaps, RESAMPLES, seed=0) / len(gaps)
+    ends = (significance.interval(column) for column in means.T)
+    return {name: [gap, *end] for name, gap, end in zip(scores, gaps.mean(0), ends, strict=True)}
+
+
 def compare(args, paths):
-    """Say how many of a server's predictions are those of the model loaded here, and what compares the scores."""
-    here, files = paths_of(args.output_dir, swapped=args.swap_answers), []
+    """Say of each task whether a server's predictions are those of the local test, and how far its scores are off."""
+    files = []
     for path in paths:
         served = common.read_json(path)
-        task = served["task"]
-        local = common.read_json(here[task])
-        same = ("rows", "chat_template", f"{task}_max_new_tokens")
-        if path == here[task] or [local.get("settings", {}).get(key) for key in same] != [
-            served["settings"][key] for key in same
-        ]:
+        here, pairs = nearest_test(args, served)
+        if not here:
             continue
-        known = {example["id"]: example["prediction"] for example in local["examples"]}
-        pairs = [(example["id"], known[example["id"]], example["prediction"]) for example in served["examples"]]
-        others = [pair for pair in pairs if pair[1] != pair[2]]
-        say(f"\n{task}: {len(pairs) - len(others)} of {len(pairs)} predictions equal those of {here[task]}")
-        if others:
-            row_id, mine, its = others[0]
-            start = len(os.path.commonprefix([mine, its]))
-            say(f"  the first other one: {row_id}, from character {start}")
-            for name, text in (("here", mine), ("server", its)):
-                say(f"  {name:<10} {textwrap.shorten(text[start:], 67, placeholder='...')}")
-        files += [f"tested={here[task]}", f"served={path}"]
+        equal, words = sum(mine == its for mine, its in pairs), words_before_parting(pairs)
+        verdict = "differs by rounding" if words >= ROUNDING else "differs"
+        verdict = f"{verdict} (they part once in {words + 1:.0f} words)" if equal < len(pairs) else "as tested"
+        told = f"{equal} of {len(pairs)} predictions equal those of {here}"
+        say(f"\n{served['task']}: {verdict}; {told}")
+        files += [f"tested={here}", f"served={path}"]
+        if equal == len(pairs):
+            continue
+        differences = score_differences(served["task"], served, pairs)
+        said = [f"{name} {gap:+.1f} [{low:+.1f}, {high:+.1f}]" for name, (gap, low, high) in differences.items()]
+        say(f"  its scores beside the tested ones, with 95 % intervals: {', '.join(said)}")
+        place = next(i for i, (mine, its) in enumerate(pairs) if mine != its)
+        start = len(os.path.commonprefix(pairs[place]))
+        say(f"  the first other one: {served['examples'][place]['id']}, from character {start}")
+        for name, text in zip(("here", "server"), pairs[place], strict=True):
+            say(f"  {name:<10} {textwrap.shorten(text[start:], 67, placeholder='...')}")
     if files and not args.swap_answers:  # evaluations.py tells those beside the plain ones
-        told = "whether the scores differ, with intervals"
+        told = "all scores, with tests"
         say(f"{told}: python evaluations.py --predictions {' '.join(files)} --output-dir {args.output_dir}/served")
 
 

@@ -47,7 +47,7 @@ class Server:
                 answer = self.post(path, {"model": self.model} | asked | taken)
                 break
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                named = {name for name in taken if re.search(rf"\b{name}\b", str(error))}
+                named = {name for name in taken if re.search(rf"\b{name}\b", told_by(error))}
                 named = named or set([name for name in LESS_KNOWN if name in taken][:1])
                 if not named:
                     raise
@@ -125,10 +125,16 @@ class Server:
 
     def why(self, error):
         """What went wrong, for a person: one line without the key (a 401's text has parts of it)."""
-        name, text = type(error).__name__, str(error).split("\n")[0][:300]
+        name, text = type(error).__name__, told_by(error).split("\n")[0][:300]
         if isinstance(error, openai.AuthenticationError):
             return name
         return self.hide(f"{name}: {text}" if isinstance(error, openai.APIError) else text)
+
+
+def told_by(error):
+    """What the server said of an error; the client's text has only what is of OpenAI's form, not FastAPI's detail."""
+    unsaid = isinstance(error, openai.APIStatusError) and str(error) == f"Error code: {error.status_code}"
+    return f"{error} - {error.response.text}" if unsaid else str(error)
 
 
 def may_be_at_work(error):

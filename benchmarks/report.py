@@ -46,7 +46,7 @@ def behind(ours, peers):
 def main():
     results = {
         name: load(name)
-        for name in ("training", "startup", "scaling", "joint", "scoring", "merging", "gpu", "real_model")
+        for name in ("training", "startup", "scaling", "joint", "scoring", "merging", "gpu", "real_model", "served")
     }
     trainers = [middle(name, runs) for name, runs in results["training"]["trainers"].items()]
     ours, larger = trainers[:2]
@@ -62,6 +62,9 @@ def main():
     environment.filters["median"] = statistics.median
     environment.globals["names"] = {"qlora": "QLoRA", "lora": "LoRA, 16 bit", "plain": "QLoRA, plain prompts"}
     environment.globals["score"] = lambda part: "{:.2f} [{:.2f}, {:.2f}]".format(part["score"], *part["interval"])
+    environment.filters["beside"] = lambda part: "{:.1f} ({:+.1f} [{:+.1f}, {:+.1f}])".format(
+        part["score"], part["difference"], *part["interval"]
+    )
     template = environment.from_string((HERE / "RESULTS.md.jinja").read_text(encoding="utf-8"))
     text = template.render(**results, **more)
     (HERE / "RESULTS.md").write_text(text, encoding="utf-8")

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import llama
 import merge_llama
 import merged_folder
+import test_llama as tester
 import verify
 from common import TASKS, only_run_in, sha256
 
@@ -843,11 +844,25 @@ def test_the_card_of_a_hub_model_and_hub_data_names_both_and_their_licences(out)
     assert card.startswith("---\nlanguage: en\n")
 
 
+def test_each_recipe_of_the_card_is_followed_by_the_command_that_checks_it(out):
+    built_by(out, samsum=LOCAL)
+    card = card_of(out, "someone/model", {"settings": {"lora_r": 12}}, chat_template=True)
+    recipes = card.split("## Serve, and check")[1].split("## Scores")[0]
+    servers = [line for line in recipes.split("\n") if re.match("vllm|python convert|ollama|transformers", line)]
+    checks = re.findall(r"^python test_llama.py --server (\S+)", recipes, re.MULTILINE)
+    assert len(servers) == len(checks) == 5
+    assert "--max-lora-rank 16 " in recipes and "--chat-template outputs/adapter/chat_template.jinja\n" in recipes
+    assert "--chat-template" not in card_of(out, "someone/model")
+    options = [command.split()[2:] for command in re.findall(r"^python test_llama.py .*", recipes, re.MULTILINE)]
+    for words in options:
+        tester.parse_args(words[: words.index("#")] if "#" in words else words)
+
+
 def test_of_another_data_set_the_card_says_nothing(out):
     built_by(out, samsum=LOCAL)
     for rows in ("a" * 31 + "b", "a" * 16, None):
         card = card_of(out, "someone/model", {"run": {"train rows": rows}} if rows else {})
-        assert "CC BY" not in card and "Summarize" not in card and "python" not in card and "77" not in card
+        assert "CC BY" not in card and "Summarize" not in card and "```python" not in card and "77" not in card
         assert "not recorded here" in card
 
 

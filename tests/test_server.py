@@ -31,7 +31,7 @@ class Fake(ThreadingHTTPServer):
         self.tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tiny_llama3")
         self.takes_ids, self.chat_only, self.refuses, self.logprobs, self.more = True, False, (), None, 0
         self.trouble = lambda prompt, times: None  # or (status, message), or "close"
-        self.finish = "stop"
+        self.finish, self.fastapi = "stop", False
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -48,7 +48,8 @@ class Fake(ThreadingHTTPServer):
         if isinstance(prompt, list) and not self.takes_ids:
             return 400, {"error": {"message": "prompt must be a string."}}
         if named := [name for name in self.refuses if name in body]:
-            return 400, {"error": {"message": f"Unsupported parameter: '{named[0]}'"}}
+            told = f"Unsupported parameter: '{named[0]}'"
+            return 400, {"detail": told} if self.fastapi else {"error": {"message": told}}
         ids = prompt if isinstance(prompt, list) else self.tokenizer(prompt).input_ids + [0] * self.more
         text = f" {says(ids)} \nand on"
         if "stop" in body:
@@ -234,6 +235,15 @@ def test_a_parameter_that_is_refused_is_left_out_once_and_for_all(refused, fake,
     assert all("\n" not in example["prediction"] for example in read(tmp_path, "trivia_qa")["examples"])
 
 
+def test_what_a_server_says_in_another_form_than_openais_is_read_and_told(fake, ask):
+    fake.fastapi, fake.refuses = True, ("temperature",)
+    code, output = ask(fake.url, "--server-concurrency", 1)
+    assert code == 0 and "left out, for the server refuses it: temperature\n" in output
+    fake.refuses = ("model",)
+    code, output = ask(fake.url, "--name", "other")
+    assert code == 2 and "Unsupported parameter: 'model'" in output
+
+
 @pytest.mark.parametrize("died", ["close", (401, f"no {KEY}"), (500, "out of memory")])
 def test_stopped_in_the_middle_it_goes_on_and_writes_the_same_bytes(died, fake, ask, tmp_path):
     fake.logprobs = "vllm"
@@ -350,6 +360,28 @@ def test_a_server_that_breaks_on_log_probabilities_still_gives_its_predictions(f
     assert len(fake.seen) == 3 + ROWS + 2  # no try was repeated
 
 
+def test_one_that_breaks_on_several_log_probabilities_still_gives_its_predictions_and_then_the_rest(
+    fake, ask, tmp_path
+):
+    fake.logprobs = "vllm"
+    assert ask(fake.url)[0] == 0
+    whole, fake.seen = files(tmp_path), []
+    asked = []
+
+    def trouble(body, times):
+        asked.extend([1] if "prompt_logprobs" in body else [])
+        return "close" if len(asked) > 2 else None
+
+    fake.trouble = trouble
+    code, output = ask(fake.url, "--overwrite", "--server-concurrency", 1)
+    assert code == 0 and "perplexity: not given for 11 rows" in output and "samsum_predictions_tuned-1.json" in output
+    assert [len(read(tmp_path, task)["examples"]) for task in TASKS] == [6, 6]
+    assert "perplexity" not in read(tmp_path, "trivia_qa")["perplexity"]["tuned"]
+    fake.seen, fake.trouble = [], lambda body, times: None
+    assert ask(fake.url)[0] == 0 and files(tmp_path) == whole
+    assert not answers_asked(fake) and not list(tmp_path.glob(".*part*"))
+
+
 def test_a_slow_server_is_waited_for_and_nothing_is_sent_twice(fake, ask, tmp_path):
     one = threading.Lock()
 
@@ -384,19 +416,34 @@ def test_no_more_examples_than_asked_for(fake, ask, rows, tmp_path):
     assert len(content["examples"]) == 2 and len(content["left_out"]) == 4
 
 
-def test_the_end_says_how_many_are_equal_and_where_the_first_differs(fake, ask, rows, tmp_path):
+def test_the_end_says_whether_it_is_as_tested_and_how_far_the_scores_are(fake, ask, tmp_path):
+    def tested_as(changed, name=""):
+        """Make the local test of it, with other predictions in the rows `changed` of samsum."""
+        for task in TASKS:
+            content = read(tmp_path, task)
+            del content["settings"]["server"]
+            for place in changed if task == "samsum" else ():
+                content["examples"][place]["prediction"] = "answer is 1"
+            (tmp_path / f"{task}_predictions{name}.json").write_text(json.dumps(content))
+
     assert ask(fake.url)[0] == 0
-    for task in TASKS:
-        content = read(tmp_path, task)
-        if task == "samsum":
-            content["examples"][3]["prediction"] = "answer is 1"
-        (tmp_path / f"{task}_predictions.json").write_text(json.dumps(content))
+    tested_as([3])
     code, output = ask(fake.url)
-    assert code == 0 and "samsum: 5 of 6 predictions equal" in output and "trivia_qa: 6 of 6" in output
+    # an answer has 4 words: 5 times 4 and 1 of the other one are the same, and then they part
+    assert "samsum: differs by rounding (they part once in 22 words); 5 of 6 predictions equal" in output
+    assert code == 0 and "trivia_qa: as tested; 6 of 6 predictions equal" in output
     assert f"the first other one: {content_id(tmp_path, 3)}, from character 7" in output
+    tested_as([0, 3])
+    output = ask(fake.url)[1]
+    assert "samsum: differs (they part once in 10 words); 4 of 6 predictions equal" in output
     command = next(line for line in output.split("\n") if "python evaluations.py" in line)
-    arguments = command.split("evaluations.py ")[1].split(" ")
-    evaluations.main([*arguments, "--resamples", "50"])
+    evaluations.main(command.split("evaluations.py ")[1].split(" "))
+    found = json.loads((tmp_path / "served" / "evaluation.json").read_text())["samsum"]["comparisons"]["served"]
+    low, high = found["rouge1"]["interval"]
+    assert f"ROUGE-1 {found['rouge1']['difference']:+.1f} [{low:+.1f}, {high:+.1f}]" in output
+    tested_as([3], "_merged")  # the nearest test is the one to compare with
+    output = ask(fake.url)[1]
+    assert f"5 of 6 predictions equal those of {tmp_path}/samsum_predictions_merged.json" in output
 
 
 def test_swapped_questions_are_asked_into_a_file_of_their_own_and_compared_with_the_local_one(fake, ask, tmp_path):
@@ -416,6 +463,7 @@ def test_swapped_questions_are_asked_into_a_file_of_their_own_and_compared_with_
         (["Paris"], "Rome"),
         (["Rome"], "Paris"),
     ]
+    del content["settings"]["server"]  # as tested here
     (tmp_path / "trivia_qa_predictions_swapped.json").write_text(json.dumps(content))
     code, output = ask(fake.url, "--swap-answers")
     assert code == 0 and "2 of 2 predictions equal" in output and "nothing to do" in output
