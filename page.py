@@ -3,7 +3,6 @@
 import io
 import logging
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import jinja2
@@ -85,7 +84,8 @@ def part_of(task, rows, result):
     scores = scores_of(result)
     return {
         "name": task,
-        "rows": asdict(rows),
+        "texts": {name: getattr(rows, name) for name in ("references", "prompts", "inside")},  # no paths
+        "predictions": {name: system.predictions for name, system in rows.systems.items()},
         "result": result,
         "systems": list(rows.systems),
         "scores": scores,

@@ -138,10 +138,18 @@ def test_a_passage_that_no_longer_fits_gives_its_first_whole_sentences():
     near = "Torvale has an old painted bridge. " * 17  # 102 words
     next_best = "The bridge was painted by Ann Marsh. " * 15
     filler = "Nothing of note happened in the valley that year. " * 13
-    context = build_dataset.choose_context("Who painted the bridge at Torvale?", [near, filler, next_best], 142)
+    question = "Who painted the bridge at Torvale?"
+    context = build_dataset.choose_context(question, [near, filler, next_best], 142)
     assert context.count("Torvale") == 17 and context.count("Ann Marsh.") == 5  # 35 of the 40 words left
     assert context.endswith("Ann Marsh.") and "Nothing" not in context
+    turned = build_dataset.choose_context(question, [next_best, filler, near], 142)
+    assert turned.split("\n") == context.split("\n")[::-1]  # in the order of the document, not of nearness
     assert build_dataset.choose_context("Who?", ["one two three four"], 3) == "one two three"
+
+
+def test_of_passages_that_share_as_many_words_the_shorter_is_nearer_and_then_the_earlier():
+    texts = ["A bridge, and many other things besides.", "A bridge.", "The bridge", "Nothing."]
+    assert build_dataset.nearest_first("Which bridge?", [*texts, texts[1]]) == [1, 4, 2, 0, 3]
 
 
 def break_missing_file(folder):
