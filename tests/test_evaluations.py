@@ -726,7 +726,11 @@ def test_perplexities_over_other_tokens_are_not_compared(tmp_path):
     assert "perplexity" not in part["comparisons"]["b"]
     assert part["comparisons"]["c"]["perplexity"]["p_value"] == 1
     test = part["comparisons"]["d"]["perplexity"]
-    assert test["wins"] == 5 and test["difference"] < 0  # lower is better
+    assert test["wins"] == 5 and test["difference"] < 0
+    assert "lower is better" in (tmp_path / "outputs/evaluation.html").read_text()
+    prediction_file(tmp_path / "a.json", examples=[row | {"base_prediction": "x"} for row in rows])  # no base_nll
+    assert run(tmp_path, "--predictions", first).returncode == 0
+    assert result(tmp_path / "outputs/evaluation.json")["trivia_qa"]["perplexity"].keys() == {"tuned"}
 
 
 # --- whose predictions these are

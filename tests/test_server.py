@@ -382,6 +382,8 @@ def test_no_more_examples_than_asked_for(fake, ask, rows, tmp_path):
     assert code == 0 and len(answers_asked(fake)) == 4
     content = read(tmp_path, "samsum")
     assert len(content["examples"]) == 2 and len(content["left_out"]) == 4
+    code, output = ask(fake.url, "--server-max-examples", 3)
+    assert code == 2 and "server max examples 2 there, 3 now" in output
 
 
 def test_the_end_says_how_many_are_equal_and_where_the_first_differs(fake, ask, rows, tmp_path):
@@ -397,6 +399,9 @@ def test_the_end_says_how_many_are_equal_and_where_the_first_differs(fake, ask, 
     command = next(line for line in output.split("\n") if "python evaluations.py" in line)
     arguments = command.split("evaluations.py ")[1].split(" ")
     evaluations.main([*arguments, "--resamples", "50"])
+    content["settings"]["rows"] = "0" * 32  # another build's
+    (tmp_path / "trivia_qa_predictions.json").write_text(json.dumps(content))
+    assert "trivia_qa: 6 of 6" not in ask(fake.url)[1]
 
 
 def content_id(folder, place):
