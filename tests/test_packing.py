@@ -220,7 +220,7 @@ def test_the_best_adapter_is_kept_and_patience_ends_the_run(dataset, tmp_path):
     assert summary["eval_loss"] == losses[summary["best_step"]]
     best = tmp_path / "checkpoints" / f"checkpoint-{summary['best_step']}"
     kept, written = (load_file(folder / "adapter_model.safetensors") for folder in (best, tmp_path / "adapter"))
-    assert all(torch.equal(kept[key], written[key]) for key in kept)
+    assert all(torch.equal(kept[key], written[key]) and written[key].dtype == torch.float32 for key in kept)
     steps = [entry for entry in log if "loss" in entry]
     assert [entry["step"] for entry in steps] == list(range(1, summary["steps"] + 1))
     rates = [entry["learning_rate"] for entry in steps]

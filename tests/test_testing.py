@@ -317,6 +317,7 @@ def test_a_finished_run_is_not_repeated_and_another_one_needs_overwrite(chain, t
     assert test(out, *SHORT, "--overwrite") == 0 and not part.exists()
     assert column(out, "samsum", "base_nll") == column(chain, "samsum", "base_nll")
     assert column(out, "samsum", "nll") != column(chain, "samsum", "nll")
+    assert test(out, *SHORT, "--overwrite") == 0 and "nothing to do" not in capsys.readouterr().out
 
 
 @ONE
@@ -396,6 +397,10 @@ def test_a_row_too_long_for_the_model_is_left_out_counted_and_named(chain, tmp_p
     assert [(e["id"], e["prediction"]) for e in file["examples"]] == [(e["id"], e["prediction"]) for e in before]
     assert file["perplexity"]["tuned"]["examples"] == file["perplexity"]["base"]["examples"] == 5
     assert file["perplexity"]["tuned"]["nll_sum"] == pytest.approx(sum(e["nll"] for e in before), rel=1e-5)
+    rows, (tokenizer, _) = llama.rows_of(data["test"], "samsum"), prompts_of(base_of(chain), chain)
+    longest = max(row[0]["length"] for row in tester.plan("samsum", rows, tokenizer, 1, 10**6, 1))
+    fitting = tester.plan("samsum", rows, tokenizer, 1, longest - 1, 1)  # one token more than prompt and completion
+    assert len(fitting) == 5
 
 
 @BOTH
