@@ -398,9 +398,10 @@ def test_a_row_too_long_for_the_model_is_left_out_counted_and_named(chain, tmp_p
     assert file["perplexity"]["tuned"]["examples"] == file["perplexity"]["base"]["examples"] == 5
     assert file["perplexity"]["tuned"]["nll_sum"] == pytest.approx(sum(e["nll"] for e in before), rel=1e-5)
     rows, (tokenizer, _) = llama.rows_of(data["test"], "samsum"), prompts_of(base_of(chain), chain)
-    longest = max(row[0]["length"] for row in tester.plan("samsum", rows, tokenizer, 1, 10**6, 1))
-    fitting = tester.plan("samsum", rows, tokenizer, 1, longest - 1, 1)  # one token more than prompt and completion
-    assert len(fitting) == 5
+    whole = llama.encode(tokenizer, rows.to_dict())
+    longest = max(len(prompt + gold) for prompt, gold in zip(*whole.values(), strict=True))
+    for limit, fitting in ((longest - 1, 5), (longest, 6)):
+        assert len(tester.plan("samsum", rows, tokenizer, 1, limit, 1)) == fitting
 
 
 @BOTH
