@@ -470,6 +470,7 @@ def peft_adapter(folder, targets, **options):
 @pytest.mark.parametrize("layer", ["lm_head", "embed_tokens", "v_proj"])
 def test_an_adapter_of_another_tool_is_tested_as_peft_loads_it(layer, out, tmp_path):
     folder = peft_adapter(tmp_path / "adapter", ["q_proj", layer])  # config and weights: the base's tokenizer serves
+    assert tester.choose_system(tester.parse_args(["--adapter", str(folder)]))[2] is True  # most are QLoRA's
     assert test(out, "--samsum-max-new-tokens", 2, "--adapter", folder, "--no-load-in-4bit") == 0
     base = llama.load_model(str(FIXTURES / "tiny_llama2"), load_in_4bit=False)
     tokenizer, data = prompts_of(FIXTURES / "tiny_llama2", out)
