@@ -359,6 +359,12 @@ def test_a_near_duplicate_has_four_fifths_of_the_word_5_grams():
     assert texts.near(" ".join([*words, *"abcdefghij"])) == []  # 36 of 46
 
 
+def test_an_id_stands_in_a_split_once():
+    rows, counts = [build_dataset.Row("1", key, ()) for key in ("a b", "c d")], Counter()
+    kept = build_dataset.take(iter(rows), 0, {}, lambda drawn: [{}] * len(drawn), counts)
+    assert list(kept) == ["a b"] and counts["duplicate id"] == 1
+
+
 def test_near_duplicates_are_those_that_comparing_every_pair_finds():
     def grams(text):
         return set(zip(*(text.split()[i:] for i in range(5)), strict=False))
