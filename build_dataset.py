@@ -35,7 +35,7 @@ import huggingface_hub  # loads its parts where they are used
 import pyarrow.parquet
 
 import common
-from common import fail, first_line, say
+from common import fail, first_line, holds, normalized, say
 
 # Settings: edit here, or override for one run on the command line.
 SAMSUM = "knkarthick/samsum"  # hub id or local folder with train.csv, validation.csv, test.csv
@@ -70,7 +70,6 @@ STOP_WORDS = (  # left out of the query: rare in a page or not, they say nothing
     "may might must my no not of on or our s she should so t than that the their then there these they this those to "
     "was we were what when where which who whom whose why will with would you your"
 )
-normalized = common.normalize_answer.__wrapped__  # past its cache, which would keep every context in memory
 
 
 class Row(NamedTuple):  # as it was drawn, not yet rendered
@@ -224,7 +223,7 @@ def take(rows, limit, others, render, counts):
     """{key: rendered row} of the first `limit` rows that can be used and some spares; counts all others by reason."""
     kept, ids = {}, set()
     while drawn := list(islice(rows, with_spares(max(0, limit - len(kept))) if limit else None)):
-        counts["looked at"] += len(drawn)
+        counts["drawn at random"] += len(drawn)
         for row, rendered in zip(drawn, render(drawn), strict=True):
             reason = why_not(row, others, kept, ids) or (rendered if isinstance(rendered, str) else None)
             if reason:
@@ -303,12 +302,6 @@ def first_words(pages, max_words):
     text = "\n".join(pages)
     ends = [word.end() for word in islice(re.finditer(r"\S+", text), max_words)]
     return text[: ends[-1]].strip() if ends else ""
-
-
-def holds(context, aliases):
-    """Whether a context holds one of the normalised aliases as whole words."""
-    text = f" {normalized(context)} "
-    return any(f" {alias} " in text for alias in aliases)
 
 
 def template(task, context):
@@ -414,7 +407,7 @@ def build_task(task, files, args, each):
         found = sum(row["answer_in_context"] for row in usable.values())
         rates[split] = {args.context: found / max(1, len(usable) + counts[split]["answer not in context"])}
         counts[split] = {"available": len(drawn[split])} | counts[split]
-        counts[split] |= {"spare": len(usable) - len(kept), "kept": len(kept)}
+        counts[split] |= {"usable but not needed": len(usable) - len(kept), "kept": len(kept)}
         if not kept:
             reasons = ", ".join(f"{reason}: {n}" for reason, n in counts[split].items())
             fail(f"{task}: no usable row for {split} ({reasons}): check the source and the example counts")
@@ -449,7 +442,7 @@ def print_report(task, part, row):
     say(f"\n--- {row['id']} (prompt, then [completion]) ---\n{row['prompt']}[{row['completion']}]")
     say(f"\n{task:<28}" + "".join(f"{split:>17}" for split in SPLITS))
     reasons = dict.fromkeys(name for split in SPLITS for name in part["counts"][split])
-    for name in sorted(reasons, key=lambda name: name in ("spare", "kept")):  # these two last
+    for name in sorted(reasons, key=lambda name: name in ("usable but not needed", "kept")):  # these two last
         say(f"  {name:<26}" + "".join(f"{part['counts'][split].get(name, 0):>17,}" for split in SPLITS))
     if rates := part.get("answer_in_context"):
         cells = [f"{rate:>17.1%}" for split in SPLITS for rate in rates[split].values()]

@@ -42,8 +42,8 @@ def settings_of(module):
 def parse_settings(module, argv=None, choices=None):
     """A script's settings as a namespace; each is a flag, its value the default, its comment the help.
 
-    choices: {setting: its values}, with float among them any number, too. A number may be 0 where its default is, or
-    its comment tells what `0 =` means.
+    choices: {setting: its values}, with float among them any number, too. A number may be 0 where its comment tells
+    what `0 =` means, or `0 to` what it goes; and a seed may.
     Exits 2 on a value that cannot be meant, also one that stands in the block.
     """
     parser = argparse.ArgumentParser(
@@ -55,6 +55,8 @@ def parse_settings(module, argv=None, choices=None):
     settings = settings_of(module)
     for name, comment in settings.items():
         value, allowed = getattr(module, name), (choices or {}).get(name, ())
+        if value is None and "None: " not in comment:
+            parser.error(f"{name} is None in the settings: give it a value there")
         options = {"default": value, "help": (comment or " ").replace("%", "%%")}
         if isinstance(value, bool) or value is None:
             options["action"] = argparse.BooleanOptionalAction
@@ -67,8 +69,8 @@ def parse_settings(module, argv=None, choices=None):
         parser.add_argument(flag_of(name), **options)
     args = parser.parse_args(argv)
     for name, comment in settings.items():
-        value, default = getattr(args, name.lower()), getattr(module, name)
-        may_be_0 = default == 0 or "0 = " in comment
+        value = getattr(args, name.lower())
+        may_be_0 = name == "SEED" or re.search(r"\b0 (=|to) ", comment)
         below = math.inf if isinstance(value, float) else 2**31
         if type(value) in (int, float) and not (0 <= value < below and (value or may_be_0)):
             parser.error(f"{flag_of(name)} must be {'0 or more' if may_be_0 else 'above 0'} and below {below}")
@@ -315,3 +317,12 @@ def normalize_answer(text):
     """
     text = text.replace("_", " ").lower().translate(PUNCTUATION)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+normalized = normalize_answer.__wrapped__  # past its cache, which would keep every context in memory
+
+
+def holds(text, answers):
+    """Whether a text holds one of the normalised answers as whole words in a row."""
+    text = f" {normalized(text)} "
+    return any(f" {answer} " in text for answer in answers)

@@ -18,7 +18,10 @@ LIBRARIES = 1.5e9  # bytes of a host that they take: measured, as the next line,
 HOST_COPIES = 1.4  # times what autograd keeps: attention's copies on a CPU, and what the allocator does not give back
 SAVERS = "try --activation-checkpointing on, then a smaller --max-length or model; --dry-run shows what each takes"
 USABLE = 0.88  # of the memory there is: the driver takes some, and the allocator's pieces do not fill it
-NAMED_TFLOPS = 35.0  # half of what an RTX 3090 can do in bf16
+# GB, and TFLOP/s to reckon with: half of the dense bf16 rate (T4: fp16) in NVIDIA's data sheets. A step on an H200
+# came to 171 to 480 (benchmarks/RESULTS.md).
+GPUS = {"h200": (141, 495), "h100": (80, 495), "a100": (80, 156), "l40s": (48, 181)}
+GPUS |= {"4090": (24, 83), "3090": (24, 36), "a10": (24, 62), "t4": (16, 32)}
 
 
 def model_shape(base, config, lora):
@@ -122,8 +125,8 @@ def machine(args):
     """Bytes of memory there are to train in, and bytes of a number there: of the GPU, or of a host without one."""
     import torch
 
-    if args.dry_run and args.dry_run_gpu_gb:
-        return args.dry_run_gpu_gb * 1e9, 2
+    if args.dry_run and args.dry_run_gpu in GPUS:
+        return GPUS[args.dry_run_gpu][0] * 1e9, 2
     if torch.cuda.is_available():
         gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         return min(gpu.total_memory for gpu in gpus), 2  # all processes have to settle alike
@@ -172,7 +175,8 @@ def choose_kernels(args):
 def settle(shape, packed, args):
     """Put into `args` what "auto" and 0 come to here: fused kernels, checkpointing where need be, rows of a pass.
 
-    A GPU is faster the more tokens it gets at once, and the tokens of an optimizer step stay the same.
+    A GPU is faster the more tokens it gets at once, and the tokens of an optimizer step stay the same. Of a short run
+    the warm-up is at most half: it would never reach the learning rate.
     """
     choose_kernels(args)
     if args.activation_checkpointing == "auto":
@@ -182,6 +186,10 @@ def settle(shape, packed, args):
         batch = rows_of_a_pass(shape, packed, args, args.activation_checkpointing == "on")
         args.per_device_train_batch_size = batch
         args.gradient_accumulation_steps //= batch
+    steps = optimizer_steps(packed, args)
+    if args.warmup_steps > steps // 2:
+        say(f"warm-up of {steps // 2} optimizer steps instead of {args.warmup_steps}: this run has only {steps}")
+        args.warmup_steps = steps // 2
 
 
 def matrix_rate():
@@ -248,7 +256,7 @@ def dry_run(shape, tokens, packed, args):
     rows = [length for some in lengths.values() for length in some]
     work = [passes * operations(shape, rows, sum(labels.values()), checkpointing) for checkpointing in (True, False)]
     line("petaflop", [flop / 1e15 for flop in work], ",.3g")
-    rate = args.dry_run_tflops or (NAMED_TFLOPS if args.dry_run_gpu_gb else matrix_rate() / 2e12)
+    rate = GPUS[args.dry_run_gpu][1] if args.dry_run_gpu in GPUS else matrix_rate() / 2e12
     seconds = [flop / rate / 1e12 for flop in work]
     line(f"time at {rate:.3g} TFLOP/s", [str(timedelta(seconds=round(took))) for took in seconds])
     if args.dry_run_price:

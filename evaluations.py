@@ -1,7 +1,8 @@
 """Score the predictions of test_llama.py, or of any other system, with intervals, tests and one page to read them on.
 
 metrics.py computes the scores, from 0 to 100, each with a 95 % bootstrap interval; every other system is compared with
-the first one, the base, on the same rows. A language model judges the predictions where JUDGE_MODEL names one
+the first one, the base, on the same rows. NAME@SEED are trainings of one system: its score is their mean, and what
+is said of it holds for other rows and other seeds. A language model judges the predictions where JUDGE_MODEL names one
 (judge.py); its key is read from OPENAI_API_KEY alone. Needs neither torch nor, without a judge, the network.
 
 Reads:  OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json, whichever exist, or the files of
@@ -14,6 +15,7 @@ Writes: OUTPUT_DIR/evaluation.html and evaluation.json, which holds every number
 
     python evaluations.py
     python evaluations.py --predictions base=base.json mine=mine.json theirs=theirs.json --output-dir outputs/mine
+    python evaluations.py --predictions base=0.json tuned@0=0.json tuned@1=1.json tuned@2=2.json  # trained three times
     python evaluations.py --judge-model Qwen3-8B --judge-url http://127.0.0.1:8000/v1 --judge-max-examples 200
 """
 
@@ -33,6 +35,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 import significance
+import swap
 from common import (
     TASKS,
     check_url,
@@ -47,12 +50,12 @@ from common import (
 )
 
 # Settings: edit here, or override for one run on the command line.
-PREDICTIONS = ()  # FILE: base and tuned, as test_llama.py writes; NAME=FILE: another system; none: those in OUTPUT_DIR
+PREDICTIONS = ()  # FILE: base and tuned, of test_llama.py; NAME=FILE, NAME@SEED=FILE: another; none: OUTPUT_DIR's
 RESAMPLES = 10_000  # of the bootstrap and of the randomisation tests
 SEED = 0  # of the resamples, and of the rows a judge sees
 JUDGE_MODEL = ""  # a model that judges the predictions; empty: none
 JUDGE_URL = "https://api.openai.com/v1"  # any OpenAI-compatible server: OpenAI, vLLM, transformers serve
-JUDGE_MAX_EXAMPLES = 0  # per task: a judge costs, so it asks how many; each is one request per system
+JUDGE_MAX_EXAMPLES = 0  # per task; 0 = not said: a judge costs, so it asks; each is one request per system
 JUDGE_CONCURRENCY = 8  # requests at once
 JUDGE_TIMEOUT = 60.0  # seconds for a request, times those at once: a local server answers one after the other
 OUTPUT_DIR = "outputs"  # holds the predictions, gets evaluation.json and evaluation.html
@@ -65,10 +68,12 @@ SCORES = {  # what each task reports, in the order of the table
 }
 BLEU = {"samsum": "bleu", "trivia_qa": "bleu_effective_order"}  # the one score that is no mean over examples
 MEANS = {task: [name for name in names if name != BLEU[task]] for task, names in SCORES.items()}
-KEYS = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "comparisons")
-RESERVED = (*KEYS, "groups", "per_example", "judge")  # of evaluation.json, beside a task's systems: no system's name
+KEYS = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "seeds")
+# Keys of evaluation.json beside a task's systems: no system's name
+RESERVED = (*KEYS, "comparisons", "groups", "per_example", "judge")
 PROMPT_ENDS = {"samsum": "Summary:", "trivia_qa": "Answer:"}  # build_dataset.py's, for examples without a task
-NAME = re.compile(r"([\w.+-]+)=(.+)", re.DOTALL)  # --predictions NAME=FILE
+SWAPPED = "swapped"  # column and part of the report of test_llama.py --swap-answers
+NAME = re.compile(r"([\w.+-]+(?:@[\w.+-]+)?)=(.+)", re.DOTALL)  # --predictions NAME=FILE or NAME@SEED=FILE
 SAME_RUN = ("adapter", "weights", "rows", "4_bit")  # what the predictions of two tasks must have in common
 
 
@@ -93,6 +98,7 @@ class Example(BaseModel, strict=True):
     base_prediction: str | None = None
     prompt: str | None = None
     answer_in_context: bool | None = None
+    swapped: str | None = None  # what the context says in the place of the answer
     nll: float | None = None
     base_nll: float | None = None
     tokens: int | None = None
@@ -118,6 +124,8 @@ class PredictionFile(BaseModel, strict=True):
         times = Counter(example.id for example in self.examples if example.id is not None)
         if twice := [row_id for row_id, count in times.items() if count > 1]:
             raise ValueError(f"id {twice[0]!r} stands there more than once: every example needs its own")
+        if column(self.examples, SWAPPED):
+            self.task = SWAPPED  # from here on: told apart from the plain questions
         return self
 
 
@@ -143,6 +151,7 @@ class Rows:
     ids: list | None
     prompts: list | None
     inside: list | None
+    swapped: list | None
     systems: dict = field(default_factory=dict)
 
 
@@ -184,24 +193,25 @@ def column(examples, name):
 
 
 def systems_of(name, path, data, examples):
-    """{system: System}: base and tuned of a file of test_llama.py, or its `prediction` alone as system `name`."""
+    """{system: System}: base and tuned of a file of test_llama.py, or one of them: its base if `name` is base."""
     systems = {}
     read = [example for example in examples if not example.too_long]  # the others add nothing to a sum
-    for system, prefix in [(name, "")] if name else [("base", "base_"), ("tuned", "")]:
-        predictions = column(examples, f"{prefix}prediction")
-        if predictions is None:
-            continue
+    prefixes = {"base": "base_", "tuned": ""} if column(examples, "base_prediction") else {"tuned": ""}
+    if name:
+        prefixes = {name: prefixes.get(name, "")}
+    for system, prefix in prefixes.items():
+        side = "base" if prefix else "tuned"
         known = column(read, f"{prefix}nll") and min(column(read, "tokens") or [0]) > 0
         losses = [(getattr(example, f"{prefix}nll") or 0.0, example.tokens or 0) for example in examples]
-        perplexity = data.perplexity.get("tuned" if name else system, {})
+        perplexity = data.perplexity.get(side, {})
         systems[system] = System(
             file=str(path),
-            predictions=predictions,
+            predictions=column(examples, f"{prefix}prediction"),
             losses=losses if known else None,
             perplexity=perplexity if "perplexity" in perplexity else None,
             made_from=data.settings if isinstance(data.settings, dict) else None,
             too_long=len(examples) - len(read),
-            general_text=data.general_text.get("tuned" if name else system),
+            general_text=data.general_text.get(side),
         )
     return systems
 
@@ -222,7 +232,7 @@ def aligned(rows, path, examples):
 
 def leave_out(files):
     """Take the rows that one of the files leaves out from all files of its task."""
-    for task in TASKS:
+    for task in (*TASKS, SWAPPED):
         of_task = [data for data in files if data.task == task]
         left_out = {row_id for data in of_task for row_id in data.left_out}
         for data in of_task:
@@ -237,7 +247,8 @@ def leave_out(files):
 
 def read_all(args):
     """{task: Rows} of the files of --predictions, or of those of test_llama.py in OUTPUT_DIR."""
-    default = [f"{args.output_dir}/{task}_predictions.json" for task in TASKS]
+    names = (*(f"{task}_predictions" for task in TASKS), "trivia_qa_predictions_swapped")
+    default = [f"{args.output_dir}/{name}.json" for name in names]
     paths = args.predictions or [path for path in default if Path(path).exists()]
     if not paths:
         fail(f"no predictions at {args.output_dir}: run test_llama.py first")
@@ -245,22 +256,27 @@ def read_all(args):
     for text in paths:
         named = None if Path(text).exists() else NAME.fullmatch(text)
         name, path = named.groups() if named else (None, text)
-        if name in RESERVED:
+        if name and name.partition("@")[0] in RESERVED:
             fail(f"--predictions {text}: a system cannot be called {name}, choose another name")
         files.append((name, path, read_file(path, "" if args.predictions else ": run test_llama.py --overwrite")))
     leave_out([data for _, _, data in files])
     for name, path, data in files:
-        shared = (column(data.examples, key) for key in ("references", "id", "prompt", "answer_in_context"))
+        shared = (column(data.examples, key) for key in ("references", "id", "prompt", "answer_in_context", SWAPPED))
         rows = tasks.setdefault(data.task, Rows(path, *shared))
         examples = aligned(rows, path, data.examples)
+        if rows.swapped != column(examples, SWAPPED):
+            fail(f"{path}: other answers were swapped in than in {rows.file}")
         for system, values in systems_of(name, path, data, examples).items():
             if system in rows.systems:
                 fail(f"{path} is a second file for {data.task}: name both, --predictions a={rows.file} b={path}")
             rows.systems[system] = values
+        for system, seeds in significance.by_system(rows.systems).items():
+            if "" in seeds and len(seeds) > 1:
+                fail(f"{path}: {system} stands there without a seed, too: name each of its files {system}@SEED=FILE")
     if not args.predictions:
         refuse_two_runs(tasks)
     add_prompts(args.output_dir, tasks)
-    return {task: tasks[task] for task in TASKS if task in tasks}
+    return {task: tasks[task] for task in (*TASKS, SWAPPED) if task in tasks}
 
 
 def refuse_two_runs(tasks):
@@ -269,7 +285,8 @@ def refuse_two_runs(tasks):
     for other in others:
         mine, its = one.made_from or {}, other.made_from or {}
         told = {name: mine[name] for name in SAME_RUN if name in mine and name in its}
-        refuse_another(f"{other.file}, beside {one.file},", its, told, "run test_llama.py --overwrite")
+        flag = " --swap-answers" if its.get("swap_answers") else ""
+        refuse_another(f"{other.file}, beside {one.file},", its, told, f"run test_llama.py{flag} --overwrite")
 
 
 def add_prompts(output_dir, tasks):
@@ -356,15 +373,18 @@ def score_task(task, rows, args):
         "perplexity": {},
         "general_text": {name: system.general_text for name, system in rows.systems.items() if system.general_text},
         "intervals": whole["intervals"],
+        "seeds": whole["seeds"],
         "comparisons": significance.compare(by_sums, tables, tested, whole["differences"], args),
         "groups": measure_groups(by_sums, tables, rows.inside, args),
     }
-    for name, system in rows.systems.items():
+    for name, seeds in significance.by_system(rows.systems).items():
         perplexity = whole["scores"][name].pop("perplexity", None)
-        if system.perplexity or system.losses:
-            result["perplexity"][name] = system.perplexity or {"perplexity": perplexity}
-        exact = {BLEU[task]: scores[name]["bleu"], f"{BLEU[task]}_signature": scores[name]["bleu_signature"]}
-        result[name] = whole["scores"][name] | exact
+        told = [*seeds.values()][0].perplexity if len(seeds) == 1 else None
+        if told or perplexity:
+            result["perplexity"][name] = told or {"perplexity": perplexity}
+        exact = [scores[member] for member in rows.systems if member.partition("@")[0] == name]
+        bleu, signature = float(np.mean([one["bleu"] for one in exact])), exact[0]["bleu_signature"]
+        result[name] = whole["scores"][name] | {BLEU[task]: bleu, f"{BLEU[task]}_signature": signature}
     result["per_example"] = {
         name: {metric: np.round(table[:, i], 4).tolist() for metric, i in columns.items()}
         for name, table in tables.items()
@@ -410,10 +430,10 @@ def read_data(output_dir, rows, training):
 
 def print_table(task, result):
     """The scores of one task; per comparison: the first system, the other, difference, its interval, p after Holm."""
-    from page import scores_of
+    from page import MAIN_SCORE, scores_of
 
-    scores, (first, *others) = scores_of(result), result["files"]
-    title = f"{task} ({result['examples']} examples)"
+    scores, (first, *others) = scores_of(result), result["intervals"]
+    main, title = (MAIN_SCORE[task], "perplexity"), f"{task} ({result['examples']} examples)"
     for name in others or [first]:
         shown = [first, name] if others else [first]
         heads = "".join(f"{system[:8]:>9}" for system in shown)[1:]
@@ -427,6 +447,14 @@ def print_table(task, result):
                 gain = short(scores[name][metric] - scores[first][metric], "+")
                 beside = f"{gain:>9} {between(test.get('interval'), '+'):<20}{p:>8}"
             say(f"{metric:<24}{values}{beside}".rstrip())
+        tests = result["comparisons"].get(name, {})
+        least = {metric: tests.get(metric, {}).get("minimum_detectable") for metric in main}
+        if told := ", ".join(f"{short(value)} in {metric}" for metric, value in least.items() if value):
+            say(f"4 of 5 such tests find a difference of {told}")
+    for name, seeds in result["seeds"].items():
+        values = {metric: [scores[metric] for scores in seeds.values() if metric in scores] for metric in main}
+        told = [f"{metric} {short(min(of))} to {short(max(of))}" for metric, of in values.items() if of]
+        say(f"{len(seeds)} trainings of {name[:16]}: {', '.join(told)}")
     for name, count in result["too_long"].items():
         say(f"{count} of them were too long for the model of {name}: wrong answers, and not in its perplexity")
 
@@ -456,6 +484,9 @@ def print_judge(judge):
 def main(argv=None):
     args = parse_args(argv)
     tasks = read_all(args)
+    swapped = tasks.pop(SWAPPED, None)
+    if not tasks:
+        fail("swapped questions are told beside the plain ones: give the files of those, too")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):  # known before a judge is paid
@@ -468,6 +499,8 @@ def main(argv=None):
     report = {task: score_task(task, rows, args) for task, rows in tasks.items()}
     for task, judgements in judged.items():
         report[task]["judge"] = judge.report(task, report[task], judgements, args) | counts
+    if swapped:
+        report[SWAPPED] = swap.score(swapped, args)
     adjust(report)
     training = read_training(folder, made_from(tasks, "adapter"))
     report |= {
@@ -485,6 +518,9 @@ def main(argv=None):
         print_table(task, report[task])
         if "judge" in report[task]:
             print_judge(report[task]["judge"])
+    if swapped:
+        print_table(SWAPPED, report[SWAPPED])
+        say("swapped, in %: the context says another answer, who remembers gives the true one")
     say(f"\nwrote {folder / 'evaluation.html'} and {folder / 'evaluation.json'}")
 
 

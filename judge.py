@@ -183,7 +183,8 @@ def report(task, result, judged, args):
         given = {i: judgement for i, judgement in judgements.items() if judgement}
         scores = [100 * given[i]["score"] if i in given else None for i in range(result["examples"])]
         per_example[name]["judge"] = scores
-        report["failed"][name] = len(judgements) - len(given)
+        system = name.partition("@")[0]
+        report["failed"][system] = report["failed"].get(system, 0) + len(judgements) - len(given)
         report["reasons"][name] = {result["ids"][i]: given[i]["reason"] for i in sorted(given)}
     tables = {name: np.array([per_example[name][metric] for metric in metrics], dtype=float).T for name in judged}
     rows = ~np.any([np.isnan(table[:, 0]) for table in tables.values()], axis=0)  # None is nan here
@@ -198,7 +199,8 @@ def report(task, result, judged, args):
     tested = {name: {"judge": part["judge"]} for name, part in report["differences"].items() if part}
     report["comparisons"] = significance.compare(by_sums, tables, {"judge": 0}, tested, args)
     yes_or_no = [(metric, i) for i, metric in enumerate(metrics) if metric in YES_OR_NO]
-    for name, table in tables.items():
+    for name, seeds in significance.by_system(tables).items():
+        table = np.concatenate(list(seeds.values()))
         accepted = table[:, 0] >= ACCEPTS
         report["agreement"][name] = {metric: agreement(accepted, table[:, i] == 100) for metric, i in yes_or_no}
     return report

@@ -30,6 +30,7 @@ END_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "</s>")  # Llama 3 
 # in front of a chat template: the prompt of a template that asks for today's date would be another one every day
 DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 CHAT_TEMPLATES = ("auto", "on", "off")
+PLAIN_PROMPTS = "train and test with --chat-template off"
 ATTENTIONS = ("auto", "packed", "flash_attention_2", "sdpa", "eager")
 
 
@@ -190,11 +191,11 @@ def load_tokenizer(model, chat_template="auto"):
         except ValueError:  # none is
             compiles = False
         if not compiles:
-            fail(f"the tokenizer of {model} has no single chat template: give --chat-template off")
+            fail(f"the tokenizer of {model} has no single chat template: {PLAIN_PROMPTS}")
         if "strftime_now" in template and DATE not in template:
             template = DATE + template
     elif chat_template == "on":
-        fail(f"the tokenizer of {model} has no chat template: give --chat-template off, or take the instruct model")
+        fail(f"the tokenizer of {model} has no chat template: take the instruct model, or give --chat-template off")
     tokenizer.chat_template = template
     return tokenizer
 
@@ -342,7 +343,7 @@ def encode(tokenizer, rows):
     completions = []
     for row_id, prompt, whole in zip(rows["id"], prompts, wholes, strict=True):
         if whole[: len(prompt)] != prompt or len(whole) <= len(prompt) + 1:
-            remedy = ": its chat template does not fit, give --chat-template off" if tokenizer.chat_template else ""
+            remedy = f": its chat template does not fit, {PLAIN_PROMPTS}" if tokenizer.chat_template else ""
             reason = f"{row_id}: the tokens of the prompt are not those of prompt and completion together"
             raise ValueError(reason + remedy)
         completions.append(whole[len(prompt) :])
@@ -363,9 +364,9 @@ def encode_chats(tokenizer, rows):
         wholes = tokenizer.apply_chat_template([c + a for c, a in zip(chats, answers, strict=True)], **options)
         shown = tokenizer.apply_chat_template(chats[0] + answers[0], tokenize=False)
     except Exception as error:  # a template is a program
-        raise ValueError(f"its chat template fails ({first_line(error)}): give --chat-template off") from error
+        raise ValueError(f"its chat template fails ({first_line(error)}): {PLAIN_PROMPTS}") from error
     if not all(text.strip() in shown for text in (rows["prompt"][0], rows["completion"][0])):
-        raise ValueError("its chat template does not write the whole text it is given: give --chat-template off")
+        raise ValueError(f"its chat template does not write the whole text it is given: {PLAIN_PROMPTS}")
     ends = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
     # what stands behind the end, mostly a newline, is never generated
     lengths = [

@@ -33,7 +33,7 @@ from common import fail, first_line, say
 # Settings: edit here, or override for one run on the command line.
 MERGE_BASE = "auto"  # 16bit: weights as stored; 4bit: those quantised to NF4 and back; auto: 16bit
 MERGE_DTYPE = "auto"  # float16, bfloat16, float32; auto: float16 where it holds every weight, else bfloat16
-CHECK_ROWS = 8  # validation rows, in equal shares of the tasks, on which the models are compared
+CHECK_ROWS = 4  # validation rows, in equal shares of the tasks, on which the models are compared
 COMPARE_TYPES = False  # also tell what the types that are not written, and the other base, would cost
 OUTPUT_DIR = "outputs"  # holds adapter/ and dataset/, gets merged/
 

@@ -10,9 +10,13 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from significance import LOWER_IS_BETTER
+from significance import LOWER_IS_BETTER, by_system
 
-MAIN_SCORE = {"samsum": "rougeLsum", "trivia_qa": "f1"}  # what the page plots and sorts by
+MAIN_SCORE = {
+    "samsum": "rougeLsum",
+    "trivia_qa": "f1",
+    "swapped": "follows_context",
+}  # what the page plots and sorts by
 STYLE = {  # of the figures
     "svg.fonttype": "none",
     "svg.hashsalt": "evaluation",  # the same file every time
@@ -50,8 +54,9 @@ def draw(caption, xlabel, ylabel, lines, first=0):
 
 def draw_task(task, result):
     """The figures of a task: how the main score of the others differs from that of the first system."""
-    (first, *others), title, lines = result["files"], label(MAIN_SCORE[task]), {}
-    values = {name: np.array(result["per_example"][name][MAIN_SCORE[task]]) for name in result["files"]}
+    (first, *others), title, lines = result["intervals"], label(MAIN_SCORE[task]), {}
+    seeds = by_system({name: scores[MAIN_SCORE[task]] for name, scores in result["per_example"].items()})
+    values = {name: np.mean([*scores.values()], axis=0) for name, scores in seeds.items()}
     edges = np.linspace(-105, 105, 22)  # equal scores stand in the middle of a bin
     for name in others:
         share = np.histogram(values[name] - values[first], edges)[0] / result["examples"] * 100
@@ -72,26 +77,24 @@ def draw_loss(loss):
 def scores_of(result):
     """{system: {metric: score}} of a task, the perplexity among them where there is one."""
     scores = {}
-    for name in result["files"]:
+    for name in result["intervals"]:
         scores[name] = {metric: value for metric, value in result[name].items() if not metric.endswith("signature")}
         if name in result["perplexity"]:
             scores[name]["perplexity"] = result["perplexity"][name]["perplexity"]
     return scores
 
 
-def part_of(task, rows, result):
-    """What the template shows of a task."""
+def part_of(result):
+    """What the template shows of a task, or of the swapped questions, in a table."""
     scores = scores_of(result)
-    return {
-        "name": task,
-        "texts": {name: getattr(rows, name) for name in ("references", "prompts", "inside")},  # no paths
-        "predictions": {name: system.predictions for name, system in rows.systems.items()},
-        "result": result,
-        "systems": list(rows.systems),
-        "scores": scores,
-        "metrics": list(dict.fromkeys(metric for by_metric in scores.values() for metric in by_metric)),
-        "figures": draw_task(task, result),
-    }
+    metrics = list(dict.fromkeys(metric for by_metric in scores.values() for metric in by_metric))
+    return {"result": result, "systems": list(result["intervals"]), "scores": scores, "metrics": metrics}
+
+
+def texts_of(rows):
+    """What the page's script shows and searches: no path of a file or a model."""
+    shared = {name: getattr(rows, name) for name in ("references", "prompts", "inside")}
+    return {"texts": shared, "predictions": {name: system.predictions for name, system in rows.systems.items()}}
 
 
 def public_name(model):
@@ -104,14 +107,19 @@ def page(report, tasks):
     folder = jinja2.FileSystemLoader(Path(__file__).resolve().parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # jinja2 sorts keys: the first system is first
-    parts = [part_of(task, rows, report[task]) for task, rows in tasks.items()]
+    parts = [
+        part_of(report[task]) | texts_of(rows) | {"name": task, "figures": draw_task(task, report[task])}
+        for task, rows in tasks.items()
+    ]
+    swapped = [part_of(report["swapped"])] if "swapped" in report else []
     made_from = [made or {} for part in parts for made in part["result"]["made_from"].values()]
     return environment.get_template("evaluation.html.jinja").render(
         report=report,
         tasks=parts,
+        swapped=swapped,
         models=list(dict.fromkeys(public_name(made["model"]) for made in made_from if "model" in made)),
         loss_figures=draw_loss(report["training"]["loss"]) if report["training"] else [],
-        labels={metric: label(metric) for part in parts for metric in (*part["metrics"], "judge")},
+        labels={metric: label(metric) for part in parts + swapped for metric in (*part["metrics"], "judge")},
         main_score=MAIN_SCORE,
         lower_is_better=LOWER_IS_BETTER,
     )

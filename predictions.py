@@ -20,9 +20,10 @@ def template_of(tokenizer):
     return hashlib.sha256(template.encode()).hexdigest()[:16] if template else "none"
 
 
-def paths_of(output_dir, name=""):
+def paths_of(output_dir, name="", swapped=False):
     """{task: the path of its predictions file}"""
-    return {task: Path(output_dir, f"{task}_predictions{name and '_' + name}.json") for task in common.TASKS}
+    end = "".join(f"_{part}" for part in (name, swapped and "swapped") if part)
+    return {task: Path(output_dir, f"{task}_predictions{end}.json") for task in common.TASKS}
 
 
 def systems(run):
@@ -107,7 +108,7 @@ def write_predictions(task, rows, folder, path, run, general):
     scored = [done[place] for place in sorted(done)]
     texts = [rows[place]["completion"] for place in sorted(done)]
     too_long = {prefix + "prediction": "" for prefix in systems(run).values()} | {"too_long": True}
-    kept = [key for key in ("id", "references", "answer_in_context") if key in rows.column_names]
+    kept = [key for key in ("id", "references", "answer_in_context", "swapped") if key in rows.column_names]
     examples = [row | done.get(place, too_long) for place, row in enumerate(rows.select_columns(kept))]
     left_out = [rows[place]["id"] for place in range(len(rows)) if "server" in run and place not in done]
     examples = [example for example in examples if example["id"] not in left_out]
@@ -132,6 +133,7 @@ def show(contents, prompts):
     for content in contents:
         for example in content["examples"][:SHOWN]:
             texts = {"prompt": prompts[example["id"]][-66:], "reference": " | ".join(example["references"][:3])}
+            texts |= {"swapped": example["swapped"]} if "swapped" in example else {}
             for system, name in names.items():
                 texts[name] = example["base_prediction" if system == "base" else "prediction"]
             say(f"\n{example['id']}")

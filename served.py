@@ -27,6 +27,7 @@ from server import ERRORS, Server
 
 # What binds a server's answers
 OF_SERVER = ("server", "server_api", "server_max_examples", "samsum_max_new_tokens", "trivia_qa_max_new_tokens")
+OF_SERVER += ("swap_answers",)
 NO_SUCH = (400, 404, 405, 422, 501)  # an endpoint, or a form of a prompt
 CAUSES = {  # why a server reads so many tokens more than the run
     0: "the same",
@@ -206,7 +207,8 @@ def ask_server(args, base, tokenizer, rows):
     run = {"model": served.model, "adapter": "none", "rows": rows._fingerprint}
     run["chat_template"] = template_of(tokenizer)
     run |= {name: value for name, value in vars(args).items() if name in OF_SERVER}
-    paths = paths_of(args.output_dir, args.name or re.sub(r"[^\w-]+", "-", Path(served.model).name))
+    name = args.name or re.sub(r"[^\w-]+", "-", Path(served.model).name)
+    paths = paths_of(args.output_dir, name, args.swap_answers)
     parts = {task: llama.rows_of(rows, task) for task in paths}
     asked = {}
     for task, path in paths.items():
@@ -242,7 +244,7 @@ def ask_server(args, base, tokenizer, rows):
 
 def compare(args, paths):
     """Say how many of a server's predictions are those of the model loaded here, and what compares the scores."""
-    here, files = paths_of(args.output_dir), []
+    here, files = paths_of(args.output_dir, swapped=args.swap_answers), []
     for path in paths:
         served = common.read_json(path)
         task = served["task"]
@@ -263,7 +265,7 @@ def compare(args, paths):
             for name, text in (("here", mine), ("server", its)):
                 say(f"  {name:<10} {textwrap.shorten(text[start:], 67, placeholder='...')}")
         files += [f"tested={here[task]}", f"served={path}"]
-    if files:
+    if files and not args.swap_answers:  # evaluations.py tells those beside the plain ones
         told = "whether the scores differ, with intervals"
         say(f"{told}: python evaluations.py --predictions {' '.join(files)} --output-dir {args.output_dir}/served")
 

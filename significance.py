@@ -7,9 +7,10 @@ for many.
 
 import numpy as np
 
-LOWER_IS_BETTER = ("perplexity",)
-NO_TEST = ("length_ratio",)  # neither high nor low is good
+LOWER_IS_BETTER = ("perplexity", "from_memory")
+NO_TEST = ("length_ratio", "neither_or_both")  # neither high nor low is good
 ENDS = (2.5, 97.5)  # percentiles, of every 95 % interval
+ERRORS = 1.96 + 0.84  # standard errors: beyond the first a test at 5 % finds a difference; 80 % lie above -0.84
 LEVEL = 0.05  # a test is significant below it, after Holm
 CELLS = 500_000  # numbers of a chunk of resamples: 4 MB stay in a core's cache
 
@@ -35,30 +36,84 @@ def interval(samples):
     return [round(float(value), 6) for value in np.percentile(samples, ENDS)]
 
 
+def by_system(named):
+    """{system: {seed: ...}} of {name: ...}: `tuned@0` and `tuned@1` are two trainings of the system `tuned`."""
+    systems = {}
+    for name, value in named.items():
+        system, _, seed = name.partition("@")
+        systems.setdefault(system, {})[seed] = value
+    return systems
+
+
+def by_chance(parts, seed):
+    """The sum of the parts' means over seeds: as seen, then as it could have been with other rows and other seeds.
+
+    parts: arrays (seeds, 1 + resamples), a score as seen and in a bootstrap of the rows. A bootstrap of a few seeds
+    is far too narrow: their mean is t-distributed. That holds what rows move in one seed alone, so the bootstrap keeps
+    what they move in all seeds together (random effects of rows and of seeds).
+    """
+    total, several = sum(part.mean(0) for part in parts), [part for part in parts if len(part) > 1]
+    if not several:
+        return total
+    rng, moved = np.random.default_rng(seed), total[1:] - total[0]
+    alone = sum((part - part[:, :1]).var(0, ddof=1).mean() / len(part) for part in several)
+    moved *= np.sqrt(max(0.0, 1 - alone / (moved.var() or 1)))
+    variances, freedom = np.array([(part[:, 0].var(ddof=1) / len(part), len(part) - 1) for part in several]).T
+    if variances.any():  # Welch's degrees of freedom
+        t = rng.standard_t(variances.sum() ** 2 / (variances**2 / freedom).sum(), len(moved))
+        moved += t * np.sqrt(variances.sum())
+    return np.append(total[0], total[0] + moved)
+
+
+def difference(first, other, rows, seed):
+    """How far `other` is from `first`, both {seed: a score as in `by_chance`}; the same seeds make pairs.
+
+    minimum_detectable: the true difference that a test at 5 % finds with 80 % power; None where no chance is seen.
+    With several seeds also the p value: swapping rows knows nothing of seeds.
+    """
+    if first.keys() == other.keys():
+        parts = [np.array([other[name] - first[name] for name in first])]
+    else:
+        parts = [np.array([*other.values()]), -np.array([*first.values()])]
+    seen, samples = np.split(by_chance(parts, seed), [1])
+    found = {"difference": float(seen[0]), "interval": interval(samples)}
+    least = ERRORS * samples.std()
+    if max(map(len, parts)) > 1:
+        low, below, above, high = np.percentile(samples, (2.5, 20, 80, 97.5))
+        least = (high - low + above - below) / 2  # a t distribution has wider tails
+        beyond = 1 + int(min((samples <= 0).sum(), (samples >= 0).sum()))
+        found |= {"test": "bootstrap of rows, t of seeds", "p_value": min(1.0, 2 * beyond / (len(samples) + 1))}
+    few = 1 + 1.7 / rows  # t's quantiles for the normal ones, and the variance that a bootstrap of few rows lacks
+    return found | {"minimum_detectable": round(float(least) * few, 6) or None}
+
+
 def measure(scores_of_sums, tables, args):
     """Every score of every system on these rows, with intervals, and the differences to the first system.
 
-    scores_of_sums: (sums, examples) to {metric: score}; tables: {system: (examples, columns)}. All systems are
-    resampled together, row by row. Perplexities over other tokens (last column) have no difference.
+    scores_of_sums: (sums, examples) to {metric: score}; tables: {name: (examples, columns)}, names as in `by_system`.
+    All are resampled together, row by row. Perplexities over other tokens (last column) have no difference.
     """
-    first = next(iter(tables))
-    examples = len(tables[first])
-    sums = resampled_sums(np.hstack(list(tables.values())), args.resamples, args.seed)
+    whole = np.hstack(list(tables.values()))
+    sums = np.vstack([whole.sum(0), resampled_sums(whole, args.resamples, args.seed)])
     parts = dict(zip(tables, np.split(sums, len(tables), axis=1), strict=True))
-    samples = {name: scores_of_sums(part, examples) for name, part in parts.items()}
-    result = {"examples": examples, "scores": {}, "intervals": {}, "differences": {}}
-    for name, table in tables.items():
-        scores = scores_of_sums(table.sum(0), examples)
-        result["scores"][name] = {metric: float(value) for metric, value in scores.items()}
-        result["intervals"][name] = {metric: interval(values) for metric, values in samples[name].items()}
-        same_tokens = np.array_equal(table[:, -1], tables[first][:, -1])
-        result["differences"][name] = {
-            metric: {
-                "difference": float(value) - result["scores"][first][metric],
-                "interval": interval(samples[name][metric] - samples[first][metric]),
-            }
-            for metric, value in scores.items()
-            if name != first and (metric != "perplexity" or same_tokens)
+    systems = by_system({name: scores_of_sums(part, len(whole)) for name, part in parts.items()})
+    tokens = by_system({name: table[:, -1].tobytes() for name, table in tables.items()})
+    result = {"examples": len(whole), "scores": {}, "intervals": {}, "seeds": {}, "differences": {}}
+    first, values = next(iter(systems)), {}
+    for system, seeds in systems.items():
+        one, *others = seeds.values()
+        names = [metric for metric in one if all(metric in scores for scores in others)]
+        values[system] = {metric: {seed: scores[metric] for seed, scores in seeds.items()} for metric in names}
+        drawn = {m: by_chance([np.array([*score.values()])], args.seed) for m, score in values[system].items()}
+        result["scores"][system] = {metric: float(score[0]) for metric, score in drawn.items()}
+        result["intervals"][system] = {metric: interval(score[1:]) for metric, score in drawn.items()}
+        if others:
+            result["seeds"][system] = {seed: {m: float(scores[m][0]) for m in names} for seed, scores in seeds.items()}
+        same_tokens = len({*tokens[first].values(), *tokens[system].values()}) == 1
+        result["differences"][system] = {
+            metric: difference(values[first][metric], score, len(whole), args.seed)
+            for metric, score in values[system].items()
+            if system != first and (metric != "perplexity" or same_tokens)
         }
     return result
 
@@ -89,16 +144,24 @@ def compare(scores_of_sums, tables, columns, differences, args):
 
     columns: {metric: its column}, for the metrics that have a score per example.
     """
-    (_, first), *others = tables.items()
+    (_, first), *others = by_system(tables).items()
     result = {}
     for name, other in others:
-        p_values = randomisation(scores_of_sums, first, other, args.resamples, args.seed)
+        pair = [*first.values(), *other.values()]
+        of_rows = randomisation(scores_of_sums, *pair, args.resamples, args.seed) if len(pair) == 2 else {}
+        before, after = (np.mean([*seeds.values()], axis=0) for seeds in (first, other))
         tests = result[name] = {metric: dict(part) for metric, part in differences[name].items()}
         for metric, test in tests.items():
-            if metric not in NO_TEST:
-                test |= {"test": "paired randomisation", "p_value": p_values[metric]}
+            if metric in NO_TEST:
+                tests[metric] = test = {key: test[key] for key in ("difference", "interval")}
+            elif metric in of_rows:
+                test |= {"test": "paired randomisation", "p_value": of_rows[metric]}
             if metric in columns:
-                gain = (other - first)[:, columns[metric]] * (-1 if metric in LOWER_IS_BETTER else 1)
+                both = np.array([before, after])[..., columns[metric]]
+                if metric not in NO_TEST and np.isin(both, (0, 100)).all():  # fewer rows apart show nothing
+                    least = max(round(100 * ERRORS**2 / len(both[0]), 6), test["minimum_detectable"] or 0.0)
+                    test["minimum_detectable"] = least if least <= 100 else None
+                gain = np.round(both[1] - both[0], 9) * (-1 if metric in LOWER_IS_BETTER else 1)
                 wins, losses = int((gain > 0).sum()), int((gain < 0).sum())
                 test |= {"wins": wins, "ties": len(gain) - wins - losses, "losses": losses}
     return result

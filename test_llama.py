@@ -9,11 +9,12 @@ in the place of a model that is loaded here. This is a script of the pipeline, n
 
 Reads:  OUTPUT_DIR/dataset/ (test) and OUTPUT_DIR/adapter/, whose adapter_config.json names the base model.
 Writes: OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json; with --name NAME,
-        samsum_predictions_NAME.json and so on (a server's model gives its own name). Until one is whole,
-        .samsum_predictions.part0.jsonl holds its batches.
+        samsum_predictions_NAME.json and so on (a server's model gives its own name); with --swap-answers
+        trivia_qa_predictions_swapped.json. Until one is whole, .samsum_predictions.part0.jsonl holds its batches.
 
     python test_llama.py
     python test_llama.py --model outputs/merged --name merged
+    python test_llama.py --swap-answers
     python test_llama.py --server http://127.0.0.1:8000/v1
     accelerate launch --num_processes 2 test_llama.py
 """
@@ -43,6 +44,7 @@ from predictions import (
     template_of,
     write_predictions,
 )
+from swap import swap_answers
 
 # Settings: edit here, or override for one run on the command line.
 ADAPTER = "auto"  # a folder, or none: the base alone; auto: OUTPUT_DIR/adapter, or none where MODEL is given
@@ -50,6 +52,7 @@ MODEL = "auto"  # a hub id or folder, such as outputs/merged; auto: the base tha
 NAME = ""  # of a further pair of prediction files
 CHAT_TEMPLATE = "auto"  # on, off; auto: as the adapter was trained, or where the model alone has a chat template
 COMPARE_WITH_BASE = True  # also test the base, with the adapter switched off
+SWAP_ANSWERS = False  # trivia_qa alone, another answer in the contexts: is it read or remembered? a file of its own
 LOAD_IN_4BIT = None  # True, False; None: as the adapter was trained, and a model without one in 16 bit
 MAX_BATCH_TOKENS = 16384  # tokens of a batch, prompts and predictions; an 8B model's keys and values: 2 GB
 SAMSUM_MAX_NEW_TOKENS = 96  # the longest gold summaries have some 80 tokens
@@ -373,7 +376,7 @@ def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
         what = f"{base}, the base of {folder},"
         common.refuse_another(what, {"weights": trained_on}, {"weights": run["weights"]}, remedy)
     parts = {task: llama.rows_of(rows, task) for task in common.TASKS}
-    paths = paths_of(args.output_dir, args.name)
+    paths = paths_of(args.output_dir, args.name, args.swap_answers)
     done = [task for task, path in paths.items() if finished(args, path, run)]
     state.wait_for_everyone()  # all have looked before any changes a file
     if any(len(part) for task, part in parts.items() if task not in done):
@@ -402,6 +405,8 @@ def main(argv=None):
     args = parse_args(argv)
     started = time.time()
     rows = llama.load_rows(args.output_dir, "test")
+    if args.swap_answers:
+        rows, args.swap_answers = swap_answers(rows)  # how many, for the settings in the file
     base, folder, in_4bit, source = choose_system(args)
     say(f"testing {args.server or folder or base} on {len(rows):,} rows")
     prompts = dict(zip(rows["id"], rows["prompt"], strict=True))

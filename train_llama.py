@@ -24,6 +24,7 @@ from pathlib import Path
 import common
 import llama
 from common import fail, first_line, is_main, say
+from estimate import GPUS, SAVERS, choose_kernels, dry_run, model_shape, optimizer_steps, settle
 
 # Settings: edit here, or override for one run on the command line.
 # An 8B model on 24 GB, by --dry-run: 5.7 GB of 4-bit weights and 16-bit embeddings, 0.3 GB of adapter, gradients and
@@ -55,8 +56,7 @@ SAVE_TOTAL_LIMIT = 2  # checkpoints kept, beside the best
 REPORT_TO = "none"  # none, tensorboard, trackio, wandb (whichever is installed)
 SEED = 0  # of adapter, dropout and order
 DRY_RUN = False  # only say what the run would cost; loads no weights
-DRY_RUN_GPU_GB = 0.0  # GB of a GPU that the dry run speaks of; 0 = of the machine at hand
-DRY_RUN_TFLOPS = 0.0  # to reckon with; 0 = half of a matrix product's here, 35 (an RTX 3090) with DRY_RUN_GPU_GB
+DRY_RUN_GPU = "here"  # what the dry run speaks of: h200, h100, a100, l40s, 4090, 3090, a10, t4; here: this machine
 DRY_RUN_PRICE = 0.0  # of an hour of the machine, in whatever currency; 0 = not told
 OVERWRITE = False  # start afresh where another run stands, or this one finished; a stopped run goes on all the same
 OUTPUT_DIR = "outputs"  # holds dataset/, gets checkpoints/ and adapter/
@@ -69,6 +69,7 @@ CHOICES = {
     "ACTIVATION_CHECKPOINTING": ("auto", "on", "off"),
     "USE_LIGER_KERNEL": ("auto", "on", "off"),
     "REPORT_TO": ("none", "tensorboard", "trackio", "wandb"),
+    "DRY_RUN_GPU": ("here", *GPUS),
 }
 # Small Llamas take about 1e-3, 7B to 13B 2e-4 (QLoRA; Biderman et al. 2024, "LoRA Learns Less and Forgets Less").
 LEARNING_RATES = {1.5e9: 1e-3, 5e9: 5e-4, 20e9: 2e-4, float("inf"): 1e-4}  # up to so many parameters
@@ -77,8 +78,7 @@ UNBOUND = [
     "output_dir",
     "overwrite",
     "dry_run",
-    "dry_run_gpu_gb",
-    "dry_run_tflops",
+    "dry_run_gpu",
     "dry_run_price",
     "logging_steps",
     "save_steps",
@@ -258,6 +258,8 @@ def make_trainer(args, model, tokenizer, train, validation, run=None, seconds=0.
     from trainer import QLoRATrainer, fuse_lora
 
     model.set_attn_implementation(llama.choose_attention(args.attn_implementation))
+    # the Trainer sorts checkpoints of one second by their numbers instead
+    logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime" not in record.msg)
     if args.use_liger_kernel == "on":  # but its loss, which would compute the logits of all tokens
         logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # names each of its back ends that is not here
         apply_liger_kernel(model, {"fused_linear_cross_entropy": False})
@@ -287,7 +289,6 @@ def train_until_done(trainer, checkpoint):
     import torch
     from transformers import TrainerState
 
-    from estimate import SAVERS
     from trainer import catch_signals, out_of_patience
 
     if checkpoint:
@@ -384,8 +385,6 @@ def save_adapter(args, tokenizer, trainer, run):
 
 def train(args, base, rows):
     """Train on {split: rows} from wherever this run was, and write the adapter."""
-    from estimate import model_shape, optimizer_steps, settle
-
     say(f"training {base} on {len(rows['train']):,} rows, validating on {len(rows['validation']):,}")
     shape = model_shape(base, llama.load_config(base), lora_config(args))
     choose_learning_rate(args, shape)
@@ -427,8 +426,6 @@ def train(args, base, rows):
 
 def tell_costs(args, base, rows):
     """The dry run."""
-    from estimate import choose_kernels, dry_run, model_shape
-
     shape = model_shape(base, llama.load_config(base), lora_config(args))
     choose_learning_rate(args, shape)
     tokens = tokenize(rows, llama.load_tokenizer(base, args.chat_template), args.max_length, "train")

@@ -112,12 +112,16 @@ class QLoRATrainer(SFTTrainer):
         self.mark = time.time()
         super().log(logs, start_time)
         self.watch(logs)
+        self.say_step(
+            f"loss {logs['loss']:.4f}  grad {logs['grad_norm']:.2f}  lr {logs['learning_rate']:.1e}  "
+            f"{speed:,.0f} tokens/s  "
+        )
+
+    def say_step(self, more=""):
+        """The step that has ended, and the time left by those of this session."""
         step, last = self.state.global_step, self.state.max_steps
         left = (time.time() - self.started) / (step - self._initial_global_step) * (last - step)
-        say(
-            f"step {step:>5}/{last}  loss {logs['loss']:.4f}  grad {logs['grad_norm']:.2f}  "
-            f"lr {logs['learning_rate']:.1e}  {speed:,.0f} tokens/s  {timedelta(seconds=round(left))} left"
-        )
+        say(f"step {step:>5}/{last}  {more}{timedelta(seconds=round(left))} left")
 
     def watch(self, logs):
         """Stop a run that learns nothing, instead of letting it go on for hours."""
@@ -206,8 +210,14 @@ class Watch(TrainerCallback):
         self.trainer, self.log = trainer, None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        began = time.time()
         self.trainer.probe()
-        self.trainer.started = self.trainer.mark = self.trainer.saved = self.told = time.time()
+        self.trainer.started = self.trainer.mark = self.trainer.saved = time.time()
+        self.told = 0  # the first step is told
+        if args.device.type == "cpu":  # where a step may take minutes; a GPU's first pass is slower than the others
+            passes = (state.max_steps - state.global_step) * args.gradient_accumulation_steps
+            left = timedelta(seconds=round(passes * (self.trainer.started - began)))
+            say(f"{left} left, if every pass takes as long as one over the longest rows did")
         self.log = Path(args.output_dir) / "log.jsonl"
         if is_main():  # without what a killed run logged after its last checkpoint
             write_whole(self.log, log_lines(state.log_history))
@@ -223,7 +233,7 @@ class Watch(TrainerCallback):
         control.should_log |= control.should_save or control.should_evaluate
         if not control.should_log and time.time() - self.told > 60:
             self.told = time.time()
-            say(f"step {state.global_step:>5}/{state.max_steps}")
+            self.trainer.say_step()
 
     def on_log(self, args, state, control, **kwargs):
         self.told = time.time()

@@ -42,6 +42,7 @@ STEPS = 6  # optimizer steps of a training, the first two of which are not count
 BUILD = ("--max-context-words", 300, "--test-examples-per-task", 24, "--validation-examples-per-task", 8)
 TINY = ["--model", MODEL, "--learning-rate", 4e-3, "--max-length", 1024, "--gradient-accumulation-steps", 1]
 TINY += ["--max-steps", 40, "--eval-steps", 20, "--save-steps", 10]
+KILLED_AT = 20  # the step of the checkpoint after which the chain's second training is killed
 SHAPES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 2048},
@@ -438,7 +439,7 @@ def same(output, one, other):
 
 
 def chain(bench):
-    """The scripts as they are on the tiny model; a training killed at its 20th step ends with which adapter?"""
+    """The scripts as they are on the tiny model; a training that is killed ends with which adapter?"""
     from safetensors.torch import load_file
 
     from common import MANIFEST
@@ -450,7 +451,7 @@ def chain(bench):
     bench.note("chain", train={"seconds": seconds} | {
         key: run[key] for key in ("attention", "eval_loss", "tokens_per_second", "peak_memory_gb")})  # fmt: skip
     process = subprocess.Popen(list(map(str, killed)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
-    while process.poll() is None and not (outputs[1] / "checkpoints" / "checkpoint-20" / MANIFEST).exists():
+    while process.poll() is None and not (outputs[1] / "checkpoints" / f"checkpoint-{KILLED_AT}" / MANIFEST).exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -482,7 +483,7 @@ def float16(bench):
 def commands(bench):
     """Seconds, tokens/s and peak GB of the commands at the shape."""
     output, python = bench.build("commands"), sys.executable
-    train = [python, "train_llama.py", "--model", bench.model(), "--max-steps", 6, "--logging-steps", 1]
+    train = [python, "train_llama.py", "--model", bench.model(), "--max-steps", STEPS, "--logging-steps", 1]
     seconds, _ = bench.run("train_large", [*train, "--output-dir", output])
     run = json.loads((output / "adapter" / "run.json").read_text())
     bench.note("commands", train={"seconds": seconds, "peak_gb": run["peak_memory_gb"]})

@@ -1,101 +1,80 @@
-"""Measure one adapter for both tasks beside one for each: scores with intervals, and the time of training.
+"""Is one adapter for both tasks as good as one for each? A real small Llama, real rows, several seeds.
 
-The fixtures' sample, the demo's settings (run.sh), and for each seed three trainings: both tasks, samsum alone,
-trivia_qa alone. Each task's test rows are the same for both. Scores, their intervals and the paired comparison are
-those of evaluations.py, for each seed; a seed's interval is about test rows, the spread over seeds about training.
+For each seed three trainings: both tasks, samsum alone, trivia_qa alone, of the same training rows a task, one epoch
+each; both are tested on the same rows. Scores, intervals (over rows and seeds) and tests are those of evaluations.py.
+An interrupted run goes on where it was; some 25 minutes a seed on two cores.
 
-    python benchmarks/joint.py
-    python benchmarks/joint.py --seeds 1 --epochs 0.2
+    python benchmarks/joint.py --model smollm2-135m --samsum knkarthick/samsum --trivia-qa mandarjoshi/trivia_qa
+    python benchmarks/joint.py --model FOLDER --samsum FOLDER --trivia-qa FOLDER --seeds 5
 """
 
 import argparse
 import json
 import shutil
-import statistics
-import sys
 from pathlib import Path
 
-from peers import FOLDER, MODEL, ROOT, machine, save, table, timed
+from peers import FOLDER, machine, save, table
+from real_model import BUILD, TASKS, TRAIN, Chain, scores_of
 
-SEEDS = 3
-EPOCHS = 4
-TASKS = ("samsum", "trivia_qa")
-METRICS = {"samsum": ("rouge1", "rougeL", "perplexity"), "trivia_qa": ("exact_match", "f1", "perplexity")}
+SYSTEMS = {"joint": tuple(TASKS)} | {task: (task,) for task in TASKS}
 
 
-def build(tasks, output):
-    sources = ["--samsum", ROOT / "tests/fixtures/samsum", "--trivia-qa", ROOT / "tests/fixtures/trivia_qa"]
-    command = [sys.executable, "build_dataset.py", *sources, "--max-context-words", 120]
-    shutil.rmtree(output, ignore_errors=True)
-    command += ["--test-examples-per-task", 100, "--tasks", *tasks, "--output-dir", output]
-    timed(command, output.with_suffix(".txt"))
+def train_and_test(args, system, seed):
+    """A system of one seed: {"steps", "tokens", "train_rows"} of its training."""
+    chain, data = Chain(args.folder / f"{system}_{seed}"), args.folder / f"{system}_0"
+    if seed:
+        shutil.copytree(data / "dataset", chain.output / "dataset", dirs_exist_ok=True)
+    else:
+        sources = ("--samsum", args.samsum, "--trivia-qa", args.trivia_qa, "--tasks", *SYSTEMS[system])
+        chain.run("build", "build_dataset", *sources, *BUILD, "--test-examples-per-task", args.test_examples)
+    chain.run("train", "train_llama", "--model", args.model, *TRAIN, "--seed", seed)
+    chain.run("test", "test_llama", "--no-compare-with-base")
+    run = json.loads((chain.output / "adapter" / "run.json").read_text())
+    return {key: run[key] for key in ("steps", "best_step", "tokens", "train_rows", "seconds")}
 
 
-def train_and_test(output, seed, epochs):
-    """Trains on OUTPUT_DIR/dataset and predicts its test split; returns what run.json says."""
-    log = output.with_suffix(".txt")
-    command = [sys.executable, "train_llama.py", "--model", MODEL, "--learning-rate", "4e-3"]
-    command += ["--num-train-epochs", epochs, "--max-length", 1024, "--gradient-accumulation-steps", 1]
-    command += ["--eval-steps", 190, "--save-steps", 190, "--seed", seed, "--overwrite", "--output-dir", output]
-    seconds, _ = timed(command, log)
-    test = [sys.executable, "test_llama.py", "--no-compare-with-base", "--overwrite", "--output-dir", output]
-    timed(test, log)
-    run = json.loads((output / "adapter" / "run.json").read_text())
-    return {"command_seconds": seconds, **{key: run[key] for key in ("seconds", "steps", "best_step", "tokens")}}
-
-
-def compare(task, joint, alone, output):
-    """Scores, intervals and the paired comparison of the two, by evaluations.py."""
-    file = f"{task}_predictions.json"
-    systems = [f"alone={alone / file}", f"joint={joint / file}"]
+def compare(args, task, seeds):
+    """{system: {metric: score, interval, difference}} of a task over all seeds so far, by evaluations.py."""
+    output = args.folder / f"compared_{task}_{seeds}"
     output.mkdir(exist_ok=True)
-    command = [sys.executable, "evaluations.py", "--predictions", *systems, "--output-dir", output]
-    timed(command, output.with_suffix(".txt"))
-    scores, found = json.loads((output / "evaluation.json").read_text())[task], {}
-    for metric in METRICS[task]:
-        found[metric] = {"difference": scores["comparisons"]["joint"][metric]}
-        for name in ("alone", "joint"):
-            value = scores[name].get(metric)
-            value = scores["perplexity"][name]["perplexity"] if value is None else value
-            found[metric][name] = {"score": value, "interval": scores["intervals"][name][metric]}
-    return found
+    files = [
+        f"{name}@{seed}={args.folder / f'{system}_{seed}' / f'{task}_predictions.json'}"
+        for name, system in (("alone", task), ("joint", "joint"))
+        for seed in range(seeds)
+    ]
+    Chain(output).run("evaluate", "evaluations", "--predictions", *files)
+    evaluation = json.loads((output / "evaluation.json").read_text())
+    return {name: scores_of(evaluation, name, [task])[task] for name in ("alone", "joint")}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--epochs", type=float, default=EPOCHS, help="the demo's; with others nothing is kept")
-    parser.add_argument("--folder", type=Path, default=FOLDER / "joint", help="for data, adapters and logs")
+    parser.add_argument("--model", required=True, help="key, hub id or folder, as train_llama.py takes it")
+    parser.add_argument("--samsum", required=True)
+    parser.add_argument("--trivia-qa", required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--test-examples", type=int, default=100, help="a task")
+    parser.add_argument("--folder", type=Path, default=FOLDER / "joint")
     args = parser.parse_args(argv)
-    folder = args.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    systems = {"joint": TASKS} | {task: (task,) for task in TASKS}
-    for name, tasks in systems.items():
-        build(tasks, folder / name)
-    result = {"machine": machine(), "training": {name: [] for name in systems}, "scores": {task: [] for task in TASKS}}
+    args.folder = args.folder.resolve()
+    for name in ("model", "samsum", "trivia_qa"):  # the commands run in the repository
+        if Path(value := getattr(args, name)).exists():
+            setattr(args, name, Path(value).resolve())
+    result = {"machine": machine(), "model": Path(args.model).name, "training": {name: [] for name in SYSTEMS}}
     for seed in range(args.seeds):
-        for name in systems:
-            result["training"][name].append(train_and_test(folder / name, seed, args.epochs))
-            print(f"seed {seed}, {name}: {result['training'][name][-1]['command_seconds']:.0f} s", flush=True)
-        for task in TASKS:
-            scores = compare(task, folder / "joint", folder / task, folder / f"compare_{task}")
-            result["scores"][task].append(scores)
-        if args.epochs == EPOCHS:
-            save("joint", result)
+        for system in SYSTEMS:
+            result["training"][system].append(train_and_test(args, system, seed))
+        result["scores"] = {task: compare(args, task, seed + 1) for task in TASKS}
+        save("joint", result)
     rows = []
-    for task, runs in result["scores"].items():
-        for seed, scores in enumerate(runs):
-            for metric, pair in scores.items():
-                cells = [f"{pair[n]['score']:.2f} [{pair[n]['interval'][0]:.2f}, {pair[n]['interval'][1]:.2f}]"
-                         for n in ("joint", "alone")]  # fmt: skip
-                low, high = pair["difference"]["interval"]
-                difference = f"{pair['difference']['difference']:+.2f} [{low:+.2f}, {high:+.2f}]"
-                rows.append([f"{task} {metric}", str(seed), *cells, difference])
-    table(["", "seed", "joint", "alone", "joint - alone"], rows)
-    seconds = {name: [run["command_seconds"] for run in runs] for name, runs in result["training"].items()}
-    alone = [sum(pair) for pair in zip(*(seconds[task] for task in TASKS), strict=True)]
-    means = [statistics.mean(values) for values in (seconds["joint"], alone)]
-    print(f"training of one seed, mean: {means[0]:.0f} s for the joint adapter, {means[1]:.0f} s for the two")
+    for task, systems in result["scores"].items():
+        for metric in TASKS[task]:
+            cells = ["{score:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]".format(**systems[name][metric])
+                     for name in ("alone", "joint")]  # fmt: skip
+            difference = systems["joint"][metric]["difference"]
+            low, high = difference["interval"]
+            rows.append([f"{task} {metric}", *cells, f"{difference['difference']:+.2f} [{low:+.2f}, {high:+.2f}]"])
+    table(["", "alone", "joint", "joint - alone"], rows)
 
 
 if __name__ == "__main__":

@@ -48,12 +48,12 @@ class Chain:
         return self.output / f"{task}_predictions{name and '_' + name}.json"
 
 
-def scores_of(evaluation, system):
-    """{task: {metric: score, its interval, and the difference to the base}} of evaluation.json."""
+def scores_of(evaluation, system, tasks=tuple(TASKS)):
+    """{task: {metric: score, its interval, and the difference to the first system}} of evaluation.json."""
     found = {}
-    for task, metrics in TASKS.items():
+    for task in tasks:
         part, found[task] = evaluation[task], {}
-        for metric in metrics:
+        for metric in TASKS[task]:
             score = part[system].get(metric)
             score = part["perplexity"][system]["perplexity"] if score is None else score
             found[task][metric] = {"score": score, "interval": part["intervals"][system][metric]}

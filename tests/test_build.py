@@ -221,17 +221,17 @@ def test_each_planted_flaw_is_counted_under_its_reason_and_nothing_else_is_dropp
     report = json.loads((everything / "dataset_report.json").read_text())
     for part in report["tasks"].values():
         for counts in part["counts"].values():
-            dropped = sum(n for reason, n in counts.items() if reason not in ("available", "looked at", "kept"))
-            assert counts["available"] == counts["looked at"] == counts["kept"] + dropped
+            dropped = sum(n for reason, n in counts.items() if reason not in ("available", "drawn at random", "kept"))
+            assert counts["available"] == counts["drawn at random"] == counts["kept"] + dropped
     counts = report["tasks"]["samsum"]["counts"]
     assert counts["train"] == {
         "available": SAMSUM_ROWS["train"],
-        "looked at": SAMSUM_ROWS["train"],
+        "drawn at random": SAMSUM_ROWS["train"],
         "no text": PLANTED["samsum_empty_dialogue_train"],
         "duplicate": PLANTED["samsum_duplicate_in_train"],
         "also in test": PLANTED["samsum_train_dialogue_in_test"],
         "nearly in test": PLANTED["samsum_near_duplicate_train_test"],
-        "spare": 0,
+        "usable but not needed": 0,
         "kept": 491,
     }
     assert counts["validation"]["also in test"] == PLANTED["samsum_validation_dialogue_in_test"]
@@ -276,7 +276,7 @@ def test_the_question_finds_the_answer_more_often_than_the_first_words_do(tmp_pa
         rates[way] = part["answer_in_context"]["test"][way]
         assert sum(found) / len(found) == pytest.approx(rates[way])
         train = part["counts"]["train"]
-        usable = train["kept"] + train["spare"]
+        usable = train["kept"] + train["usable but not needed"]
         share = usable / (usable + train["answer not in context"])  # all that were kept hold their answer
         assert part["answer_in_context"]["train"][way] == pytest.approx(share)
     assert rates["question"] > rates["first"] + 0.2
@@ -595,7 +595,7 @@ def test_what_a_small_test_leaves_over_stays_out_of_training(tmp_path):
     source = write_samsum(tmp_path / "in", train=train, test=extra)
     assert build(tmp_path / "out", "--tasks", "samsum", "--samsum", source).returncode == 0
     report = counts_of(tmp_path / "out", "samsum")
-    assert report["test"]["kept"] == 6 and report["test"]["looked at"] < 200
+    assert report["test"]["kept"] == 6 and report["test"]["drawn at random"] < 200
     assert {row["id"][:12] for row in rows_of(tmp_path / "out")["train"]} == {"samsum:train"}
 
 

@@ -109,7 +109,7 @@ def test_off_gives_the_plain_prompt_and_on_wants_a_template(setting, dataset, tm
     if setting == "on":
         with pytest.raises(SystemExit):
             llama.load_tokenizer(str(FIXTURES / "tiny_llama3"), "on")
-        assert "has no chat template: give --chat-template off" in capsys.readouterr().err
+        assert "has no chat template: take the instruct model, or give --chat-template off" in capsys.readouterr().err
 
 
 UNFIT = {  # a template, and what is said of it
@@ -123,10 +123,10 @@ def test_a_template_that_does_not_fit_is_one_sentence(dataset, tmp_path):
     base, rows = chat_model(tmp_path / "base", "llama3"), load_from_disk(str(dataset / "dataset"))["train"].to_dict()
     for template, words in UNFIT.values():
         (base / "chat_template.jinja").write_text(template)
-        with pytest.raises(ValueError, match=f"{re.escape(words)}.*give --chat-template off"):
+        with pytest.raises(ValueError, match=f"{re.escape(words)}.*train and test with --chat-template off"):
             llama.encode(llama.load_tokenizer(str(base)), rows)
     result = run("train_llama.py", "--dry-run", "--model", base, "--output-dir", dataset)
-    assert_refused(result, "cannot train on train: ", "give --chat-template off")
+    assert_refused(result, "cannot train on train: ", "train and test with --chat-template off")
 
 
 def test_a_template_that_asks_for_the_date_is_the_same_tomorrow(tmp_path):
@@ -310,5 +310,5 @@ def test_a_template_that_is_none_is_one_sentence(template, tmp_path, capsys):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
     with pytest.raises(SystemExit) as stopped:
         llama.load_tokenizer(str(tmp_path / "model"))
-    assert stopped.value.code == 2 and "give --chat-template off" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "train and test with --chat-template off" in capsys.readouterr().err
     assert llama.load_tokenizer(str(tmp_path / "model"), "off").chat_template is None

@@ -84,11 +84,19 @@ def test_values_that_cannot_be_meant_are_refused(argv, module, capsys):
     assert stopped.value.code == 2 and argv[0] in capsys.readouterr().err
 
 
-def test_a_constant_edited_to_a_value_that_is_no_choice_is_refused_too(module, capsys):
-    module.NAMES = ["a", "x"]
+@pytest.mark.parametrize("name, value", [("NAMES", ["a", "x"]), ("LIMIT", 0), ("RATE", 0.0), ("LIMIT", -1)])
+def test_a_constant_edited_to_a_value_that_cannot_be_meant_is_refused_too(name, value, module, capsys):
+    setattr(module, name, value)
     with pytest.raises(SystemExit):
         parse(module)
-    assert "--names must be one of a, b" in capsys.readouterr().err
+    assert f"--{name.lower()} must be " in capsys.readouterr().err
+
+
+def test_a_constant_edited_to_none_is_refused_where_none_means_nothing(module, capsys):
+    module.RATE = None
+    with pytest.raises(SystemExit) as stopped:
+        parse(module)
+    assert stopped.value.code == 2 and "RATE is None in the settings: give it a value" in capsys.readouterr().err
 
 
 def test_a_setting_may_be_a_word_or_a_number(module, capsys):
@@ -103,6 +111,10 @@ def test_a_setting_may_be_a_word_or_a_number(module, capsys):
     assert parse() == "auto" and parse("--size", "2") == 2.0 and parse("--size", "3e9") == 3e9
     module.SIZE = 5e-4  # edited
     assert parse() == 5e-4 and parse("--size", "auto") == "auto"
+    module.SIZE = 0.0
+    with pytest.raises(SystemExit):
+        parse()
+    assert "--size must be above 0" in capsys.readouterr().err
     for wrong in ("fast", "0", "-1", "nan", "inf"):
         with pytest.raises(SystemExit):
             parse("--size", wrong)

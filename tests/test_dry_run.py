@@ -41,7 +41,7 @@ def shape_of(folder, args):
 def test_it_needs_no_weights_and_counts_meta_s_parameters(sizes, parameters, dataset, tmp_path):
     model = without_weights(tmp_path / "model", sizes)
     shutil.copytree(dataset / "dataset", tmp_path / "dataset")
-    named = ["--dry-run-gpu-gb", 24, "--dry-run-tflops", 1e-3, "--dry-run-price", 3600]
+    named = ["--dry-run-gpu", "4090", "--dry-run-price", 3600 * 83]
     result = run("train_llama.py", "--dry-run", *named, "--model", model, "--output-dir", tmp_path)
     assert result.returncode == 0, result.stderr
     assert parameters in result.stdout
@@ -50,8 +50,9 @@ def test_it_needs_no_weights_and_counts_meta_s_parameters(sizes, parameters, dat
         [line.split()[1:] for line in result.stdout.splitlines() if line.startswith(name)]
         for name in ("petaf", "price")
     )
-    for flop, cost in zip(petaflop, price, strict=True):  # a second of 1e9 FLOP costs 1
-        assert float(cost.replace(",", "")) == pytest.approx(float(flop.replace(",", "")) * 1e6, rel=0.01)
+    for flop, cost in zip(petaflop, price, strict=True):  # 1e12 FLOP cost 1, at half of its 165 TFLOP/s
+        assert float(cost.replace(",", "")) == pytest.approx(float(flop.replace(",", "")) * 1e3, rel=0.01)
+    assert "time at 83 TFLOP/s" in result.stdout
     assert not (tmp_path / "adapter").exists() and not (tmp_path / "checkpoints").exists()
     assert all(len(line) <= 80 for line in result.stdout.splitlines() if not line.startswith("warning"))
 
@@ -278,6 +279,15 @@ def test_as_much_of_a_step_goes_at_once_as_fits_the_gpu(room, settled, tmp_path,
     args = train_llama.parse_args(given)
     estimate.settle(shape, packed, args)
     assert tuple(getattr(args, name) for name in SETTLED) == ("off", 2, 4)
+
+
+@pytest.mark.parametrize("steps, warmup", [(1, 0), (5, 2), (19, 9), (20, 10), (999, 10)])
+def test_the_warm_up_of_a_short_run_is_at_most_half_of_it(steps, warmup, monkeypatch, capsys):
+    monkeypatch.setattr(estimate, "fits", lambda *_, **__: True)
+    args = train_llama.parse_args(["--max-steps", str(steps)])
+    estimate.settle({}, {"labels": [[1, 1]]}, args)
+    assert args.warmup_steps == warmup
+    assert (f"warm-up of {warmup} optimizer steps instead of 10" in capsys.readouterr().out) == (warmup < 10)
 
 
 def test_a_cpu_takes_one_packed_row_at_a_time_and_checkpoints_where_memory_is_short(tmp_path, monkeypatch):

@@ -573,6 +573,73 @@ def test_equal_systems_are_significant_in_about_5_of_100_experiments_and_differe
     assert 0.02 * 200 <= found <= 0.085 * 200 and power > 0.98 * 200
 
 
+def chance_of(tables):
+    """The comparison of "b" with the first of these {name: values}, a score that is a plain mean."""
+    args = evaluations.parse_args(["--resamples", "400"])
+    tables = {name: np.reshape(values, (-1, 1)).astype(float) for name, values in tables.items()}
+    differences = significance.measure(mean, tables, args)["differences"]
+    return significance.compare(mean, tables, {"mean": 0}, differences, args)["b"]["mean"]
+
+
+def test_a_difference_as_small_as_said_is_found_in_about_80_of_100_test_sets_and_half_of_it_is_not():
+    rng, found, half, of_100 = np.random.default_rng(3), np.zeros(2), np.zeros(2), 100
+    for _ in range(200):
+        noise = rng.normal(0, 20, (2, of_100))
+        said = chance_of({"a": np.zeros(of_100), "b": noise[0]})["minimum_detectable"]
+        turned = np.where(rng.random((2, of_100)) < 0.3, rng.choice([-100, 100], (2, of_100)), 0)  # yes or no
+        right = {"a": turned[0] < 0, "b": turned[0] > 0}
+        turns = chance_of({name: 100.0 * yes for name, yes in right.items()})["minimum_detectable"] / 100
+        for planted, share in ((found, 1), (half, 0.5)):
+            others = rng.choice([100, -100, 0], of_100, p=[0.15 + share * turns / 2, 0.15 - share * turns / 2, 0.7])
+            planted += [
+                p_of(np.zeros(of_100), noise[1] + share * said, 400) < 0.05,
+                p_of(0 * others, others, 400) < 0.05,
+            ]
+    assert (found >= 0.70 * 200).all() and (found <= 0.90 * 200).all(), found
+    assert (half < 0.45 * 200).all(), half
+
+
+def test_what_no_test_can_show_is_not_said_to_be_visible():
+    assert chance_of({"a": [1.5] * 50, "b": [1.5] * 50})["minimum_detectable"] is None  # no chance to be seen
+    wrong = chance_of({"a": [0] * 200, "b": [0] * 200})["minimum_detectable"]
+    assert wrong == pytest.approx(3.92)  # about 8 of 200 rows, which give 6 in 80 % of cases: p_of 6 and 0 is 2 / 64
+    assert chance_of({"a": [0] * 7, "b": [0] * 7})["minimum_detectable"] is None
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_intervals_over_rows_and_seeds_hold_the_truth_in_about_95_of_100_experiments(seeds):
+    rng, held, args = np.random.default_rng(4), np.zeros(4), evaluations.parse_args(["--resamples", "500"])
+
+    def trained(name, rows):
+        """Trainings whose mean is 30: variance of seeds 1, of rows alone as given, of rows in a seed 5 x 5."""
+        own = rng.normal(30, 1, (seeds, 1)) + rng.normal(0, 5, (seeds, len(rows)))
+        return {f"{name}@{seed}": (rows + own[seed]).reshape(-1, 1) for seed in range(seeds)}
+
+    for _ in range(200):
+        rows = rng.normal(0, 10, 50)
+        first, other = trained("a", rows), trained("b", rows)
+        untrained = {"a": (30 + rows + rng.normal(0, 5, 50)).reshape(-1, 1)}
+        renamed = {name.replace("@", "@other"): table for name, table in first.items()}
+        whole = significance.measure(mean, first, args)
+        pairs = [(whole["intervals"]["a"]["mean"], 30.0)]
+        for tables in (first | other, renamed | other, untrained | other):
+            pairs.append((significance.measure(mean, tables, args)["differences"]["b"]["mean"]["interval"], 0.0))
+        held += [low <= truth <= high for (low, high), truth in pairs]
+    assert (held >= 0.91 * 200).all() and (held[:2] <= 0.99 * 200).all(), held
+
+
+def test_the_spread_of_seeds_is_what_a_p_value_over_seeds_knows_of():
+    rng = np.random.default_rng(5)
+    rows = rng.normal(0, 1, 200)
+    apart = {f"b@{seed}": rows + 3 * seed - 2 + rng.normal(0, 1, 200) for seed in range(3)}
+    near = {f"b@{seed}": rows + 1 + rng.normal(0, 1, 200) for seed in range(3)}
+    alike, far = chance_of({"a": rows} | near), chance_of({"a": rows} | apart)
+    assert far["difference"] == pytest.approx(1, abs=0.3) and far["p_value"] > 0.3
+    assert alike["p_value"] < 0.02 and alike["interval"][0] > 0.5
+    assert alike["minimum_detectable"] < 1 < far["minimum_detectable"]
+    assert alike["wins"] + alike["losses"] == 200
+
+
 def test_resampling_draws_every_sample_of_the_rows_equally_often():
     sums = significance.resampled_sums(np.array([[1.0], [10.0], [100.0]]), 27_000, 0)[:, 0]
     every = [a + b + c for a in (1, 10, 100) for b in (1, 10, 100) for c in (1, 10, 100)]
@@ -694,6 +761,42 @@ def test_every_score_has_its_interval_and_all_tests_are_one_family(tmp_path):
     assert len(tests) == 16  # 7 + 9 without the length ratio
     assert min(test["p_holm"] for test in tests) == pytest.approx(16 * min(test["p_value"] for test in tests))
     assert all(test["significant"] == (test["p_holm"] < 0.05) for test in tests)
+
+
+def test_several_trainings_are_one_system_and_one_of_them_is_as_without_a_seed(tmp_path):
+    both_tasks(tmp_path)
+    source = result(tmp_path / "trivia_qa_predictions.json")
+    files = []
+    for seed in range(3):
+        rows = [row | {"prediction": row["references"][0]} if i % 3 == seed else row
+                for i, row in enumerate(source["examples"])]  # fmt: skip
+        files.append(prediction_file(tmp_path / f"{seed}.json", examples=rows))
+
+    def report(*names):
+        systems = [f"{name}={file}" for name, file in zip(names, [files[0], *files], strict=False)]
+        done = run(tmp_path, "--predictions", *systems, "--resamples", "500")
+        assert done.returncode == 0, done.stderr
+        assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
+        return done.stdout, result(tmp_path / "outputs/evaluation.json")["trivia_qa"]
+
+    printed, alone = report("base", "tuned")
+    printed_too, one = report("base", "tuned@7")
+    assert printed == printed_too and alone["seeds"] == one["seeds"] == {} and "trainings" not in printed
+    for key in evaluations.KEYS[5:]:
+        assert one[key] == alone[key], key
+    assert alone["base"]["exact_match"] < alone["tuned"]["exact_match"] == one["tuned"]["exact_match"]
+    printed, several = report("base", "tuned@0", "tuned@1", "tuned@2")
+    values = [seed["exact_match"] for seed in several["seeds"]["tuned"].values()]
+    assert several["tuned"]["exact_match"] == pytest.approx(np.mean(values)) and min(values) < max(values)
+    assert several["comparisons"].keys() == {"tuned"} and several["base"] == alone["base"]
+    f1 = [seed["f1"] for seed in several["seeds"]["tuned"].values()]
+    assert f"3 trainings of tuned: f1 {min(f1):.2f} to {max(f1):.2f}, perplexity" in printed
+    page = (tmp_path / "outputs/evaluation.html").read_text()
+    assert f"3 seeds: {min(values):.2f} to {max(values):.2f}" in page and "tuned@2" in page
+    least = several["comparisons"]["tuned"]["f1"]["minimum_detectable"]
+    assert f"<td>{least:.2f}</td>" in page and f"4 of 5 such tests find a difference of {least:.2f} in f1" in printed
+    done = run(tmp_path, "--predictions", f"tuned={files[0]}", f"tuned@1={files[1]}")
+    assert_one_sentence(done, "tuned stands there without a seed, too: name each of its files tuned@SEED=FILE")
 
 
 def test_a_group_has_the_scores_of_its_rows_alone(tmp_path):

@@ -2,15 +2,17 @@
 
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT
+from conftest import FIXTURES, ROOT, run, start
+from datasets import DatasetDict, load_from_disk
 
-import llama
 import test_llama
 import train_llama
+import trainer
 
 
 @pytest.mark.parametrize("visible, first", [(None, "0"), ("3,5", "3")])
@@ -50,30 +52,139 @@ def test_a_launched_process_is_on_its_own_gpu_before_anything_touches_cuda(scrip
     assert first.value.args == (1,) and first.traceback[-2].name == "own_gpu"
 
 
-def test_a_turing_gpu_computes_in_float16_with_a_scaler_and_sdpa(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    properties = SimpleNamespace(major=7, minor=5, total_memory=16e9)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+@pytest.fixture
+def forgotten():
+    """After a test with pretended GPUs: no other is to find them in accelerate's memory."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class Begun(Exception):
+    """How far a pretended GPU takes a training: its trainer is made, its first step not."""
+
+
+def decided(dataset, output, monkeypatch, capability, environment):
+    """train_llama.main() where two GPUs are pretended: the trainer, the own GPU, what from_pretrained was told."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from transformers import AutoModelForCausalLM
+
+    own, told, load = [], {}, AutoModelForCausalLM.from_pretrained
+    gpu = SimpleNamespace(major=capability[0], minor=capability[1], total_memory=16e9)
+    pretended = {
+        "is_available": lambda: True,
+        "device_count": lambda: len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")),
+        "set_device": lambda device: own.append(int(str(device).split(":")[-1])),  # 1, or cuda:1
+        "current_device": lambda: (own or [0])[-1],
+        "get_device_capability": lambda device=None: capability,
+        "get_device_properties": lambda device=None: gpu,
+        "get_device_name": lambda device=None: "pretended",
+        "manual_seed_all": lambda seed: None,
+        "_check_bf16_tensor_supported": lambda device: True,  # by emulation
+    }
+    for name, function in pretended.items():
+        monkeypatch.setattr(torch.cuda, name, function)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
-    assert torch.cuda.is_bf16_supported()  # by emulation
-    assert llama.compute_dtype() == torch.float16
-    assert llama.choose_attention("auto") == "sdpa"
-    config = train_llama.sft_config(train_llama.parse_args(["--per-device-train-batch-size", "1"]))
-    assert config.fp16 and not config.bf16
+    for name, value in {"CUDA_VISIBLE_DEVICES": "0,1", **environment}.items():
+        monkeypatch.setenv(name, value)
+
+    def from_pretrained(model, **options):
+        told.update(options)
+        return load(model, **options | {"device_map": "cpu"})
+
+    def train(trainer, **_):
+        raise Begun(trainer)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(trainer.QLoRATrainer, "train", train)
+    monkeypatch.setattr(trainer, "catch_signals", lambda trainer: None)  # they are the tests' own
+    shutil.copytree(dataset / "dataset", output / "dataset")
+    if environment:
+        torch.distributed.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    with pytest.raises(Begun) as begun:
+        train_llama.main(["--model", str(FIXTURES / "tiny_llama3"), "--output-dir", str(output)])
+    return begun.value.args[0], own[-1], told
 
 
-@pytest.mark.parametrize("stage", ["rates", "exactness"])
-def test_stages_of_the_gpu_benchmark_run_on_a_cpu(stage, tmp_path, monkeypatch, dataset):
+SECOND = {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}
+HOPPER, TURING = ((9, 0), torch.bfloat16, "packed"), ((7, 5), torch.float16, "sdpa")
+
+
+@pytest.mark.parametrize("gpu", [HOPPER, TURING], ids=["hopper", "turing"])
+@pytest.mark.parametrize("environment", [{}, SECOND], ids=["plain", "second of two processes"])
+def test_main_trains_on_its_own_gpu_in_a_type_that_it_has(
+    environment, gpu, dataset, tmp_path, monkeypatch, capsys, forgotten
+):
+    capability, dtype, attention = gpu
+    made, own, told = decided(dataset, tmp_path, monkeypatch, capability, environment)
+    index = int(environment.get("LOCAL_RANK", 0))
+    assert own == index and told["device_map"] == {"": index} and made.args.device == torch.device("cuda", index)
+    assert made.args.n_gpu == 1 and made.args.world_size == (2 if environment else 1)
+    assert ("taking one of 2 GPUs" in capsys.readouterr().out) == (not environment)
+    assert torch.cuda.is_bf16_supported()  # by emulation, which is not meant
+    assert told["dtype"] == told["quantization_config"].bnb_4bit_compute_dtype == dtype
+    with made.accelerator.autocast():
+        assert torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == dtype
+    scaler = made.accelerator.scaler
+    assert scaler.is_enabled() if dtype == torch.float16 else scaler is None
+    assert made.model.config._attn_implementation == attention
+    assert {p.dtype for p in made.model.parameters() if p.requires_grad} == {torch.float32}
+    assert made.model.get_input_embeddings().weight.dtype == dtype
+    assert made.args.optim == "adamw_torch_fused"
+
+
+def test_every_stage_of_the_gpu_benchmark_runs_on_a_cpu(tmp_path, monkeypatch, dataset):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import gpu
 
-    monkeypatch.setattr(gpu.Bench, "build", lambda self, name: dataset)
-    arguments = ["--shape", "tiny", "--folder", tmp_path, "--results", tmp_path / "gpu.json", "--stages", stage]
-    gpu.main(list(map(str, arguments)))
-    found = json.loads((tmp_path / "gpu.json").read_text())[stage]
-    assert "error" not in found and found.get("tflops", 1) > 0
-    assert found.get("float32", {"packed_gradient_beside_alone": 0})["packed_gradient_beside_alone"] < 1e-4
+    step = {"train": 2, "validation": 3, "test": 4}
+
+    def build(bench, name):
+        if not (output := bench.folder / name).exists():
+            parts = load_from_disk(str(dataset / "dataset"))
+            few = {split: part.select(range(0, len(part), step[split])) for split, part in parts.items()}
+            short = {split: part.map(lambda row: {"prompt": row["prompt"][-150:]}) for split, part in few.items()}
+            DatasetDict(short).save_to_disk(str(output / "dataset"))
+        return output
+
+    def forked(bench, name, command):
+        script, *arguments = command[1:]
+        if script == "-c":
+            script = bench.folder / f"{name}.py"
+            script.write_text(arguments.pop(0))
+        result = run(script, *arguments)
+        assert result.returncode == 0, result.stderr
+        return 1.0, result.stdout
+
+    def popen(command, **_):
+        process = start(*command[1:], streams=[tmp_path / "log", tmp_path / "log"])
+        return SimpleNamespace(poll=lambda: process.exitcode, send_signal=lambda _: process.kill(), wait=process.join)
+
+    monkeypatch.setattr(gpu.Bench, "build", build)
+    monkeypatch.setattr(gpu.Bench, "run", forked)  # most of a short command is importing torch
+    monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(Popen=popen, DEVNULL=None))
+    monkeypatch.setattr(gpu, "TINY", [*gpu.TINY, "--max-steps", 4, "--eval-steps", 2, "--save-steps", 1])
+    monkeypatch.setattr(gpu, "KILLED_AT", 1)
+    monkeypatch.setattr(gpu, "STEPS", 3)
+    only = ["trl sft packed, 8192 x 1, no checkpointing", "8192 x 1, checkpointing", "PEFT's own LoRA", "8-bit AdamW"]
+    where = ["--folder", str(tmp_path), "--results", str(tmp_path / "gpu.json")]
+    gpu.main(["--shape", "tiny", *where, "--only", *only])
+    text = (tmp_path / "gpu.json").read_text()
+    assert '"error"' not in text, text
+    found = json.loads(text)
+    assert found["rates"]["tflops"] > 0
+    assert found["training"].pop("stage_seconds") and len(found["training"]) == len(only)
+    assert all(run["tokens_per_second"] > 0 for run in found["training"].values())
+    assert found["profile"]["8192 x 1"]["launches"] > 0
+    assert found["chain"]["killed"] == {
+        "went_on": True,
+        "largest_difference": 0,
+        "largest_weight": pytest.approx(0.1, abs=0.1),
+    }
+    assert found["chain"]["alone"]["same_predictions"] == 1 and found["chain"]["merge"]["nll_difference"] < 0.05
+    assert found["float16"]["eval_loss"] < 10
+    assert set(found["commands"]) == {"train", "test tuned", "merge", "test merged", "stage_seconds"}
+    assert found["exactness"]["float32"]["packed_gradient_beside_alone"] < 1e-4

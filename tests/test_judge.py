@@ -446,3 +446,16 @@ def test_transformers_serve_answers_as_a_judge(tmp_path, judge, monkeypatch):
     finally:
         process.terminate()
         process.join(30)
+
+
+def test_trainings_of_one_system_are_judged_as_one(serve, judge, tmp_path):
+    write(tmp_path, [("wrong", "right"), ("wrong", "bad")])
+    first = (tmp_path / "trivia_qa_predictions.json").rename(tmp_path / "0.json")
+    write(tmp_path, [("wrong", "right"), ("wrong", "right")])
+    second = (tmp_path / "trivia_qa_predictions.json").rename(tmp_path / "1.json")
+    files = [f"base={first}", f"tuned@0={first}", f"tuned@1={second}"]
+    code, output, report = judge(serve(points).url, "--predictions", *files)
+    part = report["trivia_qa"]["judge"]
+    assert code == 0 and part["scores"]["tuned"]["judge"] == 75 and part["failed"] == {"base": 0, "tuned": 0}
+    assert part["agreement"]["tuned"]["exact_match"] == {"agreement": 100, "kappa": 1}
+    assert part["comparisons"]["tuned"]["judge"]["difference"] == 75 and "examples, tuned: judge 75.00" in output

@@ -239,7 +239,7 @@ def test_every_number_of_the_tables_is_in_evaluation_json(tab, folder):
     assert cells[1].split("\n")[0] == f"{task['tuned']['exact_match']:.2f}"
     low, high = test["interval"]
     assert cells[2].split("\n") == [f"{test['difference']:+.2f}", f"{low:+.2f} to {high:+.2f}"]
-    assert cells[4] == f"{test['wins']} / {test['ties']} / {test['losses']}"
+    assert cells[5] == f"{test['wins']} / {test['ties']} / {test['losses']}"
     assert report["training"]["loss"] == {"loss": [[1, 2.0], [2, 1.0]], "eval_loss": [[2, 1.5]]}
     assert report["data"]["samsum"]["train"] == {"available": 9, "kept": 5, "also in test": 4}
     assert "4 also in test" in tab.locator("main").inner_text()
@@ -288,7 +288,7 @@ def test_prompts_come_from_the_data_set_where_the_predictions_have_none(dataset,
 def test_a_gain_stands_to_the_right_of_zero_in_the_figure(monkeypatch):
     monkeypatch.setattr(page, "draw", lambda caption, xlabel, ylabel, lines, first: lines)
     scores = {"base": {"f1": [0, 0, 50, 100]}, "tuned": {"f1": [100, 50, 50, 100]}}
-    result = {"files": dict.fromkeys(scores), "examples": 4, "per_example": scores}
+    result = {"intervals": dict.fromkeys(scores), "examples": 4, "per_example": scores}
     (lines,) = page.draw_task("trivia_qa", result)
     edges, shares, _ = lines["tuned"]
     shares = {edge + 5: share for edge, share in zip(edges, shares[:-1], strict=False) if share}

@@ -1,4 +1,4 @@
-"""README.md: its tables of settings are those of the scripts, its commands exist."""
+"""README.md and HOW_IT_WORKS.md: the tables of settings are those of the scripts, the commands exist."""
 
 import importlib
 import re
@@ -9,6 +9,7 @@ from conftest import ROOT
 import common
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BOTH = README + (ROOT / "HOW_IT_WORKS.md").read_text(encoding="utf-8")
 NAMES = ("build_dataset", "train_llama", "test_llama", "evaluations", "merge_llama")
 
 
@@ -28,12 +29,22 @@ def test_the_settings_are_those_of_the_script(name):
     assert f"\n{table_of(name)}\n" in README, f"README.md should say:\n\n{table_of(name)}\n"
 
 
-def test_files_and_flags_that_it_names_exist():
-    for file in set(re.findall(r"\b[\w/.]+\.(?:py|sh|yaml|jinja|png)\b", README)):
-        assert (ROOT / file).exists() or file in ("loss.png",), file
+def test_files_and_flags_that_they_name_exist():
+    for file in set(re.findall(r"\b[\w/.]+\.(?:py|sh|yaml|jinja|png|md)\b", BOTH)):
+        ours = not file.startswith("outputs/") and file not in ("loss.png", "convert_hf_to_gguf.py")
+        assert not ours or (ROOT / file).exists(), file
     flags = {
         common.flag_of(setting) for name in NAMES for setting in common.settings_of(importlib.import_module(name))
     }
     known = flags | {flag.replace("--", "--no-", 1) for flag in flags}
     known |= {"--num_processes", "--config_file", "--nproc_per_node"}  # of accelerate and torchrun
-    assert set(re.findall(r"--[a-z][\w-]+", README)) <= known
+    known |= {
+        "--private",
+        "--outtype",
+        "--outfile",
+        "--port",
+        "--enable-lora",
+        "--max-lora-rank",
+        "--lora-modules",
+    }  # others'
+    assert set(re.findall(r"--[a-z][\w-]+", BOTH)) <= known

@@ -1,5 +1,6 @@
 """train_llama.py is killed, stopped, damaged and started again: the adapter comes out as if nothing had happened."""
 
+import functools
 import json
 import os
 import random
@@ -182,11 +183,14 @@ def test_a_run_that_nobody_watches_saves_by_time_and_its_log_grows(undisturbed, 
     opening = printed.read_text().split("step ")[0]  # before the first step
     assert re.search(r"^training .*tiny_llama2 on \d+ rows, validating on \d+\n", opening)
     assert re.search(r"\n30 optimizer steps over \d+ packed sequences, 4-bit base, on cpu\n", opening)
+    assert re.search(r"\n\d:\d\d:\d\d left, if every pass takes as long as one over the longest rows did\n", opening)
     saved = [path for path in log.parent.glob("checkpoint-*") if (path / "whole.json").exists()]
     assert {int(path.name[11:]) for path in saved} <= {entry["step"] for entry in losses(log)}  # none within a span
     assert saved and len(losses(log)) < STEPS
     result = run("train_llama.py", *COMMAND, *seldom, "--save-minutes", 0)
     assert result.returncode == 0 and "going on from" in result.stdout, result.stderr
+    assert re.search(r"\nstep +\d+/30  \d:\d\d:\d\d left\n", result.stdout)  # the first one, which is not logged
+    assert "mtime" not in result.stdout + result.stderr
     steps = [entry["step"] for entry in losses(log)]
     assert steps == sorted(set(steps)) and steps[-2:] == [20, 30]  # 0: validations alone are saved
     assert log.read_bytes() == (tmp_path / "adapter" / "log.jsonl").read_bytes()
@@ -203,8 +207,10 @@ def test_whether_the_time_for_a_checkpoint_has_come_the_first_process_decides(ra
     reduce = lambda own, _: given.append(own.tolist()) or told  # noqa: E731
     fake = SimpleNamespace(stop_signal=None, is_save_due=lambda: True, accelerator=SimpleNamespace(reduce=reduce))
     watch, control = trainer.Watch(fake), TrainerControl()
-    watch.told = time.time() - 61
+    watch.told = fake.started = time.time() - 61
+    fake._initial_global_step, fake.say_step = 0, functools.partial(trainer.QLoRATrainer.say_step, fake)
     args, state = SimpleNamespace(world_size=2, device="cpu"), TrainerState(global_step=3, max_steps=9)
+    fake.state = state
     watch.on_step_end(args, state, control)
     assert given == [[0, int(rank == "0")]]
     assert control.should_save and control.should_log and not control.should_training_stop
@@ -213,7 +219,7 @@ def test_whether_the_time_for_a_checkpoint_has_come_the_first_process_decides(ra
     watch.on_step_end(args, state, control)
     watch.on_step_end(args, state, control)
     assert not control.should_save and not control.should_log
-    assert capsys.readouterr().out == ("step     3/9\n" if rank == "0" else "")  # once a minute
+    assert capsys.readouterr().out == ("step     3/9  0:02:02 left\n" if rank == "0" else "")  # once a minute
 
 
 def test_what_a_killed_run_logs_is_what_an_undisturbed_one_logs(dataset, tmp_path):

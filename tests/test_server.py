@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import FIXTURES
-from datasets import load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 from transformers import AutoTokenizer
 
 import evaluations
@@ -403,6 +403,30 @@ def test_the_end_says_how_many_are_equal_and_where_the_first_differs(fake, ask, 
     content["settings"]["rows"] = "0" * 32  # another build's
     (tmp_path / "trivia_qa_predictions.json").write_text(json.dumps(content))
     assert "trivia_qa: 6 of 6" not in ask(fake.url)[1]
+
+
+def test_swapped_questions_are_asked_into_a_file_of_their_own_and_compared_with_the_local_one(fake, ask, tmp_path):
+    rows = []
+    for number, answer in enumerate(("Paris", "Rome")):
+        prompt = f"Context:\nBob is in {answer}.\n\nQuestion: Where?\nAnswer:"
+        row = {"id": f"trivia_qa:{number}", "task": "trivia_qa", "prompt": prompt, "completion": f" {answer}"}
+        rows.append(row | {"references": [answer]})
+    (tmp_path / "dataset").unlink()
+    DatasetDict(test=Dataset.from_list(rows)).save_to_disk(tmp_path / "dataset")
+    assert ask(fake.url, "--swap-answers")[0] == 0
+    tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tiny_llama3")
+    swapped = [rows[0]["prompt"].replace("Paris", "Rome"), rows[1]["prompt"].replace("Rome", "Paris")]
+    assert sorted(answers_asked(fake)) == sorted(map(str, tokenizer(swapped).input_ids))
+    content = read(tmp_path, "trivia_qa", "tuned-1_swapped")
+    assert [(one["references"], one["swapped"]) for one in content["examples"]] == [
+        (["Paris"], "Rome"),
+        (["Rome"], "Paris"),
+    ]
+    (tmp_path / "trivia_qa_predictions_swapped.json").write_text(json.dumps(content))
+    code, output = ask(fake.url, "--swap-answers")
+    assert code == 0 and "2 of 2 predictions equal" in output and "nothing to do" in output
+    code, output = ask(fake.url, "--name", "tuned-1_swapped")  # that file's own name
+    assert code == 2 and "swap answers" in output
 
 
 def content_id(folder, place):
