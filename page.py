@@ -3,7 +3,6 @@
 import io
 import logging
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import jinja2
@@ -92,6 +91,12 @@ def part_of(result):
     return {"result": result, "systems": list(result["intervals"]), "scores": scores, "metrics": metrics}
 
 
+def texts_of(rows):
+    """What the page's script shows and searches: no path of a file or a model."""
+    shared = {name: getattr(rows, name) for name in ("references", "prompts", "inside")}
+    return {"texts": shared, "predictions": {name: system.predictions for name, system in rows.systems.items()}}
+
+
 def public_name(model):
     """A hub id as it is, of a folder its name: the whole path is nobody's business."""
     return Path(model).name if Path(model).is_absolute() else model
@@ -103,7 +108,7 @@ def page(report, tasks):
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # jinja2 sorts keys: the first system is first
     parts = [
-        part_of(report[task]) | {"name": task, "rows": asdict(rows), "figures": draw_task(task, report[task])}
+        part_of(report[task]) | texts_of(rows) | {"name": task, "figures": draw_task(task, report[task])}
         for task, rows in tasks.items()
     ]
     swapped = [part_of(report["swapped"])] if "swapped" in report else []

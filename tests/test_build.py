@@ -138,10 +138,18 @@ def test_a_passage_that_no_longer_fits_gives_its_first_whole_sentences():
     near = "Torvale has an old painted bridge. " * 17  # 102 words
     next_best = "The bridge was painted by Ann Marsh. " * 15
     filler = "Nothing of note happened in the valley that year. " * 13
-    context = build_dataset.choose_context("Who painted the bridge at Torvale?", [near, filler, next_best], 142)
+    question = "Who painted the bridge at Torvale?"
+    context = build_dataset.choose_context(question, [near, filler, next_best], 142)
     assert context.count("Torvale") == 17 and context.count("Ann Marsh.") == 5  # 35 of the 40 words left
     assert context.endswith("Ann Marsh.") and "Nothing" not in context
+    turned = build_dataset.choose_context(question, [next_best, filler, near], 142)
+    assert turned.split("\n") == context.split("\n")[::-1]  # in the order of the document, not of nearness
     assert build_dataset.choose_context("Who?", ["one two three four"], 3) == "one two three"
+
+
+def test_of_passages_that_share_as_many_words_the_shorter_is_nearer_and_then_the_earlier():
+    texts = ["A bridge, and many other things besides.", "A bridge.", "The bridge", "Nothing."]
+    assert build_dataset.nearest_first("Which bridge?", [*texts, texts[1]]) == [1, 4, 2, 0, 3]
 
 
 def break_missing_file(folder):
@@ -349,6 +357,12 @@ def test_a_near_duplicate_has_four_fifths_of_the_word_5_grams():
     texts = build_dataset.NearTexts([key])
     assert texts.near(" ".join([*words, *"abcdefghi"])) == [key]  # 36 of 45: exactly 0.8
     assert texts.near(" ".join([*words, *"abcdefghij"])) == []  # 36 of 46
+
+
+def test_an_id_stands_in_a_split_once():
+    rows, counts = [build_dataset.Row("1", key, ()) for key in ("a b", "c d")], Counter()
+    kept = build_dataset.take(iter(rows), 0, {}, lambda drawn: [{}] * len(drawn), counts)
+    assert list(kept) == ["a b"] and counts["duplicate id"] == 1
 
 
 def test_near_duplicates_are_those_that_comparing_every_pair_finds():

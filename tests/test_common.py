@@ -166,6 +166,14 @@ def test_a_manifest_knows_every_file(tmp_path):
     assert common.read_manifest(tmp_path)[1] == ["a"]
 
 
+def test_each_difference_to_another_run_is_named_also_what_that_one_lacks(capsys):
+    common.refuse_another("it", {"rate": 1, "gone": 2}, {"rate": 1}, "")
+    with pytest.raises(SystemExit):
+        common.refuse_another("it", {"rate": 1, "gone": 2}, {"rate": 3, "lora_r": 8}, "mend it")
+    differences = "(rate 1 there, 3 now; lora r unknown there, 8 now)"
+    assert capsys.readouterr().err == f"error: it is of another run {differences}: mend it\n"
+
+
 def test_where_nobody_watches_a_line_a_minute_takes_the_bars_place(monkeypatch, capsys):
     clock = [1e9]
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])

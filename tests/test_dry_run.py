@@ -260,6 +260,7 @@ BY_ROOM = {
     80: ("off", 4, 1),
     40: ("off", 2, 2),
     24: ("off", 1, 4),
+    20: ("on", 4, 1),  # 18.4 GB without checkpointing: more than can be used of 20
     16: ("on", 4, 1),
     9.5: ("on", 2, 2),
     4: ("on", 1, 4),

@@ -829,12 +829,23 @@ def test_perplexities_over_other_tokens_are_not_compared(tmp_path):
     assert "perplexity" not in part["comparisons"]["b"]
     assert part["comparisons"]["c"]["perplexity"]["p_value"] == 1
     test = part["comparisons"]["d"]["perplexity"]
-    assert test["wins"] == 5 and test["difference"] < 0  # lower is better
+    assert test["wins"] == 5 and test["difference"] < 0
+    assert "lower is better" in (tmp_path / "outputs/evaluation.html").read_text()
+    prediction_file(tmp_path / "a.json", examples=[row | {"base_prediction": "x"} for row in rows])  # no base_nll
+    assert run(tmp_path, "--predictions", first).returncode == 0
+    assert result(tmp_path / "outputs/evaluation.json")["trivia_qa"]["perplexity"].keys() == {"tuned"}
 
 
 # --- whose predictions these are
 
-MADE_FROM = {"adapter": "a" * 16, "weights": ["b" * 16], "rows": "c" * 32, "4_bit": True, "device": "cpu"}
+MADE_FROM = {
+    "model": "/home/ann/llama",
+    "adapter": "a" * 16,
+    "weights": ["b" * 16],
+    "rows": "c" * 32,
+    "4_bit": True,
+    "device": "cpu",
+}
 
 
 def runs(folder, **others):
@@ -874,6 +885,8 @@ def test_the_report_says_what_the_predictions_were_made_from_and_how_that_was_tr
     assert report["training"]["settings"] == {"learning_rate": 0.004}
     assert report["training"]["loss"] == {"loss": [[1, 2.5]], "eval_samsum_loss": [[1, 1.5]]}
     assert report["data"] == {"samsum": {"train": {"kept": 9, "duplicate": 4}}}
+    page = (outputs / "evaluation.html").read_text()
+    assert "; model llama<" in page and "/home/ann" not in page
     other = prediction_file(tmp_path / "theirs.json", "samsum", examples=[{"references": ["a b"], "prediction": "a"}])
     files = ["--predictions", outputs / "samsum_predictions.json", f"theirs={other}", "--resamples", "50"]
     assert run(tmp_path, *files).returncode == 0

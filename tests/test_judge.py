@@ -197,6 +197,7 @@ def test_requests_are_blind_shuffled_deterministic_and_hold_the_candidate_as_dat
         system, user = body["messages"]
         assert body["temperature"] == 0 and body["response_format"]["type"] == "json_schema"
         assert list(data) in (["question", "references", "candidate"], ["dialogue", "references", "candidate"])
+        assert data["references"] == ["right"]
         assert data.get("question", "who").startswith("who") and data.get("dialogue", "Ann").startswith("Ann")
         for word in ("tuned", "base_prediction", "trivia_qa:", "secret context"):
             assert word not in user["content"] and word not in system["content"]

@@ -140,10 +140,13 @@ def test_every_tensor_is_that_of_pefts_merge_and_the_others_are_the_bases(
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["v_proj"]])
-def test_4bit_is_pefts_merge_into_the_base_as_loaded_in_4_bits(targets, out, tmp_path):
+def test_4bit_is_pefts_merge_into_the_base_as_loaded_in_4_bits(targets, out, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        llama, "compute_dtype", lambda: torch.bfloat16
+    )  # as on a GPU; NF4 is made of float32 there too
     make_adapter(out / "adapter", tmp_path / "base", trained_in_4bit=True, target_modules=targets)
     assert merge(out, "--merge-base", "4bit") == 0 and report(out / "merged")["merge_base"] == "4bit"
-    model = llama.load_model(str(tmp_path / "base"), load_in_4bit=True).dequantize()
+    model = llama.load_model(str(tmp_path / "base"), load_in_4bit=True, dtype="float32").dequantize()
     expected = PeftModel.from_pretrained(model, out / "adapter").merge_and_unload().state_dict()
     before, differ = tensors(tmp_path / "base"), set()
     for name, tensor in tensors(out / "merged").items():
@@ -806,6 +809,7 @@ def test_chat_template_tokenizer_model_and_the_bases_own_settings_are_kept(out, 
     assert (merged / "tokenizer.model").read_bytes() == b"pieces" and not (merged / "pytorch_model.bin").exists()
     written = json.loads((merged / "config.json").read_text())
     assert "auto_map" not in written and written["rms_norm_eps"] == 1e-4
+    assert written["dtype"] == written["torch_dtype"] == "float32"
     generation = json.loads((merged / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [2, 77]  # as transformers and test_llama.py: config.json's do not count
     assert not {"temperature", "top_p"} & generation.keys() and generation["do_sample"] is False

@@ -88,14 +88,17 @@ def test_stopped_by_signals_then_with_a_broken_checkpoint_it_ends_with_the_same_
     code, printed = interrupt(tmp_path, signal.SIGTERM, 9)
     stopped = int(re.search(r"stopped at step (\d+) of 30", printed)[1])
     assert code == 128 + signal.SIGTERM and 9 <= stopped < STEPS
-    assert (tmp_path / "checkpoints" / f"checkpoint-{stopped}").is_dir()
+    manifest = tmp_path / "checkpoints" / f"checkpoint-{stopped}" / "whole.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"seconds": 1000}))  # as if it had taken so long
     code, printed = interrupt(tmp_path, signal.SIGINT, stopped + 5)
     assert code == 128 + signal.SIGINT and f"going on from {tmp_path}/checkpoints/checkpoint-{stopped}" in printed
     newest = max((tmp_path / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    assert json.loads((newest / "whole.json").read_text())["seconds"] > 1000
     optimizer = newest / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:1000])
     result = run("train_llama.py", *COMMAND, "--output-dir", tmp_path)
     assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "adapter" / "run.json").read_text())["seconds"] > 1000
     assert f"{newest} is broken (optimizer.pt)" in result.stdout and "going on from" in result.stdout
     assert_same_adapter(tmp_path, adapter_of(undisturbed))
 

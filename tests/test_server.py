@@ -339,10 +339,11 @@ def test_answers_cut_by_the_limit_are_counted_but_not_those_that_ended_at_their_
     assert counts == [6, 0]
 
 
-def test_an_answer_that_the_server_broke_off_is_none(fake, ask, tmp_path):
-    fake.finish = "content_filter"
+@pytest.mark.parametrize("reason", ["content_filter", "abort", "error"])  # the last two are vLLM's
+def test_an_answer_that_the_server_broke_off_is_none(reason, fake, ask, tmp_path):
+    fake.finish = reason
     code, output = ask(fake.url)
-    assert code == 1 and "12 requests got no answer (its answer ended by content_filter)" in output
+    assert code == 1 and f"12 requests got no answer (its answer ended by {reason})" in output
     assert not list(tmp_path.glob("*_predictions_*.json"))
 
 
@@ -414,6 +415,8 @@ def test_no_more_examples_than_asked_for(fake, ask, rows, tmp_path):
     assert code == 0 and len(answers_asked(fake)) == 4
     content = read(tmp_path, "samsum")
     assert len(content["examples"]) == 2 and len(content["left_out"]) == 4
+    code, output = ask(fake.url, "--server-max-examples", 3)
+    assert code == 2 and "server max examples 2 there, 3 now" in output
 
 
 def test_the_end_says_whether_it_is_as_tested_and_how_far_the_scores_are(fake, ask, tmp_path):
@@ -444,6 +447,12 @@ def test_the_end_says_whether_it_is_as_tested_and_how_far_the_scores_are(fake, a
     tested_as([3], "_merged")  # the nearest test is the one to compare with
     output = ask(fake.url)[1]
     assert f"5 of 6 predictions equal those of {tmp_path}/samsum_predictions_merged.json" in output
+    path = tmp_path / "trivia_qa_predictions.json"
+    content = json.loads(path.read_text())
+    content["settings"]["rows"] = "0" * 32  # another build's
+    path.write_text(json.dumps(content))
+    (tmp_path / "trivia_qa_predictions_merged.json").unlink()
+    assert "trivia_qa: as tested" not in ask(fake.url)[1]
 
 
 def test_swapped_questions_are_asked_into_a_file_of_their_own_and_compared_with_the_local_one(fake, ask, tmp_path):

@@ -317,6 +317,7 @@ def test_a_finished_run_is_not_repeated_and_another_one_needs_overwrite(chain, t
     assert test(out, *SHORT, "--overwrite") == 0 and not part.exists()
     assert column(out, "samsum", "base_nll") == column(chain, "samsum", "base_nll")
     assert column(out, "samsum", "nll") != column(chain, "samsum", "nll")
+    assert test(out, *SHORT, "--overwrite") == 0 and "nothing to do" not in capsys.readouterr().out
 
 
 @ONE
@@ -396,6 +397,11 @@ def test_a_row_too_long_for_the_model_is_left_out_counted_and_named(chain, tmp_p
     assert [(e["id"], e["prediction"]) for e in file["examples"]] == [(e["id"], e["prediction"]) for e in before]
     assert file["perplexity"]["tuned"]["examples"] == file["perplexity"]["base"]["examples"] == 5
     assert file["perplexity"]["tuned"]["nll_sum"] == pytest.approx(sum(e["nll"] for e in before), rel=1e-5)
+    rows, (tokenizer, _) = llama.rows_of(data["test"], "samsum"), prompts_of(base_of(chain), chain)
+    whole = llama.encode(tokenizer, rows.to_dict())
+    longest = max(len(prompt + gold) for prompt, gold in zip(*whole.values(), strict=True))
+    for limit, fitting in ((longest - 1, 5), (longest, 6)):
+        assert len(tester.plan("samsum", rows, tokenizer, 1, limit, 1)) == fitting
 
 
 @BOTH
@@ -464,6 +470,7 @@ def peft_adapter(folder, targets, **options):
 @pytest.mark.parametrize("layer", ["lm_head", "embed_tokens", "v_proj"])
 def test_an_adapter_of_another_tool_is_tested_as_peft_loads_it(layer, out, tmp_path):
     folder = peft_adapter(tmp_path / "adapter", ["q_proj", layer])  # config and weights: the base's tokenizer serves
+    assert tester.choose_system(tester.parse_args(["--adapter", str(folder)]))[2] is True  # most are QLoRA's
     assert test(out, "--samsum-max-new-tokens", 2, "--adapter", folder, "--no-load-in-4bit") == 0
     base = llama.load_model(str(FIXTURES / "tiny_llama2"), load_in_4bit=False)
     tokenizer, data = prompts_of(FIXTURES / "tiny_llama2", out)
