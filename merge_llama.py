@@ -324,6 +324,9 @@ def main(argv=None):
                 print(f"error: {problems}: left in {place}, merged/ was not touched", file=sys.stderr)
                 raise SystemExit(1)
         say(f"wrote {target} ({report['merge_base']} base, {report['dtype']})")
+        if report["trained_on"] != report["merge_base"]:
+            told = f"it is another model than the adapter on its {report['trained_on']} base"
+            say(f"{told}; for its own scores: python test_llama.py --model {target} --name merged")
 
 
 if __name__ == "__main__":
