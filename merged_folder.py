@@ -81,5 +81,4 @@ def model_card(output_dir, base, run, report):
         run=run,
         built=built if rows == run.get("run", {}).get("train rows") else {},
         evaluation=common.read_json(output / "evaluation.json"),
-        here=".",
     )

@@ -169,10 +169,8 @@ def test_the_figures_are_those_of_the_whole_models(into, other, out, tmp_path, c
     asked = ["--merge-base", into, "--merge-dtype", "bfloat16", "--check-rows", 5, "--compare-types"]
     assert merge(out, *asked) == 0
     lines = capsys.readouterr().out.split("\n")
-    # the others have paths
-    assert all(
-        len(line) <= 80 for line in lines if not line.startswith(("merging ", "wrote ", "it is "))
-    )  # with paths
+    with_paths = ("merging ", "wrote ", "it is ")
+    assert all(len(line) <= 80 for line in lines if not line.startswith(with_paths))
     assert any("for its own scores: python test_llama.py --model" in line for line in lines) == (into == "16bit")
     content = report(out / "merged")
     assert content["check_rows"] == 5 and content["trained_on"] == "4bit" and content["merge_base"] == into
