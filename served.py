@@ -250,7 +250,11 @@ def ask_server(args, base, tokenizer, rows):
         if not errors and not missing:
             remove_work(paths[task])
     if everything:
-        say(", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in served.counts().items()))
+        counts = served.counts()
+        say(", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in counts.items()))
+        price = counts["prompt_tokens"] * args.server_input_price
+        if price := price + counts["completion_tokens"] * args.server_output_price:
+            say(f"price: {price / 1e6:,.4g}")
     if served.refused:
         say(f"left out, for the server refuses it: {', '.join(sorted(served.refused))}")
     if errors:

@@ -64,6 +64,8 @@ SERVER_API = "auto"  # completions, chat; auto: chat where the prompts have a ch
 SERVER_CONCURRENCY = 8  # requests at once
 SERVER_TIMEOUT = 120.0  # seconds for a request, times those at once: some servers answer one after the other
 SERVER_MAX_EXAMPLES = 0  # per task, where a server costs; 0 = all
+SERVER_INPUT_PRICE = 0.0  # of a million tokens that it reads, in whatever currency; 0 = not told
+SERVER_OUTPUT_PRICE = 0.0  # of a million tokens that it writes; 0 = not told
 OVERWRITE = False  # replace predictions of another run
 OUTPUT_DIR = "outputs"  # holds dataset/ and adapter/, gets the predictions
 

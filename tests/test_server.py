@@ -411,7 +411,12 @@ def test_after_a_time_out_fewer_go_at_once_and_the_row_is_not_sent_again(fake, a
 
 
 def test_no_more_examples_than_asked_for(fake, ask, rows, tmp_path):
-    code, output = ask(fake.url, "--server-max-examples", 2)
+    prices = ("--server-input-price", 1e6, "--server-output-price", 2e6)
+    code, output = ask(fake.url, "--server-max-examples", 2, *prices)
+    read_tokens, written = (
+        int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:prompt|completion) tokens", output)
+    )
+    assert written == 5 * len(fake.seen) and f"price: {read_tokens + 2 * written:,.4g}\n" in output
     assert code == 0 and len(answers_asked(fake)) == 4
     content = read(tmp_path, "samsum")
     assert len(content["examples"]) == 2 and len(content["left_out"]) == 4
