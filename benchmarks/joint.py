@@ -26,7 +26,8 @@ def train_and_test(args, system, seed):
         shutil.copytree(data / "dataset", chain.output / "dataset", dirs_exist_ok=True)
     else:
         sources = ("--samsum", args.samsum, "--trivia-qa", args.trivia_qa, "--tasks", *SYSTEMS[system])
-        chain.run("build", "build_dataset", *sources, *BUILD, "--test-examples-per-task", args.test_examples)
+        sizes = ("--train-examples-per-task", args.train_examples, "--test-examples-per-task", args.test_examples)
+        chain.run("build", "build_dataset", *sources, *BUILD, *sizes)
     chain.run("train", "train_llama", "--model", args.model, *TRAIN, "--seed", seed)
     chain.run("test", "test_llama", "--no-compare-with-base")
     run = json.loads((chain.output / "adapter" / "run.json").read_text())
@@ -53,6 +54,7 @@ def main(argv=None):
     parser.add_argument("--samsum", required=True)
     parser.add_argument("--trivia-qa", required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--train-examples", type=int, default=250, help="a task")
     parser.add_argument("--test-examples", type=int, default=100, help="a task")
     parser.add_argument("--folder", type=Path, default=FOLDER / "joint")
     args = parser.parse_args(argv)
@@ -60,7 +62,8 @@ def main(argv=None):
     for name in ("model", "samsum", "trivia_qa"):  # the commands run in the repository
         if Path(value := getattr(args, name)).exists():
             setattr(args, name, Path(value).resolve())
-    result = {"machine": machine(), "model": Path(args.model).name, "training": {name: [] for name in SYSTEMS}}
+    result = {"machine": machine(), "model": Path(args.model).name, "test_examples": args.test_examples}
+    result |= {"training": {name: [] for name in SYSTEMS}}
     for seed in range(args.seeds):
         for system in SYSTEMS:
             result["training"][system].append(train_and_test(args, system, seed))
