@@ -53,11 +53,8 @@ def main():
     peers = sorted(trainers[2:], key=lambda peer: -peer["tokens"])
     more = {"large": load("merging_large"), "ours": ours, "larger": larger, "peers": peers,
             "behind": behind(ours, peers)}  # fmt: skip
-    if results["joint"]:
-        seconds = {name: statistics.mean(run["command_seconds"] for run in runs)
-                   for name, runs in results["joint"]["training"].items()}  # fmt: skip
-        more["joint_seconds"] = seconds.pop("joint")
-        more["alone_seconds"] = sum(seconds.values())
+    if results["joint"]:  # tokens read in training: what a seed costs on any machine
+        more["joint_tokens"] = {name: runs[0]["tokens"] for name, runs in results["joint"]["training"].items()}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
     environment.filters["median"] = statistics.median
     environment.globals["names"] = {"qlora": "QLoRA", "lora": "LoRA, 16 bit", "plain": "QLoRA, plain prompts"}
