@@ -494,7 +494,7 @@ def commands(bench):
         command = [python, "test_llama.py", "--output-dir", output, "--name", name, *options]
         seconds, said = bench.run(f"test_{name}", command)
         speeds = re.findall(r"^(\w+): .* ([\d,]+) tokens in ([\d.]+) s", said, re.MULTILINE)
-        found = {task: int(tokens.replace(",", "")) / float(took) for task, tokens, took in speeds}
+        found = {task: int(tokens.replace(",", "")) / max(float(took), 0.05) for task, tokens, took in speeds}
         peak = float(re.search(r"peak memory ([\d.]+) GB", said)[1])
         bench.note("commands", **{f"test {name}": {"seconds": seconds, "tokens_per_second": found, "peak_gb": peak}})
 
