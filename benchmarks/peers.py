@@ -287,7 +287,7 @@ def same_tokens(peer, args, tokens):
         timed([python, "-c", TRL_TOKENS, args.model, args.folder / "data" / "rows", MAX_LENGTH, where], log)
         return json.loads(where.read_text()) == [[ids, [int(label != -100) for label in row]] for ids, row in ours]
     shutil.rmtree(where, ignore_errors=True)  # it is asked to store them
-    timed(llamafactory(args, args.folder / "tokenize", ("tokenized_path", str(where)))[0], log)
+    timed(llamafactory(args, args.folder / "tokenize", ("tokenized_path", str(where)), ("max_steps", 1))[0], log)
     return [[row["input_ids"], row["labels"]] for row in load_from_disk(str(where))["train"]] == ours
 
 

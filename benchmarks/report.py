@@ -23,7 +23,7 @@ def middle(name, runs):
     values |= {"share": "share_of_rate"} if "share_of_rate" in runs[0] else {}
     medians = {key: statistics.median(run[value] for run in runs) for key, value in values.items()}
     perplexity = statistics.median(run["perplexity"]["together"] for run in runs)
-    return {"name": name, "perplexity": perplexity, **medians}
+    return {"name": name, "perplexity": perplexity, "steps": runs[0]["steps"], **medians}
 
 
 def behind(ours, peers):
