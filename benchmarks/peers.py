@@ -1,15 +1,17 @@
 """Measure this project beside its peers: training, merging, scoring, and how soon each script answers.
 
 Each peer has a virtual environment of its own, made from benchmarks/peers/NAME.txt where it is not there yet. Every
-result goes to benchmarks/results/ with a description of the machine, and is printed as a Markdown table.
+result goes to benchmarks/results/ with a description of the machine; report.py makes the tables of RESULTS.md of it.
 
 Training is the same job for all: tests/fixtures/tiny_llama3 in NF4 with double quantisation, float32 arithmetic, the
 demo's training rows as the same token ids and labels (checked row by row), LoRA with r = 8 and alpha = 16 on all
-linear layers without dropout, AdamW, the same peak learning rate, 10 warm-up steps and a cosine, nothing longer than
+linear layers without dropout, AdamW, the same peak learning rate, warm-up steps and a cosine, nothing longer than
 1024 tokens, one epoch. What differs is what each of them is: how rows are batched, and so the number of optimizer
 steps, attention, loss and checkpointing. Without a remark the batch size (8) and activation checkpointing (on) are the
 peer's own; with one they are its documented flags for speed. train_llama.py packs its steps to 1024 tokens, and in its
 second row to 1536, which comes to as many steps as the peers' 8 rows. It alone also validates, once, within its loop.
+The plain loop, in benchmarks/peers/plain_loop.py, is the floor. With --model and --samsum the job is another model and
+dialogues of a folder, tested on 60 others.
 
 Seconds in the loop are each trainer's own figure; seconds of the command, from its start to the adapter on disk, and
 peak memory are taken from outside. Quality is test_llama.py's perplexity of every adapter on the test split: a faster
@@ -17,6 +19,7 @@ loop with a higher one is no better.
 
     python benchmarks/peers.py
     python benchmarks/peers.py --stages training --only train_llama.py "trl sft" --rows 100 --runs 1
+    python benchmarks/peers.py --model FOLDER --samsum FOLDER --rows 120
 """
 
 import argparse
@@ -28,7 +31,6 @@ import os
 import platform
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,13 +39,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 RUNS = 3
-ROWS = 0  # training rows; 0: all
-EPOCHS = 1
 MAX_LENGTH = 1024
-LEARNING_RATE = 4e-3
-WARMUP_STEPS = 10
+LEARNING_RATE, WARMUP_STEPS = 4e-3, 10
 FOLDER = Path(tempfile.gettempdir()) / "llama_peers"
-STAGES = ("training", "merging", "scoring", "startup")
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "benchmarks" / "peers"
@@ -51,7 +49,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 MODEL = ROOT / "tests" / "fixtures" / "tiny_llama3"
 DEMO = ROOT / "outputs" / "demo"
 SCRIPTS = ("build_dataset.py", "train_llama.py", "test_llama.py", "evaluations.py", "merge_llama.py")
-BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 PEFT_MERGE = """
 import sys
@@ -68,17 +65,16 @@ LM_EVAL = """
 import json, sys, time
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-model, rows, output, eos = sys.argv[1:]
+model, rows, output = sys.argv[1:]
 rows = [json.loads(line) for line in open(rows)]
 lm = HFLM(pretrained=model, device="cpu", dtype="float32", batch_size=8, add_bos_token=True)
-pairs = [(row["prompt"], row["completion"] + eos) for row in rows]
+pairs = [(row["prompt"], row["completion"] + lm.tokenizer.eos_token) for row in rows]
 start = time.time()
 scores = lm.loglikelihood([Instance("loglikelihood", row, pair, i) for i, (row, pair) in enumerate(zip(rows, pairs))])
 seconds = time.time() - start
 tokens = [len(lm._encode_pair(*pair)[1]) for pair in pairs]
 json.dump({"seconds": seconds, "nll": [-score for score, _ in scores], "tokens": tokens}, open(output, "w"))
 """
-
 
 # The rows as `trl sft` trains on them: its trainer, with the same rows, length and model.
 TRL_TOKENS = """
@@ -131,16 +127,10 @@ def table(head, rows):
     print(flush=True)
 
 
-def spread(values, form=".1f"):
-    """Median with the range behind it."""
-    middle = format(statistics.median(values), form)
-    return f"{middle} ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else middle
-
-
 def timed(command, log, more=None):
     """Seconds and peak resident memory (GB, of the largest process) of a command; exits where it fails."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    environment, words = environment | (more or {}), [str(word) for word in command]
+    here = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    environment, words = os.environ | here | (more or {}), [str(word) for word in command]
     start = time.time()
     with open(log, "w") as file:
         process = subprocess.Popen(words, stdout=file, stderr=file, env=environment, cwd=ROOT)
@@ -159,14 +149,12 @@ def environment_of(peer, folder):
     stamp = hashlib.sha256(requirements.read_bytes()).hexdigest()
     if not (home / "stamp").exists() or (home / "stamp").read_text() != stamp:
         print(f"making the environment of {peer}", flush=True)
-        start = time.time()
         subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True)
         log = folder / f"{peer}_install.txt"
         timed([home / "bin" / "pip", "install", "--disable-pip-version-check", "-r", requirements], log)
         if peer == "llamafactory":
             mend_llamafactory(home / "bin", log)
         (home / "stamp").write_text(stamp)
-        print(f"  {time.time() - start:.0f} s", flush=True)
     return home / "bin"
 
 
@@ -178,8 +166,11 @@ def mend_llamafactory(binaries, log):
     (Path(site) / "torchaudio.py").touch()
 
 
-def prepare(folder, count):
-    """The demo's data set with `count` training rows, rows and base for the peers; returns the rows' token ids."""
+def prepare(folder, count=0, model=MODEL, samsum=None):
+    """A data set with `count` training rows (0: all), rows and base for the peers; returns the rows' token ids.
+
+    The demo's, or of the dialogues in the folder `samsum` alone.
+    """
     import datasets
     import torch
     from transformers import AutoModelForCausalLM
@@ -191,76 +182,91 @@ def prepare(folder, count):
     llama.quiet()
     data = folder / "data"
     shutil.rmtree(data, ignore_errors=True)
-    sources = ["--samsum", ROOT / "tests/fixtures/samsum", "--trivia-qa", ROOT / "tests/fixtures/trivia_qa"]
-    sizes = ["--max-context-words", 120, "--test-examples-per-task", 100]
-    timed([sys.executable, "build_dataset.py", *sources, *sizes, "--output-dir", data], folder / "build.txt")
+    build = ["--samsum", ROOT / "tests/fixtures/samsum", "--trivia-qa", ROOT / "tests/fixtures/trivia_qa"]
+    build += ["--max-context-words", 120, "--test-examples-per-task", 100]
+    if samsum:
+        build = ["--samsum", samsum, "--tasks", "samsum", "--validation-examples-per-task", 2]
+        build += ["--test-examples-per-task", 60]
+    timed([sys.executable, "build_dataset.py", *build, "--output-dir", data], folder / "build.txt")
     if count:
         parts = datasets.load_from_disk(str(data / "dataset"))
         parts["train"] = parts["train"].select(range(min(count, len(parts["train"]))))
         parts.save_to_disk(str(data / "fewer"))
         shutil.rmtree(data / "dataset")
         (data / "fewer").rename(data / "dataset")
-    rows = llama.load_rows(data, "train")
+    rows, tokenizer = llama.load_rows(data, "train"), llama.load_tokenizer(str(model), "off")
     rows.select_columns(["prompt", "completion"]).to_parquet(str(data / "rows" / "train.parquet"))
-    pairs = [{"instruction": BOS + row["prompt"], "input": "", "output": row["completion"] + EOS} for row in rows]
+    ends = tokenizer.bos_token * (tokenizer("a").input_ids[0] == tokenizer.bos_token_id), tokenizer.eos_token
+    pairs = [{"instruction": ends[0] + row["prompt"], "input": "", "output": row["completion"] + ends[1]}
+             for row in rows]  # fmt: skip
     (data / "alpaca").mkdir()
     (data / "alpaca" / "train.json").write_text(json.dumps(pairs))
     (data / "alpaca" / "dataset_info.json").write_text(json.dumps({"train": {"file_name": "train.json"}}))
     # LLaMA-Factory computes in the dtype of the files: the same numbers, in float32
-    AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).save_pretrained(data / "float32")
-    for path in MODEL.glob("*token*.json"):
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).save_pretrained(data / "float32")
+    for path in model.glob("*token*.json"):
         shutil.copy(path, data / "float32")
-    return train_llama.tokenize(rows, llama.load_tokenizer(str(MODEL)), MAX_LENGTH, "train")
+    tokens = train_llama.tokenize(rows, tokenizer, MAX_LENGTH, "train").select_columns(["input_ids", "labels"])
+    (data / "tokens.json").write_text(json.dumps(tokens.to_list()))
+    return tokens
 
 
-def ours(folder, output, *more, length=MAX_LENGTH):
+def ours(args, output, *more, length=MAX_LENGTH):
     output.mkdir()
-    shutil.copytree(folder / "data" / "dataset", output / "dataset")
-    command = [sys.executable, "train_llama.py", "--model", MODEL, "--output-dir", output, "--max-length", length]
-    command += ["--num-train-epochs", EPOCHS, "--learning-rate", LEARNING_RATE, "--warmup-steps", WARMUP_STEPS]
+    shutil.copytree(args.folder / "data" / "dataset", output / "dataset")
+    command = [sys.executable, "train_llama.py", "--model", args.model, "--output-dir", output]
+    command += ["--chat-template", "off", "--max-length", length, "--num-train-epochs", 1]
+    command += ["--learning-rate", args.learning_rate, "--warmup-steps", args.warmup_steps]
     command += ["--gradient-accumulation-steps", 1, "--eval-steps", 10**6, "--save-steps", 10**6]
     return [*command, *more], output / "adapter"
 
 
-def trl(folder, output, *more):
-    command = [environment_of("trl", folder) / "trl", "sft", "--model_name_or_path", MODEL, "--output_dir", output]
-    command += ["--dataset_name", folder / "data" / "rows", "--load_in_4bit", "--use_bnb_nested_quant", "--use_peft"]
-    command += ["--lora_r", 8, "--lora_alpha", 16, "--lora_dropout", 0.0, "--lora_target_modules", "all-linear"]
-    command += ["--use_cpu", "--bf16", "false", "--max_length", MAX_LENGTH, "--num_train_epochs", EPOCHS]
-    command += ["--learning_rate", LEARNING_RATE, "--lr_scheduler_type", "cosine", "--warmup_steps", WARMUP_STEPS]
-    return [*command, "--report_to", "none", *more], output
+def trl(args, output, *more):
+    command = [environment_of("trl", args.folder) / "trl", "sft", "--model_name_or_path", args.model]
+    command += ["--dataset_name", args.folder / "data" / "rows", "--load_in_4bit", "--use_bnb_nested_quant"]
+    command += ["--use_peft", "--lora_r", 8, "--lora_alpha", 16, "--lora_dropout", 0.0]
+    command += ["--lora_target_modules", "all-linear", "--max_length", MAX_LENGTH, "--num_train_epochs", 1]
+    command += ["--learning_rate", args.learning_rate, "--warmup_steps", args.warmup_steps]
+    command += ["--lr_scheduler_type", "cosine", "--use_cpu", "--bf16", "false"]
+    return [*command, "--output_dir", output, "--report_to", "none", *more], output
 
 
-def llamafactory(folder, output, *more):
+def llamafactory(args, output, *more):
     settings = {
-        "stage": "sft", "do_train": True, "finetuning_type": "lora",
-        "model_name_or_path": str(folder / "data" / "float32"), "quantization_bit": 4, "double_quantization": True,
+        "stage": "sft", "do_train": True, "finetuning_type": "lora", "quantization_bit": 4,
+        "model_name_or_path": str(args.folder / "data" / "float32"), "double_quantization": True,
         "lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.0, "lora_target": "all", "template": "empty",
-        "dataset_dir": str(folder / "data" / "alpaca"), "dataset": "train", "cutoff_len": MAX_LENGTH,
-        "output_dir": str(output), "num_train_epochs": EPOCHS, "use_cpu": True, "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "cosine", "warmup_steps": WARMUP_STEPS, "report_to": "none", "overwrite_cache": True,
+        "dataset_dir": str(args.folder / "data" / "alpaca"), "dataset": "train", "cutoff_len": MAX_LENGTH,
+        "output_dir": str(output), "num_train_epochs": 1, "use_cpu": True, "learning_rate": args.learning_rate,
+        "lr_scheduler_type": "cosine", "warmup_steps": args.warmup_steps, "report_to": "none", "overwrite_cache": True,
     }  # fmt: skip
     settings |= dict(more)
     file = output.with_suffix(".yaml")  # JSON is YAML
     file.write_text(json.dumps(settings, indent=1))
-    return [environment_of("llamafactory", folder) / "llamafactory-cli", "train", file], output
+    return [environment_of("llamafactory", args.folder) / "llamafactory-cli", "train", file], output
+
+
+def plain_loop(args, output):
+    command = [sys.executable, REQUIREMENTS / "plain_loop.py", args.model, args.folder / "data" / "tokens.json"]
+    return [*command, output, args.learning_rate, args.warmup_steps], output
 
 
 NO_CHECKPOINTING = ("disable_gradient_checkpointing", True)
 TRAINERS = {
     "train_llama.py": ours,
-    "train_llama.py, larger steps": lambda folder, output: ours(folder, output, length=1536),
+    "train_llama.py, larger steps": lambda args, output: ours(args, output, length=1536),
     "trl sft": trl,
-    "trl sft, by length": lambda folder, output: trl(
-        folder, output, "--train_sampling_strategy", "group_by_length", "--activation_checkpointing", "false"
+    "trl sft, by length": lambda args, output: trl(
+        args, output, "--train_sampling_strategy", "group_by_length", "--activation_checkpointing", "false"
     ),
     "LLaMA-Factory": llamafactory,
-    "LLaMA-Factory, neat_packing": lambda folder, output: llamafactory(
-        folder, output, ("packing", True), ("neat_packing", True), ("per_device_train_batch_size", 1), NO_CHECKPOINTING
+    "LLaMA-Factory, neat_packing": lambda args, output: llamafactory(
+        args, output, ("packing", True), ("neat_packing", True), ("per_device_train_batch_size", 1), NO_CHECKPOINTING
     ),
-    "LLaMA-Factory, by length": lambda folder, output: llamafactory(
-        folder, output, ("train_sampling_strategy", "group_by_length"), NO_CHECKPOINTING
+    "LLaMA-Factory, by length": lambda args, output: llamafactory(
+        args, output, ("train_sampling_strategy", "group_by_length"), NO_CHECKPOINTING
     ),
+    "plain loop": plain_loop,
 }
 NOT_RUN = {  # what came of trying them on a CPU
     "trl sft --packing": "slower than as shipped on a CPU: 3,280 to 3,473 tokens/s, one run each, on 2 cores",
@@ -270,51 +276,50 @@ NOT_RUN = {  # what came of trying them on a CPU
 }
 
 
-def same_tokens(peer, folder, tokens):
+def same_tokens(peer, args, tokens):
     """Whether the peer trains on the same ids and labels, row by row."""
     from datasets import load_from_disk
 
-    where, log = folder / f"tokenized_{peer}", folder / "tokenize.txt"
+    where, log = args.folder / f"tokenized_{peer}", args.folder / "tokenize.txt"
+    ours = [[row["input_ids"], row["labels"]] for row in tokens]
     if peer == "trl":
-        python = environment_of("trl", folder) / "python"
-        timed([python, "-c", TRL_TOKENS, MODEL, folder / "data" / "rows", MAX_LENGTH, where], log)
-        theirs = json.loads(where.read_text())
-        ours = [[row["input_ids"], [int(label != -100) for label in row["labels"]]] for row in tokens]
-    else:  # it is asked to store them
-        shutil.rmtree(where, ignore_errors=True)
-        timed(llamafactory(folder, folder / "tokenize", ("tokenized_path", str(where)))[0], log)
-        theirs = [[row["input_ids"], row["labels"]] for row in load_from_disk(str(where))["train"]]
-        ours = [[row["input_ids"], row["labels"]] for row in tokens]
-    return ours == theirs
+        python = environment_of("trl", args.folder) / "python"
+        timed([python, "-c", TRL_TOKENS, args.model, args.folder / "data" / "rows", MAX_LENGTH, where], log)
+        return json.loads(where.read_text()) == [[ids, [int(label != -100) for label in row]] for ids, row in ours]
+    shutil.rmtree(where, ignore_errors=True)  # it is asked to store them
+    timed(llamafactory(args, args.folder / "tokenize", ("tokenized_path", str(where)), ("max_steps", 1))[0], log)
+    return [[row["input_ids"], row["labels"]] for row in load_from_disk(str(where))["train"]] == ours
 
 
 def perplexities(folder, system, name):
     """test_llama.py's perplexity of the system (its flags), by task and together, its seconds, and each row's nll."""
     command = [sys.executable, "test_llama.py", *system, "--output-dir", folder / "data", "--name", name]
-    command += ["--overwrite", "--no-compare-with-base"]
+    command += ["--overwrite", "--no-compare-with-base", "--chat-template", "off", "--general-text", ""]
     command += ["--samsum-max-new-tokens", 1, "--trivia-qa-max-new-tokens", 1]
     log = folder / f"test_{name}.txt"
     seconds, _ = timed(command, log)
     inner = sum(float(number) for number in re.findall(r" tokens in ([\d.]+) s", log.read_text()))
     result, nll = {"command_seconds": seconds, "scoring_seconds": inner}, {}
-    for task in ("samsum", "trivia_qa"):
-        content = json.loads((folder / "data" / f"{task}_predictions_{name}.json").read_text())
-        result[task] = content["perplexity"]["tuned"]["perplexity"]
+    for path in sorted((folder / "data").glob(f"*_predictions_{name}.json")):
+        content = json.loads(path.read_text())
+        result[content["task"]] = content["perplexity"]["tuned"]["perplexity"]
         nll |= {example["id"]: (example["nll"], example["tokens"]) for example in content["examples"]}
     result["together"] = math.exp(math.fsum(n for n, _ in nll.values()) / sum(t for _, t in nll.values()))
     return result, nll
 
 
-def train(name, folder, number):
-    """One run: seconds in the loop and of the command, peak GB, optimizer steps; and the adapter's folder."""
-    output = folder / f"{name.replace(' ', '_').replace(',', '')}_{number}"
+def train(name, args, number):
+    """One run: loop's and command's seconds, peak GB, optimizer steps, FLOP/s of a matrix product; and its adapter."""
+    from estimate import matrix_rate
+
+    output = args.folder / f"{name.replace(' ', '_').replace(',', '')}_{number}"
     shutil.rmtree(output, ignore_errors=True)
     log = output.with_suffix(".txt")
-    command, adapter = TRAINERS[name](folder, output)
+    command, adapter = TRAINERS[name](args, output)
+    rate = matrix_rate()
     seconds, peak = timed(command, log)
     if (adapter / "run.json").exists():
-        run = json.loads((adapter / "run.json").read_text())
-        loop, steps = run["seconds"], run["steps"]
+        loop, steps = map(json.loads((adapter / "run.json").read_text()).get, ("seconds", "steps"))
     elif (adapter / "train_results.json").exists():
         loop = json.loads((adapter / "train_results.json").read_text())["train_runtime"]
         steps = json.loads((adapter / "trainer_state.json").read_text())["global_step"]
@@ -322,54 +327,50 @@ def train(name, folder, number):
         loop = float(log.read_text().split("'train_runtime': ")[1].split(",")[0].strip("' "))
         states = adapter.glob("checkpoint-*/trainer_state.json")
         steps = max(json.loads(path.read_text())["global_step"] for path in states)
-    return {"loop_seconds": loop, "command_seconds": seconds, "peak_gb": peak, "steps": steps}, adapter
+    run = {"loop_seconds": loop, "command_seconds": seconds, "peak_gb": peak, "steps": steps}
+    return run | {"matrix_rate": (rate + matrix_rate()) / 2}, adapter
 
 
-def training(args, folder):
-    tokens = prepare(folder, args.rows)
-    total = sum(map(len, tokens["labels"])) * EPOCHS
-    completions = sum(label != -100 for labels in tokens["labels"] for label in labels) * EPOCHS
-    print(f"{len(tokens)} rows, {total:,} tokens, {completions:,} of them with a loss", flush=True)
-    result = {"machine": machine(), "rows": len(tokens), "tokens": total, "completion_tokens": completions}
+def training(args):
+    tokens = prepare(args.folder, args.rows, args.model, args.samsum)
+    import llama
+    import train_llama
+    from estimate import labelled, model_shape, operations
+
+    lora = train_llama.lora_config(train_llama.parse_args([]))
+    shape = model_shape(args.model, llama.load_config(str(args.model)), lora)
+    lengths, completions = list(map(len, tokens["labels"])), sum(map(labelled, tokens["labels"]))
+    total, flop = sum(lengths), operations(shape, lengths, completions, checkpointing=False)
+    print(f"{len(tokens)} rows, {total:,} tokens, {completions:,} of them with a loss, {flop:.3g} FLOP", flush=True)
+    result = {"machine": machine(), "model": args.model.name, "parameters": shape["parameters"], "flop": flop}
+    result |= {"rows": len(tokens), "tokens": total, "completion_tokens": completions, "trainers": {}}
+    result |= {"learning_rate": args.learning_rate, "not_run": NOT_RUN}
     names = args.only or list(TRAINERS)
-    result |= {"learning_rate": LEARNING_RATE, "epochs": EPOCHS, "trainers": {name: [] for name in names}}
     for peer, start in {"trl": "trl", "llamafactory": "LLaMA-Factory"}.items():
         if any(name.startswith(start) for name in names):
-            result[f"{peer}_tokens_are_ours"] = same_tokens(peer, folder, tokens)
+            result[f"{peer}_tokens_are_ours"] = same_tokens(peer, args, tokens)
             print(f"{peer} has the same ids and labels: {result[f'{peer}_tokens_are_ours']}", flush=True)
     measured = {}  # perplexity by the adapter's hash: the same weights are not tested again
     for number in range(args.runs):
         for name in names:
-            run, adapter = train(name, folder, number)
+            run, adapter = train(name, args, number)
             digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
             if digest not in measured:
-                system = ["--adapter", adapter, "--model", MODEL, "--load-in-4bit"]
-                measured[digest], _ = perplexities(folder, system, "peer")
+                system = ["--adapter", adapter, "--model", args.model, "--load-in-4bit"]
+                measured[digest], _ = perplexities(args.folder, system, "peer")
             run |= {"tokens_per_second": total / run["loop_seconds"], "perplexity": measured[digest]}
-            result["trainers"][name].append(run)
+            run["share_of_rate"] = flop / run["loop_seconds"] / run["matrix_rate"]
+            result["trainers"].setdefault(name, []).append(run)
             print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in run.items() if key != "perplexity")
                   + f", perplexity {run['perplexity']['together']:.4f}", flush=True)  # fmt: skip
-            result["not_run"] = NOT_RUN
-            if not args.rows and not args.only:
-                save("training", result)
-    head = ["", "useful tokens/s", "loop, s", "command, s", "peak GB", "steps", "perplexity", "samsum", "trivia_qa"]
-    rows = []
-    for name, runs in result["trainers"].items():
-        column = {key: [run[key] for run in runs] for key in runs[0]}
-        row = [name, spread(column["tokens_per_second"], ",.0f"), spread(column["loop_seconds"])]
-        row += [spread(column["command_seconds"]), f"{max(column['peak_gb']):.2f}", str(column["steps"][0])]
-        row += [f"{statistics.median(p[key] for p in column['perplexity']):.3f}"
-                for key in ("together", "samsum", "trivia_qa")]  # fmt: skip
-        rows.append(row)
-    table(head, rows)
-    for name, reason in NOT_RUN.items():
-        print(f"{name}: {reason}")
+            if args.samsum or not (args.rows or args.only or args.model != MODEL):
+                save("training_real" if args.samsum else "training", result)
 
 
-def merging(args, folder):
+def merging(args):
     """merge_llama.py, PEFT's own merge and LLaMA-Factory's export of the demo's adapter."""
-    peft, factory = environment_of("trl", folder) / "python", environment_of("llamafactory", folder)
-    work = folder / "merge"
+    peft, factory = environment_of("trl", args.folder) / "python", environment_of("llamafactory", args.folder)
+    work = args.folder / "merge"
     shutil.rmtree(work, ignore_errors=True)
     (work / "ours").mkdir(parents=True)
     for name in ("adapter", "dataset"):
@@ -388,31 +389,28 @@ def merging(args, folder):
             shutil.rmtree(output, ignore_errors=True)
             seconds, peak = timed(command, work / "log.txt")
             result["mergers"][name].append({"command_seconds": seconds, "peak_gb": peak})
-    rows = []
     for name, runs in result["mergers"].items():
         output = commands[name][1]
-        quality, _ = perplexities(folder, ["--model", output, "--no-load-in-4bit"], "merged")
+        quality, _ = perplexities(args.folder, ["--model", output, "--no-load-in-4bit"], "merged")
         dtype = json.loads((output / "config.json").read_text())["dtype"]
         result["mergers"][name] = {"runs": runs, "perplexity": quality, "dtype": dtype}
-        seconds, peaks = ([run[key] for run in runs] for key in ("command_seconds", "peak_gb"))
-        rows.append([name, spread(seconds), f"{max(peaks):.2f}", dtype, f"{quality['together']:.4f}"])
     save("merging", result)
-    table(["", "command, s", "peak GB", "dtype", "perplexity"], rows)
+    print(json.dumps(result["mergers"], indent=1))
 
 
-def scoring(args, folder):
+def scoring(args):
     """Log-likelihood of the test rows' completions: lm-evaluation-harness beside test_llama.py, both in float32."""
     import datasets
 
+    folder = args.folder
     python, work = environment_of("lm_eval", folder) / "python", folder / "scoring.json"
     rows = datasets.load_from_disk(str(folder / "data" / "dataset" / "test"))
     lines = folder / "test_rows.jsonl"
-    pairs = [{key: row[key] for key in ("prompt", "completion")} for row in rows]
-    lines.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    rows.select_columns(["prompt", "completion"]).to_json(lines)
     model = DEMO / "merged"
     seconds, inner = ({"lm_eval": [], "test_llama.py": []} for _ in range(2))
     for _ in range(args.runs):
-        seconds["lm_eval"].append(timed([python, "-c", LM_EVAL, model, lines, work, EOS], folder / "lm_eval.txt")[0])
+        seconds["lm_eval"].append(timed([python, "-c", LM_EVAL, model, lines, work], folder / "lm_eval.txt")[0])
         theirs = json.loads(work.read_text())
         inner["lm_eval"].append(theirs["seconds"])
         quality, nll = perplexities(folder, ["--model", model, "--no-load-in-4bit"], "scored")
@@ -423,29 +421,24 @@ def scoring(args, folder):
     tokens = sum(theirs["tokens"]), sum(nll[i][1] for i in ids)
     worst = max(abs(a - nll[i][0]) for i, a in zip(ids, theirs["nll"], strict=True))
     result = {"machine": machine(), "rows": len(ids), "command_seconds": seconds, "scoring_seconds": inner}
-    result["largest_difference_of_a_row"] = worst
+    result |= {"largest_difference_of_a_row": worst, "relative_difference": abs(totals[0] / totals[1] - 1)}
     result |= {"nll_sum": dict(zip(seconds, totals, strict=True)), "tokens": dict(zip(seconds, tokens, strict=True))}
-    result["relative_difference"] = abs(totals[0] / totals[1] - 1)
     save("scoring", result)
-    head = ["", "summed log-likelihood, nats", "tokens", "scoring, s", "command, s"]
-    cells = zip(seconds, totals, tokens, strict=True)
-    rows = [[name, f"{-total:.4f}", str(n), spread(inner[name]), spread(seconds[name])] for name, total, n in cells]
-    table(head, rows)
-    print(f"they differ by {result['relative_difference']:.1e} of the sum, and by {worst:.1e} nats in the worst row")
+    print(json.dumps(result, indent=1))
     if tokens[0] != tokens[1] or result["relative_difference"] > 1e-3:
         sys.exit("error: the two do not score the same completions alike: see results/scoring.json")
 
 
-def startup(args, folder):
+def startup(args):
     """Seconds of each script's --help, and from train_llama.py's command to its first optimizer step on the demo."""
     result = {"machine": machine(), "help_seconds": {}, "first_step_seconds": []}
     for script in SCRIPTS:
-        runs = [timed([sys.executable, script, "--help"], folder / "help.txt")[0] for _ in range(args.runs + 1)]
+        runs = [timed([sys.executable, script, "--help"], args.folder / "help.txt")[0] for _ in range(args.runs + 1)]
         result["help_seconds"][script] = runs[1:]  # the first one fills the disk's cache
     for _ in range(args.runs):
-        output = folder / "first_step"
+        output = args.folder / "first_step"
         shutil.rmtree(output, ignore_errors=True)
-        command, _ = ours(folder, output, "--logging-steps", 1)
+        command, _ = ours(args, output, "--logging-steps", 1)
         start = time.time()
         process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True, cwd=ROOT,
                                    stderr=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"})  # fmt: skip
@@ -458,27 +451,34 @@ def startup(args, folder):
     if len(result["first_step_seconds"]) < args.runs:
         sys.exit("error: train_llama.py made no step")
     save("startup", result)
-    rows = [[f"{script} --help", spread(runs, ".2f")] for script, runs in result["help_seconds"].items()]
-    table(["", "s"], [*rows, ["train_llama.py to its first step", spread(result["first_step_seconds"])]])
+    print(json.dumps(result, indent=1))
+
+
+STAGES = {"training": training, "merging": merging, "scoring": scoring, "startup": startup}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--runs", type=int, default=RUNS, help="of each, in turn")
-    parser.add_argument("--only", nargs="+", choices=list(TRAINERS), help="of training; its results are not kept")
-    parser.add_argument("--rows", type=int, default=ROWS, help="training rows, 0: all; fewer are not kept")
+    parser.add_argument("--only", nargs="+", choices=list(TRAINERS), help="of training; the demo's are not kept then")
+    parser.add_argument("--rows", type=int, default=0, help="training rows, 0: all; fewer of the demo are not kept")
+    parser.add_argument("--model", type=Path, default=MODEL, help="a folder, to train on --samsum")
+    parser.add_argument("--samsum", type=Path, help="a folder of dialogues; training alone, kept as training_real")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="for environments, logs and adapters: some 10 GB")
     args = parser.parse_args(argv)
-    folder = args.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    args.folder, args.model = args.folder.resolve(), args.model.resolve()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    args.learning_rate, args.warmup_steps = (1e-3, 5) if args.samsum else (LEARNING_RATE, WARMUP_STEPS)
+    if args.samsum:
+        args.samsum, args.stages = args.samsum.resolve(), ["training"]
     if {"merging", "scoring"} & set(args.stages) and not (DEMO / "merged" / "config.json").is_file():
         sys.exit("error: outputs/demo is not there: run `bash run.sh demo` first")
     if "training" not in args.stages:
-        prepare(folder, 0)
+        prepare(args.folder)
     for stage in args.stages:
         print(f"\n## {stage}", flush=True)
-        {"training": training, "merging": merging, "scoring": scoring, "startup": startup}[stage](args, folder)
+        STAGES[stage](args)
 
 
 if __name__ == "__main__":

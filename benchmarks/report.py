@@ -10,6 +10,8 @@ import jinja2
 from peers import RESULTS, ROOT
 
 HERE = ROOT / "benchmarks"
+NAMES = ("training", "training_real", "testing_real", "startup", "scaling", "joint", "scoring", "merging", "gpu")
+NAMES += ("real_model", "served")
 
 
 def load(name):
@@ -18,11 +20,12 @@ def load(name):
 
 
 def middle(name, runs):
-    """A trainer's medians."""
+    """A trainer's medians; share: of the rate of a matrix product, in percent, where it was measured."""
     values = {"tokens": "tokens_per_second", "command": "command_seconds", "peak": "peak_gb"}
+    values |= {"share": "share_of_rate"} if "share_of_rate" in runs[0] else {}
     medians = {key: statistics.median(run[value] for run in runs) for key, value in values.items()}
     perplexity = statistics.median(run["perplexity"]["together"] for run in runs)
-    return {"name": name, "perplexity": perplexity, **medians}
+    return {"name": name, "perplexity": perplexity, "steps": runs[0]["steps"], **medians}
 
 
 def behind(ours, peers):
@@ -43,16 +46,17 @@ def behind(ours, peers):
     return ("; ".join(said) or "of none") + "."
 
 
+def beside_peers(training):
+    """What the text says of a training stage: our two rows, the peers from the fastest on, where we are behind."""
+    ours, larger, *peers = [middle(name, runs) for name, runs in training["trainers"].items()]
+    peers.sort(key=lambda peer: -peer["tokens"])
+    return {"ours": ours, "larger": larger, "peers": peers, "behind": behind(ours, peers)}
+
+
 def main():
-    results = {
-        name: load(name)
-        for name in ("training", "startup", "scaling", "joint", "scoring", "merging", "gpu", "real_model", "served")
-    }
-    trainers = [middle(name, runs) for name, runs in results["training"]["trainers"].items()]
-    ours, larger = trainers[:2]
-    peers = sorted(trainers[2:], key=lambda peer: -peer["tokens"])
-    more = {"large": load("merging_large"), "ours": ours, "larger": larger, "peers": peers,
-            "behind": behind(ours, peers)}  # fmt: skip
+    results = {name: load(name) for name in NAMES}
+    more = {"large": load("merging_large"), "tiny": beside_peers(results["training"])}
+    more["real"] = results["training_real"] and beside_peers(results["training_real"])
     if results["joint"]:  # tokens read in training: what a seed costs on any machine
         more["joint_tokens"] = {name: runs[0]["tokens"] for name, runs in results["joint"]["training"].items()}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=False, keep_trailing_newline=True)

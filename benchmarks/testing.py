@@ -1,35 +1,34 @@
-"""Measure test_llama.py beside the plain loop: one row at a time, the loss by `labels`, then `generate`.
+"""Measure test_llama.py beside transformers alone: `generate` on left-padded batches, then a pass for the loss.
 
-Both test the adapter of an output dir (`bash run.sh demo` makes outputs/demo), tuned and base, in a process of their
-own on the same machine, and their answers are compared. The seconds are those of the testing itself, without start-up
-and loading; memory is the most a process held at any moment.
+Both test the adapter of an output dir, tuned, in a process of their own on the same machine, and their answers are
+compared: `bash run.sh demo` makes outputs/demo, peers.py leaves one of the real model in its folder. The seconds are
+those of the testing itself, without start-up and loading; memory is the most a process held at any moment.
 
     python benchmarks/testing.py
-    python benchmarks/testing.py --output-dir outputs/demo --runs 3
+    python benchmarks/testing.py --output-dir FOLDER/train_llama.py_0 --runs 3
 """
 
 import argparse
 import json
 import math
-import os
 import re
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
+from peers import ROOT, machine, save, timed
+
 OUTPUT_DIR = "outputs/demo"
 RUNS = 1
-ROOT = Path(__file__).resolve().parent.parent
+BATCH_SIZE = 16
 
 PLAIN = """
-import contextlib, json, sys, time
+import json, sys, time
 import torch
 import llama, test_llama
 from peft import PeftModel
-from tqdm import tqdm
 llama.quiet()
-output_dir, result = sys.argv[1:]
+output_dir, result, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
 folder = output_dir + "/adapter"
 tokenizer = llama.load_tokenizer(folder)
 model = PeftModel.from_pretrained(llama.load_model(llama.read_adapter(folder), True), folder).eval()
@@ -37,78 +36,74 @@ rows = llama.load_rows(output_dir, "test")
 new = {"samsum": test_llama.SAMSUM_MAX_NEW_TOKENS, "trivia_qa": test_llama.TRIVIA_QA_MAX_NEW_TOKENS}
 ends = llama.end_tokens(model, tokenizer)
 ends = {"samsum": ends, "trivia_qa": ends | test_llama.line_ends(tokenizer)}
+ids = llama.encode(tokenizer, rows[:])
+rows = [row | {"prompt_ids": p, "completion_ids": c} for row, p, c in zip(rows, *ids.values())]
+rows.sort(key=lambda row: (row["task"], -len(row["prompt_ids"])))
+
+def padded(ids):
+    width = max(map(len, ids))
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+    return {"input_ids": torch.tensor([[0] * (width - len(row)) + row for row in ids]), "attention_mask": mask}
+
 answers, started = [], time.time()
 with torch.inference_mode():
-    for row in tqdm(rows, disable=None):
-        prompt, task = tokenizer(row["prompt"]).input_ids, row["task"]
-        gold = tokenizer(row["prompt"] + row["completion"]).input_ids[len(prompt):] + [tokenizer.eos_token_id]
-        ids, labels = torch.tensor([prompt + gold]), torch.tensor([[-100] * len(prompt) + gold])
-        answer = {"id": row["id"], "task": task, "tokens": len(gold)}
-        for system in ("", "base_"):
-            with model.disable_adapter() if system else contextlib.nullcontext():
-                answer[system + "nll"] = model(input_ids=ids, labels=labels).loss.item() * len(gold)
-                out = model.generate(input_ids=ids[:, :len(prompt)], do_sample=False, max_new_tokens=new[task],
-                                     eos_token_id=sorted(ends[task]), pad_token_id=tokenizer.pad_token_id)
-            text = tokenizer.decode(out[0, len(prompt):], skip_special_tokens=True,
-                                    clean_up_tokenization_spaces=False).strip()
-            answer[system + "prediction"] = text.split("\\n")[0].strip() if task == "trivia_qa" else text
-        answers.append(answer)
+    for task in sorted(new):
+        mine = [row for row in rows if row["task"] == task]
+        for some in (mine[start:start + size] for start in range(0, len(mine), size)):
+            prompts, golds = [row["prompt_ids"] for row in some], [row["completion_ids"] for row in some]
+            out = model.generate(**padded(prompts), do_sample=False, max_new_tokens=new[task],
+                                 eos_token_id=sorted(ends[task]), pad_token_id=tokenizer.pad_token_id)
+            whole = padded([prompt + gold for prompt, gold in zip(prompts, golds)])
+            positions = (whole["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            keep = max(map(len, golds)) + 1
+            scores = model(**whole, position_ids=positions, logits_to_keep=keep).logits.float().log_softmax(-1)
+            for row, ids, score in zip(some, out[:, max(map(len, prompts)):], scores):
+                gold = torch.tensor(row["completion_ids"])
+                nll = -score[-len(gold) - 1:-1].gather(1, gold[:, None]).sum().item()
+                text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+                text = text.split("\\n")[0].strip() if task == "trivia_qa" else text
+                answers.append({"id": row["id"], "prediction": text, "nll": nll, "tokens": len(gold)})
 seconds = time.time() - started
-json.dump({"seconds": seconds, "answers": answers}, open(result, "w"))
+json.dump({"seconds": seconds, "examples": answers}, open(result, "w"))
 """
 
 
-def measured(command):
-    """stdout of a command, and its peak memory in MB; raises where it fails."""
-    code = (
-        "import resource, subprocess, sys\n"
-        "done = subprocess.run(sys.argv[1:])\n"
-        "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)\n"
-        "sys.exit(done.returncode)\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    wrapped = [sys.executable, "-c", code, *command]
-    out = subprocess.run(wrapped, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return out, int(re.search(r"^peak (\d+)$", out, flags=re.MULTILINE)[1])
+def perplexity(examples):
+    return math.exp(sum(example["nll"] for example in examples) / sum(example["tokens"] for example in examples))
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output-dir", default=OUTPUT_DIR, help="with dataset/ and adapter/")
-    parser.add_argument("--runs", type=int, default=RUNS, help="of each; the median counts")
+    parser.add_argument("--runs", type=int, default=RUNS, help="of each, in turn")
     args = parser.parse_args(argv)
-    folder = Path(args.output_dir)
-    files = {task: folder / f"{task}_predictions_benchmark.json" for task in ("samsum", "trivia_qa")}
-    result = folder / "plain_benchmark.json"
-    seconds, peaks = {"plain": [], "script": []}, {"plain": [], "script": []}
+    folder = Path(args.output_dir).resolve()
+    plain, log = folder / "plain_benchmark.json", folder / "benchmark.txt"
+    files = [folder / f"{task}_predictions_benchmark.json" for task in ("samsum", "trivia_qa")]
+    commands = {
+        "test_llama.py": ["test_llama.py", "--output-dir", folder, "--name", "benchmark", "--no-compare-with-base",
+                          "--general-text", "", "--overwrite"],
+        "transformers": ["-c", PLAIN, folder, plain, BATCH_SIZE],
+    }  # fmt: skip
+    systems = {name: {"seconds": [], "peak_gb": []} for name in commands}
     for _ in range(args.runs):
-        _, peak = measured([sys.executable, "-c", PLAIN, args.output_dir, str(result)])
-        plain = json.loads(result.read_text())
-        seconds["plain"].append(plain["seconds"])
-        peaks["plain"].append(peak)
-        for path in files.values():
-            path.unlink(missing_ok=True)
-        command = [sys.executable, "test_llama.py", "--output-dir", args.output_dir, "--name", "benchmark"]
-        out, peak = measured(command)
-        seconds["script"].append(sum(float(number) for number in re.findall(r" tokens in ([\d.]+) s", out)))
-        peaks["script"].append(peak)
-    for name, label in (("plain", "one row at a time"), ("script", "test_llama.py")):
-        print(f"{label:<20}{statistics.median(seconds[name]):>8.1f} s{max(peaks[name]):>8} MB")
-    print(f"{statistics.median(seconds['plain']) / statistics.median(seconds['script']):.1f} times as fast")
-    for task, path in files.items():
-        examples = json.loads(path.read_text(encoding="utf-8"))["examples"]
-        answers = [answer for answer in plain["answers"] if answer["task"] == task]
-        pairs = list(zip(examples, answers, strict=True))
-        for system in ("", "base_"):
-            same = sum(a[system + "prediction"] == b[system + "prediction"] for a, b in pairs)
-            ours, theirs = (
-                math.exp(sum(e[system + "nll"] for e in some) / sum(e["tokens"] for e in some))
-                for some in (examples, answers)
-            )
-            print(f"{task} {system or 'tuned_'}predictions: {same} of {len(pairs)} the same; "
-                  f"perplexity {ours:.6f} and {theirs:.6f}")  # fmt: skip
-        path.unlink()
-    result.unlink()
+        for name, command in commands.items():
+            _, peak = timed([sys.executable, *command], log, {"PYTHONPATH": str(ROOT)})
+            systems[name]["peak_gb"].append(peak)
+            took = re.findall(r" tokens in ([\d.]+) s", log.read_text())
+            took = sum(map(float, took)) if took else json.loads(plain.read_text())["seconds"]
+            systems[name]["seconds"].append(took)
+            print(f"{name:<20}{took:>8.1f} s{peak:>8.2f} GB", flush=True)
+    theirs = json.loads(plain.read_text())["examples"]
+    ours = [example for path in files if path.exists() for example in json.loads(path.read_text())["examples"]]
+    predictions = {example["id"]: example["prediction"] for example in ours}
+    result = {"machine": machine(), "rows": len(ours), "batch_size": BATCH_SIZE, "systems": systems}
+    result["same_predictions"] = sum(predictions[example["id"]] == example["prediction"] for example in theirs)
+    result["perplexity"] = {"test_llama.py": perplexity(ours), "transformers": perplexity(theirs)}
+    middles = [statistics.median(system["seconds"]) for system in systems.values()]
+    result["times_as_fast"] = middles[1] / middles[0]
+    print(json.dumps({key: result[key] for key in ("same_predictions", "rows", "perplexity", "times_as_fast")}))
+    save("testing" if folder == ROOT / OUTPUT_DIR else "testing_real", result)
 
 
 if __name__ == "__main__":
