@@ -446,7 +446,7 @@ def print_report(task, part, row):
         say(f"  {name:<26}" + "".join(f"{part['counts'][split].get(name, 0):>17,}" for split in SPLITS))
     if rates := part.get("answer_in_context"):
         cells = [f"{rate:>17.1%}" for split in SPLITS for rate in rates[split].values()]
-        say(f"  {'answer in context':<26}" + "".join(cells))
+        say(f"  {'answer in context, of all':<26}" + "".join(cells))
 
 
 @common.script

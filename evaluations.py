@@ -437,7 +437,7 @@ def print_table(task, result):
     for name in others or [first]:
         shown = [first, name] if others else [first]
         heads = "".join(f"{system[:8]:>9}" for system in shown)[1:]
-        say(f"\n{title:<25}{heads}  {'difference, 95 % interval         p' if others else '95 % interval'}")
+        say(f"\n{title:<25}{heads}  {'difference, 95 % interval  p (Holm)' if others else '95 % interval'}")
         for metric in [metric for metric in scores[first] if metric in scores[name]]:
             values = "".join(f"{short(scores[system][metric]):>9}" for system in shown)
             beside = "  " + between(result["intervals"][first].get(metric))
@@ -450,7 +450,7 @@ def print_table(task, result):
         tests = result["comparisons"].get(name, {})
         least = {metric: tests.get(metric, {}).get("minimum_detectable") for metric in main}
         if told := ", ".join(f"{short(value)} in {metric}" for metric, value in least.items() if value):
-            say(f"4 of 5 such tests find a difference of {told}")
+            say(f"visible from: {told} (by 4 of 5 such tests)")
     for name, seeds in result["seeds"].items():
         values = {metric: [scores[metric] for scores in seeds.values() if metric in scores] for metric in main}
         told = [f"{metric} {short(min(of))} to {short(max(of))}" for metric, of in values.items() if of]
@@ -520,7 +520,7 @@ def main(argv=None):
             print_judge(report[task]["judge"])
     if swapped:
         print_table(SWAPPED, report[SWAPPED])
-        say("swapped, in %: the context says another answer, who remembers gives the true one")
+        say("follows_context: % that gave the answer now in the context; from_memory: the true one")
     say(f"\nwrote {folder / 'evaluation.html'} and {folder / 'evaluation.json'}")
 
 

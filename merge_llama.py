@@ -326,7 +326,8 @@ def main(argv=None):
         say(f"wrote {target} ({report['merge_base']} base, {report['dtype']})")
         if report["trained_on"] != report["merge_base"]:
             told = f"it is another model than the adapter on its {report['trained_on']} base"
-            say(f"{told}; for its own scores: python test_llama.py --model {target} --name merged")
+            where = "" if args.output_dir == OUTPUT_DIR else f" --output-dir {args.output_dir}"
+            say(f"{told}; for its own scores: python test_llama.py --model {target} --name merged{where}")
 
 
 if __name__ == "__main__":

@@ -256,7 +256,7 @@ def ask_server(args, base, tokenizer, rows):
         if price := price + counts["completion_tokens"] * args.server_output_price:
             say(f"price: {price / 1e6:,.4g}")
     if served.refused:
-        say(f"left out, for the server refuses it: {', '.join(sorted(served.refused))}")
+        say(f"options left out, for the server refuses them: {', '.join(sorted(served.refused))}")
     if errors:
         told = f"{len(errors)} requests got no answer ({served.why(errors[0])})"
         say(f"{told}: those rows are left out; give the same command again to ask for them")
@@ -278,6 +278,12 @@ def nearest_test(args, served):
             pairs = [(known[example["id"]], example["prediction"]) for example in served["examples"]]
             found.append((sum(mine == its for mine, its in pairs), path, pairs))
     return max(found, key=lambda test: test[0])[1:] if found else (None, [])
+
+
+def untuned(args, local):
+    """Whether a local test was one of the base alone, of the adapter in OUTPUT_DIR."""
+    base = common.read_json(Path(args.output_dir) / "adapter" / "run.json").get("run", {}).get("weights")
+    return local["settings"].get("adapter") == "none" and local["settings"].get("weights", "") == base
 
 
 def words_before_parting(pairs):
@@ -317,7 +323,11 @@ def compare(args, paths):
             continue
         equal, words = sum(mine == its for mine, its in pairs), words_before_parting(pairs)
         verdict = "differs by rounding" if words >= ROUNDING else "differs"
-        verdict = f"{verdict} (they part once in {words + 1:.0f} words)" if equal < len(pairs) else "as tested"
+        verdict = (
+            f"{verdict} (on average they part once in {words + 1:.0f} words)" if equal < len(pairs) else "as tested"
+        )
+        if untuned(args, common.read_json(here)):
+            verdict = "it answers as the base without its adapter"
         told = f"{equal} of {len(pairs)} predictions equal those of {here}"
         say(f"\n{served['task']}: {verdict}; {told}")
         files += [f"tested={here}", f"served={path}"]

@@ -365,7 +365,8 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state)
             append_work(file, run, list(examples.items()))
             bar.update(len(batch))
     took = f"{time.time() - started:.1f} s" + (" (first process)" if state.num_processes > 1 else "")
-    say(f"{task}: {len(rows)} rows, {len(done)} of them from before; {tokens:,} tokens in {took}")
+    before = f", {len(done)} of them from before" if done else ""
+    say(f"{task}: {len(rows)} rows{before}; {tokens:,} tokens in {took}")
 
 
 def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):

@@ -114,7 +114,7 @@ class QLoRATrainer(SFTTrainer):
         self.watch(logs)
         self.say_step(
             f"loss {logs['loss']:.4f}  grad {logs['grad_norm']:.2f}  lr {logs['learning_rate']:.1e}  "
-            f"{speed:,.0f} tokens/s  "
+            f"{speed:,.0f} tokens/s "
         )
 
     def say_step(self, more=""):
@@ -217,7 +217,7 @@ class Watch(TrainerCallback):
         if args.device.type == "cpu":  # where a step may take minutes; a GPU's first pass is slower than the others
             passes = (state.max_steps - state.global_step) * args.gradient_accumulation_steps
             left = timedelta(seconds=round(passes * (self.trainer.started - began)))
-            say(f"{left} left, if every pass takes as long as one over the longest rows did")
+            say(f"{left} left at most, by a pass over the longest rows")
         self.log = Path(args.output_dir) / "log.jsonl"
         if is_main():  # without what a killed run logged after its last checkpoint
             write_whole(self.log, log_lines(state.log_history))

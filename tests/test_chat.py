@@ -282,7 +282,7 @@ def test_asked_by_test_llama_it_gives_the_predictions_of_the_local_test(setting,
     result = run("test_llama.py", *SHORT, *options, "--output-dir", out)
     assert result.returncode == 0, result.stderr
     assert ": the same" in result.stdout and f"is asked by {way}\n" in result.stdout
-    assert "left out, for the server refuses it: stop_token_ids" in result.stdout
+    assert "options left out, for the server refuses them: stop_token_ids" in result.stdout
     for task in TASKS:
         local, served = examples(out, task), examples(out, task, "_merged")
         assert [e["prediction"] for e in served["examples"]] == [e["prediction"] for e in local["examples"]]

@@ -228,7 +228,7 @@ def test_where_ids_are_refused_the_text_is_sent_and_where_completions_are_the_ch
 def test_a_parameter_that_is_refused_is_left_out_once_and_for_all(refused, fake, ask, tmp_path):
     fake.refuses = (refused,)
     code, output = ask(fake.url, "--server-concurrency", 1)
-    assert code == 0 and f"left out, for the server refuses it: {refused}" in output
+    assert code == 0 and f"options left out, for the server refuses them: {refused}" in output
     assert sum(refused in entry["body"] for entry in fake.seen) == 1
     assert len(fake.seen) == 3 + ROWS + 2 + 1  # first tries, answers, tries of log-probabilities, and the refused one
     if refused == "max_tokens":
@@ -239,7 +239,7 @@ def test_a_parameter_that_is_refused_is_left_out_once_and_for_all(refused, fake,
 def test_what_a_server_says_in_another_form_than_openais_is_read_and_told(fake, ask):
     fake.fastapi, fake.refuses = True, ("temperature",)
     code, output = ask(fake.url, "--server-concurrency", 1)
-    assert code == 0 and "left out, for the server refuses it: temperature\n" in output
+    assert code == 0 and "options left out, for the server refuses them: temperature\n" in output
     fake.refuses = ("model",)
     code, output = ask(fake.url, "--name", "other")
     assert code == 2 and "Unsupported parameter: 'model'" in output
@@ -439,12 +439,12 @@ def test_the_end_says_whether_it_is_as_tested_and_how_far_the_scores_are(fake, a
     tested_as([3])
     code, output = ask(fake.url)
     # an answer has 4 words: 5 times 4 and 1 of the other one are the same, and then they part
-    assert "samsum: differs by rounding (they part once in 22 words); 5 of 6 predictions equal" in output
+    assert "samsum: differs by rounding (on average they part once in 22 words); 5 of 6 predictions equal" in output
     assert code == 0 and "trivia_qa: as tested; 6 of 6 predictions equal" in output
     assert f"the first other one: {content_id(tmp_path, 3)}, from character 7" in output
     tested_as([0, 3])
     output = ask(fake.url)[1]
-    assert "samsum: differs (they part once in 10 words); 4 of 6 predictions equal" in output
+    assert "samsum: differs (on average they part once in 10 words); 4 of 6 predictions equal" in output
     command = next(line for line in output.split("\n") if "python evaluations.py" in line)
     evaluations.main(command.split("evaluations.py ")[1].split(" "))
     found = json.loads((tmp_path / "served" / "evaluation.json").read_text())["samsum"]["comparisons"]["served"]
@@ -453,6 +453,12 @@ def test_the_end_says_whether_it_is_as_tested_and_how_far_the_scores_are(fake, a
     tested_as([3], "_merged")  # the nearest test is the one to compare with
     output = ask(fake.url)[1]
     assert f"5 of 6 predictions equal those of {tmp_path}/samsum_predictions_merged.json" in output
+    weights = read(tmp_path, "samsum", "merged")["settings"] | {"adapter": "none", "weights": "b" * 16}
+    (tmp_path / "adapter").mkdir(exist_ok=True)
+    (tmp_path / "adapter" / "run.json").write_text(json.dumps({"run": {"weights": "b" * 16}}))
+    content = read(tmp_path, "samsum", "merged") | {"settings": weights}  # a test of the base alone
+    (tmp_path / "samsum_predictions_merged.json").write_text(json.dumps(content))
+    assert "samsum: it answers as the base without its adapter; 5 of 6" in ask(fake.url)[1]
     path = tmp_path / "trivia_qa_predictions.json"
     content = json.loads(path.read_text())
     content["settings"]["rows"] = "0" * 32  # another build's

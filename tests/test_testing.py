@@ -256,7 +256,7 @@ def test_stopped_by_ctrl_c_and_killed_twice_it_goes_on_and_writes_the_same_bytes
     assert "the same command goes on" in printed.read_text() and "Traceback" not in printed.read_text()
     result = run("test_llama.py", *arguments)
     assert result.returncode == 0, result.stderr
-    assert not result.stdout.startswith("samsum: 6 rows, 0 of them") and not list(out.glob(".*"))
+    assert "of them from before" in result.stdout and not list(out.glob(".*"))
     assert test(out, *arguments[:4], "--name", "undisturbed") == 0
     assert_same_files(out, "_undisturbed")
 
