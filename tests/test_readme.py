@@ -37,14 +37,6 @@ def test_files_and_flags_that_they_name_exist():
         common.flag_of(setting) for name in NAMES for setting in common.settings_of(importlib.import_module(name))
     }
     known = flags | {flag.replace("--", "--no-", 1) for flag in flags}
-    known |= {"--num_processes", "--config_file", "--nproc_per_node"}  # of accelerate and torchrun
-    known |= {
-        "--private",
-        "--outtype",
-        "--outfile",
-        "--port",
-        "--enable-lora",
-        "--max-lora-rank",
-        "--lora-modules",
-    }  # others'
+    others = "num_processes config_file nproc_per_node private outtype outfile port dtype enable-lora max-lora-rank"
+    known |= {f"--{name}" for name in f"{others} lora-modules".split()}
     assert set(re.findall(r"--[a-z][\w-]+", BOTH)) <= known
