@@ -520,7 +520,7 @@ def main(argv=None):
             print_judge(report[task]["judge"])
     if swapped:
         print_table(SWAPPED, report[SWAPPED])
-        say("follows_context: % that gave the answer now in the context; from_memory: the true one")
+        say("% of answers: follows_context, the one in the context; from_memory, the true one")
     say(f"\nwrote {folder / 'evaluation.html'} and {folder / 'evaluation.json'}")
 
 
