@@ -171,7 +171,7 @@ def main(argv=None):
                 options = ("--server", url, "--server-model", served_name, "--name", slug(name))
                 chain.run(slug(name), "test_llama", *options)
             print(f"{name}: ready after {seconds:.0f} s", flush=True)
-        result["systems"][name] = compared(chain, name, against) | {"command": command}
+        result["systems"][name] = compared(chain, name, against) | {"command": command.replace(base, Path(base).name)}
         save("served", result)
 
 
