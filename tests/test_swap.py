@@ -6,9 +6,9 @@ import shutil
 import pytest
 from conftest import assert_refused, run, snapshot
 from datasets import Dataset, DatasetDict
+from test_testing import test
 
 import swap
-import test_llama as tester
 
 PROMPT = "Answer the question from the context.\n\nContext:\n{}\n\nQuestion: {}\nAnswer:"
 
@@ -176,18 +176,6 @@ def test_swapped_files_of_any_systems_are_compared_and_of_other_swaps_or_runs_re
     assert_refused(evaluate(tmp_path, "--predictions", *systems), "other answers were swapped in", str(swaps[0]))
     planted(tmp_path, {"prediction": memory}, "_swapped", adapter="c" * 16)
     assert_refused(evaluate(tmp_path), "_swapped.json", "cccc", "test_llama.py --swap-answers --overwrite")
-
-
-def test(out, *arguments):
-    """test_llama.py in this process; its exit code."""
-    try:
-        tester.main(["--output-dir", str(out), *map(str, arguments)])
-    except SystemExit as error:
-        return error.code
-    return 0
-
-
-test.__test__ = False
 
 
 @pytest.fixture
