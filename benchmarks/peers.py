@@ -353,6 +353,8 @@ def training(args):
     measured = {}  # perplexity by the adapter's hash: the same weights are not tested again
     for number in range(args.runs):
         for name in names:
+            if number and name in args.once:
+                continue
             run, adapter = train(name, args, number)
             digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
             if digest not in measured:
@@ -462,6 +464,7 @@ def main(argv=None):
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--runs", type=int, default=RUNS, help="of each, in turn")
     parser.add_argument("--only", nargs="+", choices=list(TRAINERS), help="of training; the demo's are not kept then")
+    parser.add_argument("--once", nargs="+", choices=list(TRAINERS), default=[], help="in the first of the runs alone")
     parser.add_argument("--rows", type=int, default=0, help="training rows, 0: all; fewer of the demo are not kept")
     parser.add_argument("--model", type=Path, default=MODEL, help="a folder, to train on --samsum")
     parser.add_argument("--samsum", type=Path, help="a folder of dialogues; training alone, kept as training_real")
