@@ -58,6 +58,8 @@ def parse_settings(module, argv=None, choices=None):
         if value is None and "None: " not in comment:
             parser.error(f"{name} is None in the settings: give it a value there")
         options = {"default": value, "help": (comment or " ").replace("%", "%%")}
+        if value in ("", (), []):
+            options["help"] += "%(default).0s"  # else argparse tells an empty default
         if isinstance(value, bool) or value is None:
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(value, list | tuple):

@@ -215,84 +215,10 @@ def line_ends(tokenizer):
     return {i for i, text in texts if "\n" in text}
 
 
-# A prompt is read once, unpadded, for its loss and its prediction: transformers' generate goes on from its keys and
-# values. Beside a loop of our own, which dropped the rows that have ended, that takes 1.0 to 1.2 times as long with
-# 135 M parameters and 1.1 to 1.5 times with 1 M; generate from the start and a pass for the loss takes 1.4 to 2.5.
-def read_rows(model, prompts, completions, attention):
-    """One pass over whole rows: each completion's negative log likelihood (nats), and the prompts' keys and values."""
-    from transformers import DynamicCache
-
-    model.set_attn_implementation(attention)
-    cache = DynamicCache()
-    logits, golds = llama.read(model, prompts, completions, cache)
-    losses = losses_of(logits, golds).split([len(gold) for gold in completions])
-    return [part.sum().item() for part in losses], padded(cache, prompts, completions)
-
-
-def losses_of(logits, golds):
-    """Each gold token's negative log likelihood (nats), in float64."""
-    import torch
-
-    pieces = zip(logits.split(512), golds.split(512), strict=True)  # float32 copies of a few positions at a time
-    losses = [torch.nn.functional.cross_entropy(some.float(), gold, reduction="none") for some, gold in pieces]
-    return torch.cat(losses).double()
-
-
-def padded(cache, prompts, completions):
-    """Keys and values, [rows, heads, longest prompt - 1, head_dim], padded left: generate reads each last token."""
-    import torch
-    from transformers import DynamicCache
-
-    sizes = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    offsets = torch.arange(lengths.max() - 1) - (lengths.max() - lengths)[:, None]
-    places = (sizes.cumsum(0) - sizes)[:, None] + offsets.clamp(min=0)  # padding repeats a row's first token
-    rows = DynamicCache()
-    for number, layer in enumerate(cache.layers):
-        rows.update(layer.keys[0][:, places].transpose(0, 1), layer.values[0][:, places].transpose(0, 1), number)
-    return rows
-
-
-def test_rows(model, prompts, completions, ends, new, attention):
-    """nll (nats) and greedy prediction (list of at most `new` ids, an ending one included) of each row."""
-    import torch
-
-    nll, cache = read_rows(model, prompts, completions, attention)
-    model.set_attn_implementation("sdpa")
-    width = max(map(len, prompts))
-    outputs = model.generate(
-        torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device),
-        attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device),
-        past_key_values=cache,
-        do_sample=False,
-        max_new_tokens=new,
-        eos_token_id=sorted(ends),
-        pad_token_id=min(ends),
-    )
-    written = outputs[:, width:].tolist()
-    stops = [next((i + 1 for i, token in enumerate(row) if token in ends), new) for row in written]
-    return [(loss, row[:stop]) for loss, row, stop in zip(nll, written, stops, strict=True)]
-
-
-def in_halves(model, prompts, completions, *options):
-    """test_rows, of half the rows at a time where GPU memory ends."""
-    import torch
-
-    try:
-        return test_rows(model, prompts, completions, *options)
-    except torch.OutOfMemoryError as error:
-        if len(prompts) == 1:
-            reason = first_line(error)
-            fail(f"one row is too much for the GPU's memory ({reason}): try --load-in-4bit", in_any_process=True)
-    torch.cuda.empty_cache()
-    say(f"{len(prompts)} rows are too much for the GPU's memory: halved; try a lower --max-batch-tokens")
-    middle = len(prompts) // 2
-    first = in_halves(model, prompts[:middle], completions[:middle], *options)
-    return first + in_halves(model, prompts[middle:], completions[middle:], *options)
-
-
 def test_batch(model, tokenizer, rows, ends, line_ends, new, attention):
     """What is known of each row after it, under the names of the predictions file; line_ends: of a task with any."""
+    from decoding import in_halves
+
     prompts, completions = ([row[key] for row in rows] for key in ("prompt_ids", "completion_ids"))
     results = []
     tested = in_halves(model, prompts, completions, ends | line_ends, new, attention)
@@ -320,6 +246,8 @@ def windows(tokenizer, text, limit):
 def test_general_text(text, tokenizer, model, adapter_off, run):
     """{system: perplexity of the text, nll_sum (nats), tokens}"""
     import torch
+
+    from decoding import losses_of
 
     if not text:
         return {}

@@ -10,6 +10,7 @@ it comes, a failure too; no stage is begun after --minutes:
     float16    the tiny model trained as on a GPU without bfloat16: a scaler, sdpa
     commands   the scripts on the shape: train, test (4 bit and merged), merge
     exactness  loss and gradients of packed rows beside the same rows alone, in each type of number
+    peers      Unsloth and LLaMA-Factory on the same rows, each from its folder of packages in --packages
 
 Where there is no GPU, `--shape tiny` runs every stage on the CPU, in float32, to see that it works. 8B and 7B need
 40 GB in the folder (memory will do: /dev/shm).
@@ -33,10 +34,10 @@ import time
 import traceback
 from pathlib import Path
 
-from peers import FOLDER, MODEL, RESULTS, ROOT, machine, table, timed
+from peers import FOLDER, MODEL, RESULTS, ROOT, machine, table, timed, write_alpaca
 from scaling import random_model
 
-STAGES = ("rates", "training", "profile", "chain", "float16", "commands", "exactness")
+STAGES = ("rates", "training", "profile", "chain", "float16", "commands", "exactness", "peers")
 ORIGINAL = {}  # what transformers' module of the Llama held at first
 STEPS = 6  # optimizer steps of a training, the first two of which are not counted
 BUILD = ("--max-context-words", 300, "--test-examples-per-task", 24, "--validation-examples-per-task", 8)
@@ -78,6 +79,10 @@ TRL = {
     "trl sft packed, 8192 x 1, no checkpointing": PACKED,
     "trl sft packed, 8192 x 1, no checkpointing, Liger": PACKED | {"use_liger_kernel": True},
 }
+PEERS = {  # ways of benchmarks/peers/gpu_peer.py
+    "unsloth": ("checkpointing", "no checkpointing"),
+    "llamafactory": ("as shipped", "neat_packing", "neat_packing, Liger", "neat_packing, Liger, no checkpointing"),
+}
 
 
 class Bench:
@@ -88,7 +93,7 @@ class Bench:
 
         self.cuda = torch.cuda.is_available()
         self.shape, self.folder, self.results_file = args.shape, args.folder.resolve(), args.results
-        self.only = args.only
+        self.only, self.packages = args.only, args.packages
         self.ends = time.time() + 60 * args.minutes
         gpu = torch.cuda.get_device_name() if self.cuda else None
         self.result = {"machine": machine() | {"gpu": gpu}, "shape": args.shape}
@@ -505,11 +510,50 @@ def commands(bench):
         test("merged", "--model", output / "merged")
 
 
+def peers(bench):
+    """Unsloth and LLaMA-Factory, in processes and packages of their own: they ask for older libraries than ours."""
+    import llama
+    import train_llama
+
+    if not (bench.cuda and bench.packages):
+        return bench.note("peers", not_run="it needs a GPU and --packages")
+    args = train_llama.parse_args([])
+    rows, tokenizer = llama.load_rows(bench.build("training"), "train"), llama.load_tokenizer(str(bench.model()))
+    with contextlib.redirect_stdout(io.StringIO()):
+        tokens = train_llama.tokenize(rows, tokenizer, args.max_length, "train")
+    data = bench.folder / "peers"
+    (data / "alpaca").mkdir(parents=True, exist_ok=True)
+    (data / "tokens.json").write_text(json.dumps(tokens.select_columns(["input_ids", "labels"]).to_list()))
+    write_alpaca(rows, tokenizer, data / "alpaca")
+    script = ROOT / "benchmarks" / "peers" / "gpu_peer.py"
+    for peer, ways in PEERS.items():
+        where = bench.packages / peer
+        for way in ways if where.is_dir() else ():
+            if time.time() > bench.ends:
+                return
+            more = {
+                "PYTHONPATH": where,
+                "UNSLOTH_DISABLE_STATISTICS": 1,
+                "UNSLOTH_COMPILE_LOCATION": data / "compiled",
+            }
+            command = [sys.executable, script, peer, way, bench.model(), data, STEPS, args.max_length]
+            log = bench.folder / f"peer_{peer}.txt"
+            with log.open("w") as file:
+                done = subprocess.run(list(map(str, command)), env=os.environ | {k: str(v) for k, v in more.items()},
+                                      cwd=bench.folder, text=True, stdout=subprocess.PIPE, stderr=file)  # fmt: skip
+            last = (done.stdout.splitlines() or [""])[-1]
+            found = json.loads(last) if not done.returncode else {way: {"error": log.read_text()[-1500:]}}
+            bench.note("peers", **found)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--shape", choices=list(SHAPES), default="llama3-8B")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--only", nargs="*", help="of training: parts of the names of what to run")
+    parser.add_argument(
+        "--packages", type=Path, help="a folder with unsloth/ and llamafactory/, installed by --target"
+    )
     parser.add_argument("--folder", type=Path, default=FOLDER / "gpu", help="for models, data and logs")
     parser.add_argument("--results", type=Path, default=RESULTS / "gpu.json")
     parser.add_argument("--minutes", type=float, default=30, help="after which no further stage begins")

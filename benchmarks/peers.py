@@ -166,6 +166,16 @@ def mend_llamafactory(binaries, log):
     (Path(site) / "torchaudio.py").touch()
 
 
+def write_alpaca(rows, tokenizer, folder):
+    """The rows as LLaMA-Factory reads them, with BOS and EOS in their text, for its template "empty"."""
+    start = tokenizer.bos_token * (tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
+    pairs = [{"instruction": start + row["prompt"], "input": "", "output": row["completion"] + tokenizer.eos_token}
+             for row in rows]  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.json").write_text(json.dumps(pairs))
+    (folder / "dataset_info.json").write_text(json.dumps({"train": {"file_name": "train.json"}}))
+
+
 def prepare(folder, count=0, model=MODEL, samsum=None):
     """A data set with `count` training rows (0: all), rows and base for the peers; returns the rows' token ids.
 
@@ -196,12 +206,7 @@ def prepare(folder, count=0, model=MODEL, samsum=None):
         (data / "fewer").rename(data / "dataset")
     rows, tokenizer = llama.load_rows(data, "train"), llama.load_tokenizer(str(model), "off")
     rows.select_columns(["prompt", "completion"]).to_parquet(str(data / "rows" / "train.parquet"))
-    ends = tokenizer.bos_token * (tokenizer("a").input_ids[0] == tokenizer.bos_token_id), tokenizer.eos_token
-    pairs = [{"instruction": ends[0] + row["prompt"], "input": "", "output": row["completion"] + ends[1]}
-             for row in rows]  # fmt: skip
-    (data / "alpaca").mkdir()
-    (data / "alpaca" / "train.json").write_text(json.dumps(pairs))
-    (data / "alpaca" / "dataset_info.json").write_text(json.dumps({"train": {"file_name": "train.json"}}))
+    write_alpaca(rows, tokenizer, data / "alpaca")
     # LLaMA-Factory computes in the dtype of the files: the same numbers, in float32
     AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).save_pretrained(data / "float32")
     for path in model.glob("*token*.json"):

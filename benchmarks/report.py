@@ -11,7 +11,7 @@ from peers import RESULTS, ROOT
 
 HERE = ROOT / "benchmarks"
 NAMES = ("training", "training_real", "testing_real", "startup", "scaling", "joint", "scoring", "merging", "gpu")
-NAMES += ("real_model", "served")
+NAMES += ("real_model", "served", "gpu_peers")
 
 
 def load(name):
@@ -61,6 +61,7 @@ def main():
         more["joint_tokens"] = {name: runs[0]["tokens"] for name, runs in results["joint"]["training"].items()}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
     environment.filters["median"] = statistics.median
+    environment.filters["thousands"] = "{:,.0f}".format
     environment.globals["names"] = {"qlora": "QLoRA", "lora": "LoRA, 16 bit", "plain": "QLoRA, plain prompts"}
     environment.globals["score"] = lambda part: "{:.2f} [{:.2f}, {:.2f}]".format(part["score"], *part["interval"])
     environment.filters["beside"] = lambda part: "{:.1f} ({:+.1f} [{:+.1f}, {:+.1f}])".format(

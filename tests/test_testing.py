@@ -22,6 +22,7 @@ from datasets import load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+import decoding
 import llama
 import predictions
 import test_llama as tester
@@ -151,7 +152,7 @@ def test_a_model_that_knows_nothing_has_the_vocabulary_size_as_perplexity(name):
     model.get_output_embeddings().weight.data.zero_()
     llama.choose_attention("packed")  # registers it
     with torch.inference_mode():
-        nll, _ = tester.read_rows(model, [[1, 5, 6], [1, 5]], [[7, 8], list(range(3, 1003))], "packed")
+        nll, _ = decoding.read_rows(model, [[1, 5, 6], [1, 5]], [[7, 8], list(range(3, 1003))], "packed")
     assert math.exp(sum(nll) / 1002) == pytest.approx(model.config.vocab_size, rel=1e-6)
 
 
@@ -166,9 +167,9 @@ def test_a_row_in_a_batch_is_predicted_and_scored_as_alone_and_as_by_generate(ch
     ends = {tokenizer.eos_token_id, *tokenizer("a e s. , ? and the Tom").input_ids[1:]}  # else random models go on
     assert len({len(p) for p in prompts}) > 10 and max(map(len, prompts)) > 60 * min(map(len, prompts))
     with torch.inference_mode():
-        together = tester.test_rows(model, prompts, completions, ends, 24, "packed")
+        together = decoding.test_rows(model, prompts, completions, ends, 24, "packed")
         pairs = zip(prompts, completions, strict=True)
-        alone = [tester.test_rows(model, [p], [c], ends, 24, "packed")[0] for p, c in pairs]
+        alone = [decoding.test_rows(model, [p], [c], ends, 24, "packed")[0] for p, c in pairs]
         options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": sorted(ends), "pad_token_id": 0}
         generated = [
             model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), **options)[0, len(p) :].tolist()
@@ -211,7 +212,7 @@ def test_an_answer_ends_at_the_line_and_keeps_what_shares_its_last_token(chain, 
     last = next(i for i in sorted(line_ends) if tokenizer.decode([i]).startswith(".\n"))
     name, more = tokenizer([" Lydbrook", " more"], add_special_tokens=False).input_ids
     ids = [*name, last, *more, last]
-    monkeypatch.setattr(tester, "test_rows", lambda model, prompts, *rest: [(1.0, ids) for _ in prompts])
+    monkeypatch.setattr(decoding, "test_rows", lambda model, prompts, *rest: [(1.0, ids) for _ in prompts])
     limits = ["--trivia-qa-max-new-tokens", len(ids), "--samsum-max-new-tokens", len(ids)]
     assert test(out, *limits) == 0
     assert set(column(out, "trivia_qa", "prediction")) == {"Lydbrook."}
@@ -221,7 +222,7 @@ def test_an_answer_ends_at_the_line_and_keeps_what_shares_its_last_token(chain, 
 
 @ONE
 def test_a_batch_too_large_for_memory_is_halved_and_a_row_too_large_is_said(chain, out, monkeypatch, refused):
-    test_rows, sizes = tester.test_rows, []
+    test_rows, sizes = decoding.test_rows, []
 
     def small(model, prompts, *rest, limit=2):
         sizes.append(len(prompts))
@@ -229,12 +230,12 @@ def test_a_batch_too_large_for_memory_is_halved_and_a_row_too_large_is_said(chai
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return test_rows(model, prompts, *rest)
 
-    monkeypatch.setattr(tester, "test_rows", small)
+    monkeypatch.setattr(decoding, "test_rows", small)
     assert test(out, *SHORT) == 0
     assert max(sizes) == 6 and sizes.count(2) + sizes.count(1) > 6
     same_columns(out, chain, "prediction")
     same_columns(out, chain, "nll", rel=1e-5)
-    monkeypatch.setattr(tester, "test_rows", lambda *rest: small(*rest, limit=0))
+    monkeypatch.setattr(decoding, "test_rows", lambda *rest: small(*rest, limit=0))
     assert "one row is too much for the GPU's memory" in refused(out, *SHORT, "--overwrite")
 
 

@@ -1,0 +1,110 @@
+"""How test_llama.py reads and answers a batch: each prompt once, for the completion's loss and for the prediction.
+
+A prompt is read unpadded; transformers' generate goes on from its keys and values, STRIDE tokens at a time: after each
+stride the rows that have ended are left out. generate from the start and a pass for the loss takes {{}} times as long.
+"""
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+import llama
+from common import fail, first_line, say
+
+STRIDE = 16  # new tokens of a batch after which its keys and values are copied
+
+
+class Room(DynamicLayer):
+    """A layer's keys and values, [rows, heads, tokens, head_dim], with room for `more` tokens.
+
+    DynamicLayer copies all of them for every new token: a gigabyte at each for a batch of SmolLM2-135M.
+    """
+
+    def __init__(self, keys, values, more):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.whole = [torch.nn.functional.pad(part, (0, 0, 0, more)) for part in (keys, values)]
+        self.show(keys.shape[2])
+
+    def show(self, length):
+        self.keys, self.values = (whole[:, :, :length] for whole in self.whole)
+
+    def update(self, keys, values, *_, **__):
+        length = self.keys.shape[2]
+        for whole, new in zip(self.whole, (keys, values), strict=True):
+            whole[:, :, length : length + new.shape[2]] = new
+        self.show(length + keys.shape[2])
+        return self.keys, self.values
+
+
+def read_rows(model, prompts, completions, attention):
+    """One pass over whole rows: each completion's negative log likelihood (nats), and the prompts' keys and values."""
+    model.set_attn_implementation(attention)
+    cache = DynamicCache()
+    logits, golds = llama.read(model, prompts, completions, cache)
+    losses = losses_of(logits, golds).split([len(gold) for gold in completions])
+    return [part.sum().item() for part in losses], padded(cache, prompts, completions)
+
+
+def losses_of(logits, golds):
+    """Each gold token's negative log likelihood (nats), in float64."""
+    pieces = zip(logits.split(512), golds.split(512), strict=True)  # float32 copies of a few positions at a time
+    losses = [torch.nn.functional.cross_entropy(some.float(), gold, reduction="none") for some, gold in pieces]
+    return torch.cat(losses).double()
+
+
+def padded(cache, prompts, completions):
+    """Keys and values, [rows, heads, longest prompt - 1, head_dim], padded left: generate reads each last token."""
+    sizes = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    offsets = torch.arange(lengths.max() - 1) - (lengths.max() - lengths)[:, None]
+    places = (sizes.cumsum(0) - sizes)[:, None] + offsets.clamp(min=0)  # padding repeats a row's first token
+    for layer in cache.layers:
+        layer.keys, layer.values = (part[0][:, places].transpose(0, 1) for part in (layer.keys, layer.values))
+    return cache
+
+
+def test_rows(model, prompts, completions, ends, new, attention):
+    """nll (nats) and greedy prediction (list of at most `new` ids, an ending one included) of each row."""
+    nll, cache = read_rows(model, prompts, completions, attention)
+    model.set_attn_implementation("sdpa")
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    written, going = [[] for _ in prompts], list(range(len(prompts)))
+    left = going
+    while left and len(written[going[0]]) < new:
+        going, ids, mask = [going[i] for i in left], ids[left], mask[left]
+        more = min(STRIDE, new - len(written[going[0]]))
+        for number, layer in enumerate(cache.layers):  # one at a time: the old ones go
+            cache.layers[number] = Room(layer.keys[left], layer.values[left], more)
+        ids = model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            do_sample=False,
+            max_new_tokens=more,
+            eos_token_id=sorted(ends),
+            pad_token_id=min(ends),
+        )
+        for place, row in zip(going, ids[:, mask.shape[1] :].tolist(), strict=True):
+            written[place] += row
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+        left = [i for i, place in enumerate(going) if ends.isdisjoint(written[place])]
+    stops = [next((i + 1 for i, token in enumerate(row) if token in ends), new) for row in written]
+    return [(loss, row[:stop]) for loss, row, stop in zip(nll, written, stops, strict=True)]
+
+
+def in_halves(model, prompts, completions, *options):
+    """test_rows, of half the rows at a time where GPU memory ends."""
+    try:
+        return test_rows(model, prompts, completions, *options)
+    except torch.OutOfMemoryError as error:
+        if len(prompts) == 1:
+            reason = first_line(error)
+            fail(f"one row is too much for the GPU's memory ({reason}): try --load-in-4bit", in_any_process=True)
+    torch.cuda.empty_cache()
+    say(f"{len(prompts)} rows are too much for the GPU's memory: halved; try a lower --max-batch-tokens")
+    middle = len(prompts) // 2
+    first = in_halves(model, prompts[:middle], completions[:middle], *options)
+    return first + in_halves(model, prompts[middle:], completions[middle:], *options)
