@@ -1,7 +1,7 @@
 """How test_llama.py reads and answers a batch: each prompt once, for the completion's loss and for the prediction.
 
 A prompt is read unpadded; transformers' generate goes on from its keys and values, STRIDE tokens at a time: after each
-stride the rows that have ended are left out. generate from the start and a pass for the loss takes {{}} times as long.
+stride the rows that have ended are left out. generate from the start and a pass for the loss takes XX times as long.
 """
 
 import torch
@@ -30,10 +30,10 @@ class Room(DynamicLayer):
         self.keys, self.values = (whole[:, :, :length] for whole in self.whole)
 
     def update(self, keys, values, *_, **__):
-        length = self.keys.shape[2]
+        length, more = self.keys.shape[2], keys.shape[2]
         for whole, new in zip(self.whole, (keys, values), strict=True):
-            whole[:, :, length : length + new.shape[2]] = new
-        self.show(length + keys.shape[2])
+            whole.narrow(2, length, more).copy_(new)
+        self.show(length + more)
         return self.keys, self.values
 
 
@@ -43,6 +43,7 @@ def read_rows(model, prompts, completions, attention):
     cache = DynamicCache()
     logits, golds = llama.read(model, prompts, completions, cache)
     losses = losses_of(logits, golds).split([len(gold) for gold in completions])
+    del logits
     return [part.sum().item() for part in losses], padded(cache, prompts, completions)
 
 
@@ -59,9 +60,16 @@ def padded(cache, prompts, completions):
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     offsets = torch.arange(lengths.max() - 1) - (lengths.max() - lengths)[:, None]
     places = (sizes.cumsum(0) - sizes)[:, None] + offsets.clamp(min=0)  # padding repeats a row's first token
+    places = places.to(cache.layers[0].device)
     for layer in cache.layers:
         layer.keys, layer.values = (part[0][:, places].transpose(0, 1) for part in (layer.keys, layer.values))
     return cache
+
+
+def make_room(cache, rows, more):
+    """Keep some rows of the keys and values, with room for `more` tokens; a layer at a time: the old ones go."""
+    for number, layer in enumerate(cache.layers):
+        cache.layers[number] = Room(layer.keys[rows], layer.values[rows], more)
 
 
 def test_rows(model, prompts, completions, ends, new, attention):
@@ -76,8 +84,7 @@ def test_rows(model, prompts, completions, ends, new, attention):
     while left and len(written[going[0]]) < new:
         going, ids, mask = [going[i] for i in left], ids[left], mask[left]
         more = min(STRIDE, new - len(written[going[0]]))
-        for number, layer in enumerate(cache.layers):  # one at a time: the old ones go
-            cache.layers[number] = Room(layer.keys[left], layer.values[left], more)
+        make_room(cache, torch.tensor(left, device=model.device), more)
         ids = model.generate(
             ids,
             attention_mask=mask,

@@ -181,8 +181,8 @@ def read_file(path, remedy=""):
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         fault = f"{place}: {first['msg']}".removeprefix(": ").removeprefix("Value error, ")
-        if (place, first["type"]) == ("task", "missing"):
-            fault = "it names no task: it is no file of predictions"
+        if {one["loc"] for one in error.errors() if one["type"] == "missing"} >= {("task",), ("examples",)}:
+            fault = "it has neither task nor examples: it is no file of predictions"
     except (ValueError, RecursionError, AttributeError) as error:
         fault = f"not valid JSON ({error})"
     fail(f"{path}: {fault}{remedy}")

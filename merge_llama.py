@@ -3,8 +3,8 @@
 Base and adapter answer validation rows; the base is merged shard by shard, in the memory of its largest; then every
 tensor is compared with PEFT's merge, and the folder, loaded as a user loads it, with base and adapter (verify.py). In
 float32 the two have to agree; what rounding to the stored type costs is reported, and refuses nothing. The check needs
-4 bytes a parameter, on the GPU or else of RAM; with less it compares in 16 bit. Only what passes takes the place of
-OUTPUT_DIR/merged; what does not is left beside it, marked.
+4 bytes a parameter of the GPU, or of RAM without one; with less it compares in 16 bit. Only what passes takes the
+place of OUTPUT_DIR/merged; what does not is left beside it, marked.
 
 Reads:  OUTPUT_DIR/adapter/, its base model, the validation rows of OUTPUT_DIR/dataset/; dataset_report.json and
         evaluation.json for the model card, where they are of this adapter.

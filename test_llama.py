@@ -168,11 +168,11 @@ def load_system(base, folder, in_4bit, compare):
 
 
 def has_room(model):
-    """Whether all of the weights fit unpacked, beside keys and values."""
+    """Whether all of the weights fit unpacked, on a GPU beside the packed ones and 4 GB for a batch."""
     import torch
 
     if torch.cuda.is_available():
-        return 2 * model.num_parameters() < 0.7 * torch.cuda.get_device_properties(model.device).total_memory
+        return 2 * model.num_parameters() + 4e9 < torch.cuda.mem_get_info(model.device)[0]
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("WORLD_SIZE", 1))
     return 4 * model.num_parameters() < host / 2
 

@@ -541,9 +541,9 @@ def peers(bench):
             with log.open("w") as file:
                 done = subprocess.run(list(map(str, command)), env=os.environ | {k: str(v) for k, v in more.items()},
                                       cwd=bench.folder, text=True, stdout=subprocess.PIPE, stderr=file)  # fmt: skip
-            last = (done.stdout.splitlines() or [""])[-1]
-            found = json.loads(last) if not done.returncode else {way: {"error": log.read_text()[-1500:]}}
-            bench.note("peers", **found)
+            last = [line for line in done.stdout.splitlines() if line.startswith('{"tokens_per_second"')]
+            found = {"error": log.read_text()[-1500:]} if done.returncode else json.loads(last[-1])
+            bench.note("peers", **{f"{peer}, {way}": found})
 
 
 def main(argv=None):
@@ -578,7 +578,7 @@ def main(argv=None):
         except Exception as error:
             traceback.print_exc()
             bench.note(stage, error=f"{type(error).__name__}: {error}"[:2000])
-        bench.note(stage, stage_seconds=round(time.time() - started, 1))
+        bench.note("stage_seconds", **{stage: round(time.time() - started, 1)})
     trained = bench.result.get("training", {}).items()
     found = {name: run for name, run in trained if isinstance(run, dict) and "tokens_per_second" in run}
     table(["", "tokens/s", "peak GB", "estimate, GB"],

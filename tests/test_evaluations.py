@@ -307,7 +307,7 @@ MALFORMED = {
     "empty file": ("", "not valid JSON"),
     "a list": ("[]", "Input should be"),
     "a number": ("3", "Input should be"),
-    "another file of ours": ('{"settings":\n{}}', "it names no task: it is no file of predictions"),
+    "another file of ours": ('{"settings":\n{}}', "it has neither task nor examples: it is no file of predictions"),
     "not utf-8": (b"\xff\xfe\x00", "not valid JSON"),
     "nan": ('{"task": "samsum", "examples": [{"references": ["a"], "prediction": "a", "x": NaN}]}', "not valid JSON"),
     "infinite perplexity": ({"perplexity": {"tuned": {"perplexity": float("inf")}}}, "not valid JSON"),

@@ -21,6 +21,7 @@ from conftest import FIXTURES, ROOT, assert_refused, run, snapshot, start
 from datasets import load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers.cache_utils import DynamicLayer
 
 import decoding
 import llama
@@ -156,18 +157,24 @@ def test_a_model_that_knows_nothing_has_the_vocabulary_size_as_perplexity(name):
     assert math.exp(sum(nll) / 1002) == pytest.approx(model.config.vocab_size, rel=1e-6)
 
 
-def test_a_row_in_a_batch_is_predicted_and_scored_as_alone_and_as_by_generate(chain):
+def test_a_row_in_a_batch_is_predicted_and_scored_as_alone_and_as_by_generate(chain, monkeypatch):
     base = base_of(chain)
     model, _ = tester.load_system(base, chain / "adapter", True, compare=True)
     tokenizer, data = prompts_of(base, chain)
     llama.choose_attention("packed")  # registers it
     prompts = tokenizer(list(data["prompt"])).input_ids
-    prompts += [sum(prompts[:6], []), prompts[0][:3], prompts[1][:2]]
+    prompts += [sum(prompts[:6], []), prompts[0][:3], prompts[1][:2], prompts[0][:1]]
     completions = [prompts[(i + 1) % 12][1 : 2 + 3 * i] for i in range(len(prompts))]
     ends = {tokenizer.eos_token_id, *tokenizer("a e s. , ? and the Tom").input_ids[1:]}  # else random models go on
     assert len({len(p) for p in prompts}) > 10 and max(map(len, prompts)) > 60 * min(map(len, prompts))
+    generate, sizes = model.generate, []
+    monkeypatch.setattr(model, "generate", lambda ids, **options: sizes.append(len(ids)) or generate(ids, **options))
     with torch.inference_mode():
         together = decoding.test_rows(model, prompts, completions, ends, 24, "packed")
+        sizes.clear()
+        monkeypatch.setattr(decoding, "STRIDE", 3)
+        often = decoding.test_rows(model, prompts, completions, ends, 23, "packed")
+        assert sizes == sorted(sizes)[::-1] and len(set(sizes)) > 2  # rows that have ended are left out
         pairs = zip(prompts, completions, strict=True)
         alone = [decoding.test_rows(model, [p], [c], ends, 24, "packed")[0] for p, c in pairs]
         options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": sorted(ends), "pad_token_id": 0}
@@ -177,7 +184,21 @@ def test_a_row_in_a_batch_is_predicted_and_scored_as_alone_and_as_by_generate(ch
         ]
     assert len({len(ids) for ids in generated}) > 2  # rows leave the batch at different times
     assert [ids for _, ids in together] == [ids for _, ids in alone] == generated
+    assert [ids for _, ids in often] == [ids[:23] for ids in generated]
     assert [nll for nll, _ in together] == pytest.approx([nll for nll, _ in alone], rel=1e-5)
+
+
+def test_keys_and_values_are_those_of_the_library_s_cache_and_stay_where_they_are():
+    parts = torch.randn(2, 4, 2, 9, 3).split([5, 1, 2, 1], dim=3)
+    room, library = decoding.Room(*parts[0], 4), DynamicLayer()
+    library.update(*parts[0])
+    place = room.keys.data_ptr()
+    for keys, values in parts[1:]:
+        for ours, theirs in zip(room.update(keys, values), library.update(keys, values), strict=True):
+            assert torch.equal(ours, theirs)
+        assert room.keys.data_ptr() == place and room.get_seq_length() == library.get_seq_length()
+    with pytest.raises(RuntimeError):
+        room.update(*parts[1])
 
 
 def test_the_prediction_files_follow_the_contract_in_the_order_of_the_dataset(chain):

@@ -11,6 +11,7 @@ import os
 import statistics
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 WAYS = {
@@ -52,6 +53,10 @@ def counted(step):
 class Speed(TrainerCallback):
     """Useful tokens of each step over its time."""
 
+    def on_train_begin(self, *args, **kwargs):
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+
     def on_step_begin(self, *args, **kwargs):
         if on_gpu:
             torch.cuda.synchronize()
@@ -84,7 +89,6 @@ def unsloth(checkpointing):
     rows = Dataset.from_list(json.loads((data / "tokens.json").read_text()))
     SFTTrainer.training_step = counted(SFTTrainer.training_step)
     trainer = SFTTrainer(model=model, processing_class=tokenizer, train_dataset=rows, args=config, callbacks=[Speed()])
-    torch.cuda.reset_peak_memory_stats()
     trainer.train()
 
 
@@ -106,6 +110,7 @@ def llamafactory(more):
 os.environ["DISABLE_VERSION_CHECK"] = "1"
 globals()[peer](WAYS[peer][way])
 found = {"tokens_per_second": statistics.median(speeds[2:]), "losses": losses}
+found["versions"] = {name: version(name) for name in (peer, "torch", "transformers", "trl", "peft", "bitsandbytes")}
 if on_gpu:
     found["peak_allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
-print(json.dumps({f"{peer}, {way}": found}), flush=True)
+print(json.dumps(found), flush=True)
