@@ -4,6 +4,8 @@ A prompt is read unpadded; transformers' generate goes on from its keys and valu
 stride the rows that have ended are left out. generate from the start and a pass for the loss takes XX times as long.
 """
 
+import functools
+
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -11,6 +13,8 @@ from transformers.cache_utils import DynamicLayer
 import llama
 from common import fail, first_line, say
 
+READ_TOKENS = 4096  # of a pass over whole rows
+FEW_ROWS = 8
 STRIDE = 16  # new tokens of a batch after which its keys and values are copied
 
 
@@ -37,14 +41,40 @@ class Room(DynamicLayer):
         return self.keys, self.values
 
 
+def few_rows_first(model):
+    """On a CPU, compute the products of a few rows as W x': as x W' they take MKL up to seven times as long."""
+    if model.device.type == "cpu":
+        for module in model.modules():
+            if type(module) is torch.nn.Linear and module.bias is None:
+                module.forward = functools.partial(linear, module)
+
+
+def linear(module, x):
+    rows = x.flatten(0, -2)
+    if 1 < len(rows) <= FEW_ROWS:
+        return (module.weight @ rows.T).T.contiguous().view(*x.shape[:-1], -1)
+    return torch.nn.functional.linear(x, module.weight)
+
+
 def read_rows(model, prompts, completions, attention):
-    """One pass over whole rows: each completion's negative log likelihood (nats), and the prompts' keys and values."""
+    """Each completion's negative log likelihood (nats), and the prompts' keys and values, padded left.
+
+    Whole rows are read in passes of about READ_TOKENS: on a CPU larger ones wait for memory.
+    """
     model.set_attn_implementation(attention)
-    cache = DynamicCache()
-    logits, golds = llama.read(model, prompts, completions, cache)
-    losses = losses_of(logits, golds).split([len(gold) for gold in completions])
-    del logits
-    return [part.sum().item() for part in losses], padded(cache, prompts, completions)
+    nll, caches, start = [], [], 0
+    sizes = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    while start < len(sizes):
+        end = start + 1
+        while end < len(sizes) and sum(sizes[start : end + 1]) <= READ_TOKENS:
+            end += 1
+        part = slice(start, end)
+        caches.append(DynamicCache())
+        logits, golds = llama.read(model, prompts[part], completions[part], caches[-1])
+        losses = losses_of(logits, golds).split([len(gold) for gold in completions[part]])
+        nll += [some.sum().item() for some in losses]
+        start = end
+    return nll, padded(caches, prompts, completions)
 
 
 def losses_of(logits, golds):
@@ -54,16 +84,20 @@ def losses_of(logits, golds):
     return torch.cat(losses).double()
 
 
-def padded(cache, prompts, completions):
+def padded(caches, prompts, completions):
     """Keys and values, [rows, heads, longest prompt - 1, head_dim], padded left: generate reads each last token."""
     sizes = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     offsets = torch.arange(lengths.max() - 1) - (lengths.max() - lengths)[:, None]
     places = (sizes.cumsum(0) - sizes)[:, None] + offsets.clamp(min=0)  # padding repeats a row's first token
-    places = places.to(cache.layers[0].device)
-    for layer in cache.layers:
-        layer.keys, layer.values = (part[0][:, places].transpose(0, 1) for part in (layer.keys, layer.values))
-    return cache
+    places = places.to(caches[0].layers[0].device)
+    for layer, *others in zip(*(cache.layers for cache in caches), strict=True):
+        for name in ("keys", "values"):
+            flat = torch.cat([getattr(one, name)[0] for one in (layer, *others)], dim=1)
+            setattr(layer, name, flat[:, places].transpose(0, 1))
+        for one in others:
+            one.reset()
+    return caches[0]
 
 
 def make_room(cache, rows, more):

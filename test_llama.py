@@ -143,11 +143,15 @@ def load_system(base, folder, in_4bit, compare):
     from transformers import GenerationConfig
     from transformers.utils import logging
 
+    from decoding import few_rows_first
+    from lora import fuse_lora
+
     model = llama.load_model(base, in_4bit).eval()
     if in_4bit and has_room(model):
         logging.set_verbosity_error()  # it tells what it does
         model = model.dequantize()
         logging.set_verbosity_warning()
+    few_rows_first(model)
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)  # no sampling
     if not folder:
         return model, None
@@ -158,6 +162,7 @@ def load_system(base, folder, in_4bit, compare):
         for name, parameter in tuned.named_parameters():  # as in training; PEFT would cast each input to float32
             if ".lora_" in name:
                 parameter.data = parameter.data.to(model.dtype)
+        fuse_lora(tuned)
         with tuned.disable_adapter():
             change = (model(input_ids=ids).logits - before).abs().max() / before.abs().max()
     # PiSSA and its kin take a part out of the base; others bring a matrix or biases of their own

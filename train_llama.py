@@ -255,7 +255,8 @@ def make_trainer(args, model, tokenizer, train, validation, run=None, seconds=0.
     from transformers.integrations.liger import apply_liger_kernel
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    from trainer import QLoRATrainer, fuse_lora
+    from lora import fuse_lora
+    from trainer import QLoRATrainer
 
     model.set_attn_implementation(llama.choose_attention(args.attn_implementation))
     # the Trainer sorts checkpoints of one second by their numbers instead

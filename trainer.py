@@ -4,7 +4,6 @@ What the libraries do is left to them: the loop, gradient accumulation, mixed pr
 schedule, and resuming from a checkpoint.
 """
 
-import functools
 import json
 import math
 import shutil
@@ -14,8 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
@@ -252,48 +249,3 @@ def catch_signals(trainer):
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
-
-
-class FusedLoRA(torch.autograd.Function):
-    """x W' + scale x A' B' with W frozen, in 4 bit or not, summed in place.
-
-    PEFT copies the first product, scales the second and adds the two, forward and backward: some eight passes over
-    the memory of a layer's input and output, a sixth of the time on a CPU (benchmarks/RESULTS.md). Products with A and
-    B come as [rank, tokens]: on a CPU a thin matrix in front takes a third of the time of one behind.
-    """
-
-    @staticmethod
-    def forward(ctx, x, a, b, layer, scale):
-        y = layer(x)
-        a, b = a.to(y.dtype), b.to(y.dtype)
-        inner = a @ x.flatten(0, -2).to(y.dtype).T
-        y.view(-1, y.shape[-1]).addmm_(inner.T, b.T, alpha=scale)
-        ctx.save_for_backward(x, inner, a, b)
-        ctx.layer, ctx.scale = layer, scale
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, inner, a, b = ctx.saved_tensors
-        grad, weight, grad_x = grad.flatten(0, -2), ctx.layer.weight, None
-        grad_inner = (b.T @ grad.T).mul_(ctx.scale)
-        if ctx.needs_input_grad[0]:
-            if hasattr(weight, "quant_state"):
-                weight = dequantize_4bit(weight, weight.quant_state)
-            grad_x = (grad @ weight.to(grad.dtype)).addmm_(grad_inner.T, a)
-            grad_x = grad_x.view_as(x).to(x.dtype)
-        grad_a = grad_inner @ x.flatten(0, -2).to(grad.dtype)
-        grad_b = (inner @ grad).mul_(ctx.scale).T
-        return grad_x, grad_a, grad_b, None, None
-
-
-def fuse_lora(model):
-    """Let the adapted layers of a PEFT model without dropout compute by FusedLoRA."""
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.forward = functools.partial(fused_forward, module)
-
-
-def fused_forward(module, x):
-    a, b, scale = (part["default"] for part in (module.lora_A, module.lora_B, module.scaling))
-    return FusedLoRA.apply(x, a.weight, b.weight, module.get_base_layer(), scale)

@@ -168,8 +168,8 @@ def rates(bench):
 def trainer_of(bench, model, **changes):
     """A trainer as train_llama.py makes it for the shape's rows, with `changes` (see VARIANTS), and its sequences."""
     import llama
+    import lora
     import train_llama
-    import trainer as training
     from estimate import model_shape, settle
 
     flags = {name: changes.pop(name) for name in list(changes) if hasattr(train_llama, name.upper())}
@@ -185,7 +185,7 @@ def trainer_of(bench, model, **changes):
         packed = train_llama.pack(tokens, args)
         validation = train_llama.validation_sets(rows["validation"], tokenizer, args)
     shape = model_shape(base, llama.load_config(base), train_llama.lora_config(args))
-    config, fuse = train_llama.sft_config, training.fuse_lora
+    config, fuse = train_llama.sft_config, lora.fuse_lora
 
     def changed(*options):
         made = config(*options)
@@ -194,13 +194,13 @@ def trainer_of(bench, model, **changes):
         return made
 
     train_llama.sft_config = changed
-    training.fuse_lora = fuse if fused else lambda model: None
+    lora.fuse_lora = fuse if fused else lambda model: None
     try:
         train_llama.choose_learning_rate(args, shape)
         settle(shape, packed, args)
         made = train_llama.make_trainer(args, model, tokenizer, packed, validation, {})
     finally:
-        train_llama.sft_config, training.fuse_lora = config, fuse
+        train_llama.sft_config, lora.fuse_lora = config, fuse
     return made, args, shape, packed
 
 
@@ -372,7 +372,8 @@ def exactness(bench):
 
     import llama
     import train_llama
-    from trainer import fuse_lora, summed_loss
+    from lora import fuse_lora
+    from trainer import summed_loss
 
     args = train_llama.parse_args([])
     tokenizer = llama.load_tokenizer(str(MODEL))

@@ -18,7 +18,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesC
 import estimate
 import llama
 import train_llama
-from trainer import fuse_lora, summed_loss
+from lora import fuse_lora
+from trainer import summed_loss
 
 META_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 META_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import llama
 import train_llama
-from trainer import fuse_lora, summed_loss
+from lora import fuse_lora
+from trainer import summed_loss
 
 BOTH = pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
 

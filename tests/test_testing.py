@@ -173,6 +173,7 @@ def test_a_row_in_a_batch_is_predicted_and_scored_as_alone_and_as_by_generate(ch
         together = decoding.test_rows(model, prompts, completions, ends, 24, "packed")
         sizes.clear()
         monkeypatch.setattr(decoding, "STRIDE", 3)
+        monkeypatch.setattr(decoding, "READ_TOKENS", 100)
         often = decoding.test_rows(model, prompts, completions, ends, 23, "packed")
         assert sizes == sorted(sizes)[::-1] and len(set(sizes)) > 2  # rows that have ended are left out
         pairs = zip(prompts, completions, strict=True)
@@ -517,6 +518,25 @@ def test_an_adapter_that_changes_its_base_is_not_shown_beside_it(kind, out, tmp_
     assert test(out, *arguments, "--no-compare-with-base") == 0
     assert test(out, *arguments[:2], "--model", FIXTURES / "tiny_llama2", "--name", "base") == 0
     same_columns(out, out, "nll", other_name="_base", rel=1e-4)  # untrained it is the base
+
+
+KINDS = {"plain": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}, "bias": {"lora_bias": True}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_from_elsewhere_answers_as_peft_computes_it(kind, tmp_path):
+    folder = peft_adapter(tmp_path / "adapter", ["q_proj", "down_proj", "lm_head"], **KINDS[kind])
+    base, ids = llama.read_adapter(folder), torch.arange(20, 60)[None]
+    model, off = tester.load_system(base, folder, False, compare=False)
+    by_peft = llama.load_adapter(llama.load_model(base, False), folder)
+    with torch.no_grad():
+        for some in (ids, ids[:, :5], ids[:, :1]):
+            expected = by_peft(input_ids=some).logits
+            torch.testing.assert_close(model(input_ids=some).logits, expected, rtol=1e-4, atol=1e-4)
+            with off(), by_peft.disable_adapter():
+                plain = by_peft(input_ids=some).logits
+                torch.testing.assert_close(model(input_ids=some).logits, plain, rtol=1e-4, atol=1e-4)
+            assert (expected - plain).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("flag", ["--max-batch-tokens=0", "--samsum-max-new-tokens=0", "--name=../x"])
