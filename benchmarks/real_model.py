@@ -94,7 +94,7 @@ def measure(args, variant, first):
     run = json.loads((output / "adapter" / "run.json").read_text())
     result = {"costs": chain.costs, "systems": {}, "general_text": general_text(chain.file("samsum"))}
     result |= {key: run[key] for key in ("steps", "train_rows", "tokens", "tokens_per_second", "settings")}
-    result["settings"]["model"] = Path(args.model).name  # a folder's place is nobody's business
+    result["settings"] |= {"model": Path(args.model).name, "output_dir": "outputs"}  # places are nobody's business
     for name in (*(["base"] if output == first else []), "tuned", *systems):
         result["systems"][name] = scores_of(evaluation, name)
     for name, file in systems.items():
