@@ -291,7 +291,8 @@ def same_tokens(peer, args, tokens):
         python = environment_of("trl", args.folder) / "python"
         timed([python, "-c", TRL_TOKENS, args.model, args.folder / "data" / "rows", MAX_LENGTH, where], log)
         return json.loads(where.read_text()) == [[ids, [int(label != -100) for label in row]] for ids, row in ours]
-    shutil.rmtree(where, ignore_errors=True)  # it is asked to store them
+    for folder in (where, args.folder / "tokenize"):  # stored as asked; a model's before it would be gone on from
+        shutil.rmtree(folder, ignore_errors=True)
     timed(llamafactory(args, args.folder / "tokenize", ("tokenized_path", str(where)), ("max_steps", 1))[0], log)
     return [[row["input_ids"], row["labels"]] for row in load_from_disk(str(where))["train"]] == ours
 
