@@ -7,20 +7,24 @@ from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora import LoraLayer
 
 
+def thin_product(x, y):
+    """x y, where y has as few columns as the rank: on a CPU as (y' x')', a thin matrix in front being faster there."""
+    return (y.T @ x.T).T if x.device.type == "cpu" else x @ y
+
+
 class FusedLoRA(torch.autograd.Function):
     """x W' + scale x A' B' with W frozen, in 4 bit or not, summed in place.
 
     PEFT copies the first product, scales the second and adds the two, forward and backward: some eight passes over
-    the memory of a layer's input and output, a sixth of the time on a CPU (benchmarks/RESULTS.md). Products with A and
-    B come as [rank, tokens]: on a CPU a thin matrix in front takes a third of the time of one behind.
+    the memory of a layer's input and output, a sixth of the time on a CPU (benchmarks/RESULTS.md).
     """
 
     @staticmethod
     def forward(ctx, x, a, b, layer, scale):
         y = layer(x)
         a, b = a.to(y.dtype), b.to(y.dtype)
-        inner = a @ x.flatten(0, -2).to(y.dtype).T
-        y.view(-1, y.shape[-1]).addmm_(inner.T, b.T, alpha=scale)
+        inner = thin_product(x.flatten(0, -2).to(y.dtype), a.T)
+        y.view(-1, y.shape[-1]).addmm_(inner, b.T, alpha=scale)
         ctx.save_for_backward(x, inner, a, b)
         ctx.layer, ctx.scale = layer, scale
         return y
@@ -29,14 +33,14 @@ class FusedLoRA(torch.autograd.Function):
     def backward(ctx, grad):
         x, inner, a, b = ctx.saved_tensors
         grad, weight, grad_x = grad.flatten(0, -2), ctx.layer.weight, None
-        grad_inner = (b.T @ grad.T).mul_(ctx.scale)
+        grad_inner = thin_product(grad, b).mul_(ctx.scale)
         if ctx.needs_input_grad[0]:
             if hasattr(weight, "quant_state"):
                 weight = dequantize_4bit(weight, weight.quant_state)
-            grad_x = (grad @ weight.to(grad.dtype)).addmm_(grad_inner.T, a)
+            grad_x = (grad @ weight.to(grad.dtype)).addmm_(grad_inner, a)
             grad_x = grad_x.view_as(x).to(x.dtype)
-        grad_a = grad_inner @ x.flatten(0, -2).to(grad.dtype)
-        grad_b = (inner @ grad).mul_(ctx.scale).T
+        grad_a = grad_inner.T @ x.flatten(0, -2).to(grad.dtype)
+        grad_b = thin_product(grad.T, inner).mul_(ctx.scale)
         return grad_x, grad_a, grad_b, None, None
 
 
