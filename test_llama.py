@@ -144,7 +144,6 @@ def load_system(base, folder, in_4bit, compare):
     from transformers.utils import logging
 
     from decoding import few_rows_first
-    from lora import fuse_lora
 
     model = llama.load_model(base, in_4bit).eval()
     if in_4bit and has_room(model):
@@ -155,6 +154,8 @@ def load_system(base, folder, in_4bit, compare):
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)  # no sampling
     if not folder:
         return model, None
+    from lora import fuse_lora  # and PEFT
+
     ids = torch.arange(0, model.config.vocab_size, model.config.vocab_size // 64 + 1, device=model.device)[None]
     with torch.no_grad():
         before = model(input_ids=ids).logits

@@ -89,6 +89,16 @@ json.dump(rows, open(output, "w"))
 """
 
 
+# A process begins with the peak memory of the one that started it: a small one starts what is measured.
+WAIT = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+os.write(int(sys.argv[1]), str(usage.ru_maxrss).encode())
+os._exit(min(1, abs(os.waitstatus_to_exitcode(status))))
+"""
+
+
 def machine():
     """What a result was measured on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -131,15 +141,18 @@ def timed(command, log, more=None):
     """Seconds and peak resident memory (GB, of the largest process) of a command; exits where it fails."""
     here = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     environment, words = os.environ | here | (more or {}), [str(word) for word in command]
+    reading, writing = os.pipe()
     start = time.time()
     with open(log, "w") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=file, env=environment, cwd=ROOT)
-        _, status, usage = os.wait4(process.pid, 0)
+        options = {"stdout": file, "stderr": file, "env": environment, "cwd": ROOT, "pass_fds": [writing]}
+        code = subprocess.run([sys.executable, "-c", WAIT, str(writing), *words], **options).returncode
     seconds = time.time() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    os.close(writing)
+    with open(reading) as file:
+        peak = int(file.read() or 0) * 1024 / 1e9
+    if code:
         sys.exit(f"{' '.join(words)} failed, see {log}:\n{Path(log).read_text()[-3000:]}")
-    return seconds, usage.ru_maxrss * 1024 / 1e9
+    return seconds, peak
 
 
 def environment_of(peer, folder):
