@@ -186,7 +186,8 @@ def main(argv=None):
     kept = args.shrink == 1 and args.only == list(AXES)
     if kept:
         save("scaling", result)
-    draw(result, RESULTS / "scaling.png" if kept else folder / "scaling.png")
+    if result["exponents"]:
+        draw(result, RESULTS / "scaling.png" if kept else folder / "scaling.png")
     for axis, runs in result["axes"].items():
         head = [AXES[axis], *(["threads of each"] if axis == "processes" else []), "loop, s", "peak GB", "tokens/s"]
         rows = [[f"{run['size']:,}", *([str(run["threads"])] if axis == "processes" else []), f"{run['seconds']:.1f}",

@@ -532,11 +532,11 @@ def test_an_adapter_from_elsewhere_answers_as_peft_computes_it(kind, tmp_path):
     with torch.no_grad():
         for some in (ids, ids[:, :5], ids[:, :1]):
             expected = by_peft(input_ids=some).logits
-            torch.testing.assert_close(model(input_ids=some).logits, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(model(input_ids=some).logits, expected, rtol=1e-3, atol=1e-3)
             with off(), by_peft.disable_adapter():
                 plain = by_peft(input_ids=some).logits
-                torch.testing.assert_close(model(input_ids=some).logits, plain, rtol=1e-4, atol=1e-4)
-            assert (expected - plain).abs().max() > 0.01
+                torch.testing.assert_close(model(input_ids=some).logits, plain, rtol=1e-3, atol=1e-3)
+            assert (expected - plain).abs().max() > 1
 
 
 @pytest.mark.parametrize("flag", ["--max-batch-tokens=0", "--samsum-max-new-tokens=0", "--name=../x"])
