@@ -1,7 +1,8 @@
 """How test_llama.py reads and answers a batch: each prompt once, for the completion's loss and for the prediction.
 
 A prompt is read unpadded; transformers' generate goes on from its keys and values, STRIDE tokens at a time: after each
-stride the rows that have ended are left out. generate from the start and a pass for the loss takes XX times as long.
+stride the rows that have ended are left out. On 60 dialogues and a CPU, generate from the start and a pass for the
+loss take 3.2 times as long (benchmarks/testing.py).
 """
 
 import functools
@@ -14,14 +15,14 @@ import llama
 from common import fail, first_line, say
 
 READ_TOKENS = 4096  # of a pass over whole rows
-FEW_ROWS = 8
+FEW_ROWS = 8  # that a CPU multiplies faster as W x'
 STRIDE = 16  # new tokens of a batch after which its keys and values are copied
 
 
 class Room(DynamicLayer):
     """A layer's keys and values, [rows, heads, tokens, head_dim], with room for `more` tokens.
 
-    DynamicLayer copies all of them for every new token: a gigabyte at each for a batch of SmolLM2-135M.
+    DynamicLayer copies all of them for every new token: 0.6 GB each time for 26 rows of 520 tokens of SmolLM2-135M.
     """
 
     def __init__(self, keys, values, more):

@@ -322,10 +322,10 @@ def compare(args, paths):
         if not here:
             continue
         equal, words = sum(mine == its for mine, its in pairs), words_before_parting(pairs)
-        verdict = "differs by rounding" if words >= ROUNDING else "differs"
-        verdict = (
-            f"{verdict} (on average they part once in {words + 1:.0f} words)" if equal < len(pairs) else "as tested"
-        )
+        verdict = "as tested"
+        if equal < len(pairs):
+            verdict = "differs by rounding" if words >= ROUNDING else "differs"
+            verdict += f" (on average they part once in {words + 1:.0f} words)"
         if untuned(args, common.read_json(here)):
             verdict = "it answers as the base without its adapter"
         told = f"{equal} of {len(pairs)} predictions equal those of {here}"

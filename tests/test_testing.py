@@ -555,6 +555,13 @@ def test_unpacking_the_4_bit_weights_once_changes_no_number(chain, monkeypatch):
         assert torch.equal(packed(input_ids=ids).logits, unpacked(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("free, room", [(19e9, False), (34e9, True)])  # of 24 and 40 GB, 8B in 4 bit taken off
+def test_a_gpu_gets_unpacked_weights_only_where_a_batch_fits_beside_them(free, room, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80e9))
+    assert tester.has_room(SimpleNamespace(num_parameters=lambda: 8.03e9, device="cuda:0")) is room
+
+
 @ONE
 def test_the_general_text_is_whatever_file_is_given_or_none(chain, tmp_path, refused, monkeypatch, capsys):
     out = copied(chain, tmp_path, predictions=True)
