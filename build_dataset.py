@@ -132,6 +132,10 @@ def find_files(task, args):
     for split, pattern in patterns.items():
         if not files[split]:
             fail(f"{task}: no {pattern} in {source}: the folder must be laid out like the hub repository")
+        parts = {int(named[1]) for path in files[split] if (named := re.search(r"-of-(\d+)\.", path.name))}
+        if parts - {len(files[split])}:
+            told = f"{len(files[split])} files {pattern} where there should be {max(parts)}"
+            fail(f"{task}: {source} has {told}: get it again, and nothing else into it")
     hashes = {path.relative_to(root).as_posix(): common.sha256(path) for paths in files.values() for path in paths}
     return files, {"source": source, "revision": revision, "licence": LICENCES[task], "sha256": hashes}
 
@@ -379,7 +383,8 @@ def processes(number):
     pool = ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), end_with_parent)
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is for this process
-        pool.submit(int)  # starts the workers
+        for _ in range(number):
+            pool.submit(int)  # starts a worker
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         yield pool.map
     except BrokenExecutor:

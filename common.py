@@ -94,8 +94,12 @@ def word_or_number(words, text):
 
 def check_url(flag, url):
     """Exit 2 where `url` is no server's address, or one with a key in it."""
-    address = urlsplit(url)
-    if address.scheme not in ("http", "https") or not address.hostname or "@" in address.netloc or address.query:
+    try:
+        address = urlsplit(url)
+        host = address.hostname if address.port != 0 else None  # no number: ValueError
+    except ValueError:
+        host = None
+    if not host or address.scheme not in ("http", "https") or "@" in address.netloc or address.query:
         fail(f"{flag} must be http(s)://host/path alone: the key comes from OPENAI_API_KEY")
 
 
@@ -170,6 +174,11 @@ def script(main):
             remedy = "make room" if error.errno in FULL else "see to that, or give another --output-dir"
             reason = f"{where}{error.strerror or first_line(error)}"
             fail(f"cannot go on ({reason}): {remedy}, then give the same command again", in_any_process=True)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+                raise
+            remedy = 'end what else runs there, or hide the GPU (CUDA_VISIBLE_DEVICES="") to work on the CPU'
+            fail(f"the GPU's memory is too small ({first_line(error)}): {remedy}", in_any_process=True)
 
     return wrapped
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+import llama
 from common import fail, say
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, 8-bit scale per 64, float32 scale per 256 of those
@@ -197,7 +198,7 @@ def matrix_rate():
     import torch
 
     cuda = torch.cuda.is_available()
-    size, kind = (8192, {"device": "cuda", "dtype": torch.bfloat16}) if cuda else (1024, {})
+    size, kind = (8192, {"device": "cuda", "dtype": llama.compute_dtype()}) if cuda else (1024, {})
     a = torch.randn(size, size, **kind)
     done, start = 0, time.perf_counter()
     while time.perf_counter() - start < 0.5:

@@ -159,10 +159,12 @@ def parse(raw):
     """The value in the bytes of a JSON file, with or without a BOM; JSON lines become the examples of one."""
     try:
         value = json.loads(raw)
+        examples = [value] if isinstance(value, dict) and "prediction" in value else []  # a single line
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":  # more than one value: one a line
             raise
         examples = [json.loads(line) for line in raw.decode("utf-8-sig").split("\n") if line.strip()]
+    if examples:
         prompt = str(examples[0].get("prompt")).rstrip()
         asked = next((task for task, end in PROMPT_ENDS.items() if prompt.endswith(end)), None)
         value = {"task": examples[0].get("task", asked), "examples": examples}
@@ -200,7 +202,7 @@ def systems_of(name, path, data, examples):
     read = [example for example in examples if not example.too_long]  # the others add nothing to a sum
     prefixes = {"base": "base_", "tuned": ""} if column(examples, "base_prediction") else {"tuned": ""}
     if name:
-        prefixes = {name: prefixes.get(name, "")}
+        prefixes = {name: prefixes.get(name.partition("@")[0], "")}  # base@SEED, too
     for system, prefix in prefixes.items():
         side = "base" if prefix else "tuned"
         known = column(read, f"{prefix}nll") and min(column(read, "tokens") or [0]) > 0

@@ -144,6 +144,8 @@ def weights_identity(model):
 
 
 def load_failed(model, error):
+    if type(error).__name__ == "OutOfMemoryError":  # common.script says it
+        raise error
     where = "in " if Path(model).is_dir() else ""
     fail(f"cannot load the model {where}{model} ({first_line(error)}): a file of it is missing or broken")
 
@@ -214,7 +216,8 @@ def tokenizer_of(base, folder, chat_template="auto"):
     added = [token for token, number in tokenizer.get_vocab().items() if number >= size]
     if added:
         reason = f"the tokenizer in {source} has tokens beyond the {size} of {base} ({min(added)})"
-        fail(f"{reason}: it is another model's, or was added to: merge where it was trained, and test that as --model")
+        remedy = "merge where it was trained, and test that as --model" if folder else "resize the model, and save it"
+        fail(f"{reason}: it is another model's, or was added to: {remedy}")
     return tokenizer
 
 

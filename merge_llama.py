@@ -222,10 +222,11 @@ def merge_and_check(args, base, run, fresh):
     into = "16bit" if args.merge_base == "auto" else args.merge_base
     tokenizer = llama.tokenizer_of(base, folder)
     rows, ids = check_rows(args, tokenizer)
-    begun, device = time.time(), verify.roomy_device(base)
-    if device is None:
+    begun, place = time.time(), verify.roomy_place(base)
+    exact = place[1] == "float32"
+    if not exact:
         say("no room for the model in float32: its logits are compared in 16 bit, which tells less")
-    model = verify.load_tuned(base, folder, into, device)
+    model = verify.load_tuned(base, folder, into, *place)
     tuned, golds = verify.logits_of(model, ids)
     ready, changes = time.time(), changes_of(model, folder, into)
     dtype, counts = merge_in_its_type(args, model, base, changes, fresh)
@@ -238,9 +239,9 @@ def merge_and_check(args, base, run, fresh):
         problems += verify.wrong_tensors(model, base, fresh, dtype)
         model = None  # one in memory at a time; torch's modules and PEFT's refer to one another
         gc.collect()
-        others = weights_to_try(args, into, dtype, base, changes) if device else {}
-        comparison, largest = verify.compare_folder(fresh, dtype, others, ids, tuned, golds, device)
-        problems += verify.problems_of(comparison, dtype, device)
+        others = weights_to_try(args, into, dtype, base, changes) if exact else {}
+        comparison, largest = verify.compare_folder(fresh, dtype, others, ids, tuned, golds, place)
+        problems += verify.problems_of(comparison, dtype, exact)
     except Exception as error:  # whatever the libraries raise, it is no whole folder
         problems.append(f"it cannot be loaded ({first_line(error)})")
     return {

@@ -19,6 +19,7 @@ def write_small_files(base, model, tokenizer, target, dtype, weights):
     dtype, weights: how the weights are stored, and how many they are.
     """
     import torch
+    from transformers import GenerationConfig
 
     source = llama.fetch(base)
     # beside a single file an index is a leftover of other weights
@@ -38,13 +39,10 @@ def write_small_files(base, model, tokenizer, target, dtype, weights):
     config.pop("auto_map", None)  # names code, which is not copied
     config |= {"dtype": dtype, "torch_dtype": dtype}  # the second is how transformers 4 and servers call it
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    generation = model.generation_config
-    # samplers' settings beside do_sample=False make transformers warn, and servers sample
-    generation.update(do_sample=False, temperature=None, top_p=None, top_k=None)
-    generation.update(bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
     ends = sorted(llama.end_tokens(model, tokenizer))
-    generation.update(eos_token_id=ends)
-    generation.save_pretrained(target)
+    # nothing of the base's own: samplers' settings, a repetition penalty
+    own = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
+    GenerationConfig(do_sample=False, **own).save_pretrained(target)
     (target / "Modelfile").write_text(modelfile(tokenizer, ends), encoding="utf-8")
 
 
@@ -69,6 +67,7 @@ def model_card(output_dir, base, run, report):
     import jinja2
 
     output, hub_id = Path(output_dir), None if Path(base).is_dir() else base
+    adapter = common.read_json(output / "adapter" / "adapter_config.json")
     built = common.read_json(output / "dataset_report.json")
     rows = built.get("splits", {}).get("train", {}).get("sha256", "")[:32]
     metas = re.search(r"^meta-llama/.*llama-?(2|3(\.\d)?)(?!\d)", base.lower())
@@ -78,6 +77,7 @@ def model_card(output_dir, base, run, report):
         hub_id=hub_id,
         licence=f"llama{metas[1]}" if metas else "other",
         report=report,
+        rank=max([adapter.get("r", 8), *(adapter.get("rank_pattern") or {}).values()]),
         run=run,
         built=built if rows == run.get("run", {}).get("train rows") else {},
         evaluation=common.read_json(output / "evaluation.json"),

@@ -74,7 +74,7 @@ demo() {
     local start=$SECONDS python=.venv/bin/python
     step $python build_dataset.py "${DEMO_BUILD[@]}" --output-dir $DEMO_DIR
     step $python train_llama.py "${DEMO_TRAIN[@]}" --output-dir $DEMO_DIR
-    step $python test_llama.py --output-dir $DEMO_DIR
+    step $python test_llama.py --overwrite --output-dir $DEMO_DIR
     step $python evaluations.py --output-dir $DEMO_DIR
     step $python merge_llama.py --output-dir $DEMO_DIR
     printf '\nthe five scripts took %d s; everything is in %s\n' $((SECONDS - start)) $DEMO_DIR

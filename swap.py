@@ -74,4 +74,6 @@ def score(rows, args):
     result, columns = significance.measure(shares, tables, args), {"follows_context": 0, "from_memory": 1}
     tests = significance.compare(shares, tables, columns, result.pop("differences"), args)
     files = {name: system.file for name, system in rows.systems.items()}
-    return result.pop("scores") | result | {"files": files, "comparisons": tests, "too_long": {}, "perplexity": {}}
+    too_long = {name: system.too_long for name, system in rows.systems.items() if system.too_long}
+    result |= {"files": files, "comparisons": tests, "too_long": too_long, "perplexity": {}}
+    return result.pop("scores") | result

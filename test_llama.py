@@ -174,13 +174,14 @@ def load_system(base, folder, in_4bit, compare):
 
 
 def has_room(model):
-    """Whether all of the weights fit unpacked, on a GPU beside the packed ones and 4 GB for a batch."""
+    """Whether all of the weights fit unpacked: on a GPU beside the packed ones and 4 GB for a batch, else in half."""
     import torch
+
+    from estimate import host_memory
 
     if torch.cuda.is_available():
         return 2 * model.num_parameters() + 4e9 < torch.cuda.mem_get_info(model.device)[0]
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("WORLD_SIZE", 1))
-    return 4 * model.num_parameters() < host / 2
+    return 4 * model.num_parameters() < host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 2
 
 
 def plan(task, rows, tokenizer, new, limit, max_tokens):
@@ -265,8 +266,9 @@ def test_general_text(text, tokenizer, model, adapter_off, run):
     for system, prefix in systems(run).items():
         with adapter_off() if prefix else contextlib.nullcontext(), torch.inference_mode():
             nll = sum(losses_of(*llama.read(model, [part[:1]], [part[1:]])).sum().item() for part in parts)
-        perplexity = math.exp(min(MAX_NLL, nll / tokens))
-        figures[system] = {"perplexity": perplexity, "nll_sum": nll, "tokens": tokens}
+        if not nll < MAX_NLL * tokens:  # NaN too
+            fail(f"the general text has a log-likelihood of {-nll}: the {system} model diverged")
+        figures[system] = {"perplexity": math.exp(nll / tokens), "nll_sum": nll, "tokens": tokens}
     return figures
 
 

@@ -95,6 +95,11 @@ def parse_args(argv=None):
         fail("--lora-dropout must be below 1")
     if args.use_liger_kernel == "on" and not importlib.util.find_spec("liger_kernel"):
         fail("--use-liger-kernel on: it is not installed: pip install liger-kernel")
+    if args.attn_implementation == "flash_attention_2" and not args.dry_run:
+        from transformers.utils import is_flash_attn_2_available
+
+        if not is_flash_attn_2_available():
+            fail("--attn-implementation flash_attention_2: it needs a GPU and pip install flash-attn; packed does not")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
         fail(f"--report-to {args.report_to} is not installed: pip install {args.report_to}")
     return args
@@ -389,7 +394,7 @@ def train(args, base, rows):
     say(f"training {base} on {len(rows['train']):,} rows, validating on {len(rows['validation']):,}")
     shape = model_shape(base, llama.load_config(base), lora_config(args))
     choose_learning_rate(args, shape)
-    tokenizer = llama.load_tokenizer(base, args.chat_template)
+    tokenizer = llama.tokenizer_of(base, None, args.chat_template)
     run = run_identity(args, base, tokenizer, rows)
     start, checkpoint = where_to_start(args, run)
     adapter = Path(args.output_dir) / "adapter"
@@ -429,7 +434,7 @@ def tell_costs(args, base, rows):
     """The dry run."""
     shape = model_shape(base, llama.load_config(base), lora_config(args))
     choose_learning_rate(args, shape)
-    tokens = tokenize(rows, llama.load_tokenizer(base, args.chat_template), args.max_length, "train")
+    tokens = tokenize(rows, llama.tokenizer_of(base, None, args.chat_template), args.max_length, "train")
     choose_kernels(args)
     dry_run(shape, tokens, pack(tokens, args), args)
 

@@ -59,6 +59,8 @@ class QLoRATrainer(SFTTrainer):
         metrics = {f"eval_{task}_loss": self.validation_loss(rows) for task, rows in self.eval_dataset.items()}
         losses = ", ".join(f"{task} {metrics[f'eval_{task}_loss']:.4f}" for task in self.eval_dataset)
         metrics["eval_loss"] = sum(metrics.values()) / len(metrics)
+        if not math.isfinite(metrics["eval_loss"]):  # none would be the best
+            self.diverged(f"validation loss {losses}")
         best = self.state.best_metric is None or metrics["eval_loss"] < self.state.best_metric
         self.log(metrics)
         say(f"step {self.state.global_step:>5}  validation loss {losses}{' (best so far)' if best else ''}")
@@ -81,11 +83,18 @@ class QLoRATrainer(SFTTrainer):
         return total / count
 
     def probe(self):
-        """One pass over the longest sequences, its gradients thrown away: memory fails now or not at all."""
+        """A pass over the longest sequences and one over those with most labels: memory fails now or not at all.
+
+        Their gradients are thrown away. Returns the seconds of the slower one.
+        """
         sizes = [(len(row), sum(label != -100 for label in row)) for row in self.train_dataset["labels"]]
-        order = sorted(range(len(sizes)), key=lambda i: sizes[i])
-        rows = [self.train_dataset[i] for i in order[-self.args.per_device_train_batch_size :]]
-        before = self.tokens
+        orders = [sorted(range(len(sizes)), key=key) for key in (lambda i: sizes[i], lambda i: sizes[i][::-1])]
+        batches = {tuple(sorted(order[-self.args.per_device_train_batch_size :])) for order in orders}
+        return max(self.pass_over([self.train_dataset[i] for i in batch]) for batch in sorted(batches))
+
+    def pass_over(self, rows):
+        """The seconds of a forward and backward pass that leaves nothing behind."""
+        before, began = self.tokens, time.time()
         own = [self.args.device] if self.args.device.type == "cuda" else []  # by default those of all GPUs
         with torch.random.fork_rng(own), self.compute_loss_context_manager():
             self.model_wrapped.train()
@@ -93,6 +102,7 @@ class QLoRATrainer(SFTTrainer):
             self.accelerator.backward(self.compute_loss(self.model_wrapped, inputs))
         self.model_wrapped.zero_grad()
         self.tokens = before
+        return time.time() - began
 
     def all_tokens(self):
         """Tokens trained on so far, by all processes and sessions."""
@@ -207,13 +217,12 @@ class Watch(TrainerCallback):
         self.trainer, self.log = trainer, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        began = time.time()
-        self.trainer.probe()
+        seconds = self.trainer.probe()
         self.trainer.started = self.trainer.mark = self.trainer.saved = time.time()
         self.told = 0  # the first step is told
         if args.device.type == "cpu":  # where a step may take minutes; a GPU's first pass is slower than the others
             passes = (state.max_steps - state.global_step) * args.gradient_accumulation_steps
-            left = timedelta(seconds=round(passes * (self.trainer.started - began)))
+            left = timedelta(seconds=round(passes * seconds))
             say(f"{left} left at most, by a pass over the longest rows")
         self.log = Path(args.output_dir) / "log.jsonl"
         if is_main():  # without what a killed run logged after its last checkpoint

@@ -5,6 +5,7 @@ import math
 import tempfile
 
 import common
+import estimate
 import llama
 
 # Mean logit difference over the logits' standard deviation, nothing rounded: a real model's is 1e-6. Beside it the
@@ -62,22 +63,28 @@ def wrong_tensors(model, base, fresh, dtype):
                     yield f"{name} differs from PEFT's merge, by up to {off.max().item():.3g}"
 
 
-def roomy_device(base):
-    """The device that has room for the model in float32, or None; beside a GPU, a CPU would take half an hour."""
-    import psutil
+def roomy_place(base):
+    """(device, type) with room for a whole model: float32 if possible, in 16 bit on a GPU rather than on a CPU.
+
+    The device is None where none has room.
+    """
     import torch
 
-    needed = 2 * sum(path.stat().st_size for path in llama.weight_files(base))  # of 16-bit files
-    if torch.cuda.is_available():  # activations besides
-        return "cuda:0" if 1.2 * needed < torch.cuda.mem_get_info()[0] else None
-    return "cpu" if needed < psutil.virtual_memory().available else None
+    size = sum(path.stat().st_size for path in llama.weight_files(base))  # of 16-bit files
+    room = estimate.host_memory() - estimate.LIBRARIES
+    places = [("cpu", "float32", 2 * size < room), ("cpu", "bfloat16", size < room), (None, "bfloat16", True)]
+    if torch.cuda.is_available():
+        dtype, free = llama.compute_dtype(), torch.cuda.mem_get_info()[0]  # a fifth for activations
+        places = [("cuda:0", "float32", 2.4 * size < free), ("cuda:0", dtype, 1.2 * size < free), *places[:2]]
+        places.append((None, dtype, True))
+    return next(place for *place, fits in places if fits)
 
 
-def load_tuned(base, folder, into, device):
-    """Base and adapter as PEFT computes them, in float32 on `device`; None: in 16 bit, wherever they fit."""
+def load_tuned(base, folder, into, device, dtype):
+    """Base and adapter as PEFT computes them; device None: on the GPU where there is one."""
     options = {} if device is None else {"device_map": {"": device}}
     # in 4 bits the rest is float32 all the same: else NF4 would be made of weights that were rounded first
-    options["dtype"] = llama.compute_dtype() if device is None and into == "16bit" else "float32"
+    options["dtype"] = dtype if into == "16bit" else "float32"
     model = llama.load_model(base, into == "4bit", **options)
     return llama.load_adapter(model, folder).get_base_model()
 
@@ -154,12 +161,12 @@ def activations_seen(model):
         hook.remove()
 
 
-def compare_folder(fresh, dtype, others, ids, tuned, golds, device):
+def compare_folder(fresh, dtype, others, ids, tuned, golds, place):
     """{what is compared: figures} of the merged folder beside base + adapter, and its largest activation.
 
-    dtype: as stored. device: where it is compared in float32, then with the weights of `others`; None: in 16 bit.
+    dtype: as stored. place: where it is compared, and in which type; then with the weights of `others`.
     """
-    places = {} if device is None else {"dtype": "float32", "device_map": {"": device}}
+    places = {"dtype": place[1]} | ({"device_map": {"": place[0]}} if place[0] else {})
     with tempfile.TemporaryDirectory() as offload:
         model = load_merged(fresh, offload, **places)
         with activations_seen(model) as largest:
@@ -170,14 +177,12 @@ def compare_folder(fresh, dtype, others, ids, tuned, golds, device):
     return comparison, largest[0]
 
 
-def problems_of(comparison, dtype, device):
-    """Sentences on logits that cannot come from rounding."""
-    limit = MAX_RELATIVE_DIFFERENCE if device else MAX_RELATIVE_DIFFERENCE_16BIT
-    off = comparison["float32" if device else dtype]["relative_difference"]
+def problems_of(comparison, dtype, exact):
+    """Sentences on logits that cannot come from rounding; exact: they were compared in float32."""
+    limit = MAX_RELATIVE_DIFFERENCE if exact else MAX_RELATIVE_DIFFERENCE_16BIT
+    off = comparison["float32" if exact else dtype]["relative_difference"]
     if not off <= limit:  # NaN is beyond it
-        return [
-            f"{'in float32 ' if device else ''}the logits are {off:.3g} of their deviation from base and adapter's"
-        ]
+        return [f"{'in float32 ' if exact else ''}the logits are {off:.3g} of their deviation from base and adapter's"]
     if not math.isfinite(comparison[dtype]["largest_logit_difference"]):
         return [f"in {dtype} it has logits that are no numbers"]
     return []

@@ -411,6 +411,16 @@ def test_a_column_of_another_type_is_named(name, value, column, tmp_path):
     assert_refused(build(tmp_path, "--trivia-qa", source), f"no column {column}", "train-00000-of-00001.parquet")
 
 
+def test_a_shard_that_is_missing_or_of_another_copy_is_said(tmp_path):
+    shutil.copytree(FIXTURES / "trivia_qa", tmp_path / "trivia_qa")
+    path = next((tmp_path / "trivia_qa").rglob("train-*.parquet"))
+    shutil.copy(path, path.with_name("train-00000-of-00002.parquet"))
+    error = "2 files rc.wikipedia/train-*.parquet where there should be {}: get it again"
+    assert_refused(build(tmp_path, "--trivia-qa", tmp_path / "trivia_qa"), error.format(2))
+    path.unlink()
+    assert_refused(build(tmp_path, "--trivia-qa", tmp_path / "trivia_qa"), error.replace("2", "1", 1).format(2))
+
+
 def edit_trivia_qa(folder, edit, schema="as it was", pattern="train-*.parquet"):
     """The trivia_qa fixture in `folder`, `edit` applied to each row of a file."""
     shutil.copytree(FIXTURES / "trivia_qa", folder)
@@ -473,7 +483,7 @@ def start(output, *arguments):
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background ignores Ctrl-C
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=heard)
-    while not (workers := workers_of(process.pid)):
+    while len(workers := workers_of(process.pid)) < 2:
         assert process.poll() is None, "the build ended too soon"
     return process, workers
 

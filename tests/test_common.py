@@ -8,9 +8,11 @@ import sys
 from types import ModuleType
 
 import pytest
+import torch
 from conftest import ROOT
 
 import common
+import llama
 
 BLOCK = '''"""A script.
 
@@ -228,6 +230,17 @@ def test_a_full_disk_and_ctrl_c_end_in_one_sentence():
     stopped = outcome("raise KeyboardInterrupt")
     assert stopped.returncode == 130 and "interrupted" in stopped.stderr
     assert all("Traceback" not in result.stderr for result in (full, stopped))
+
+
+def test_a_full_gpu_ends_in_one_sentence_wherever_it_is_met(capsys):
+    def main(argv):
+        llama.load_failed("base", torch.OutOfMemoryError("CUDA out of memory. Tried\nto"))
+
+    with pytest.raises(SystemExit) as stopped:
+        common.script(main)()
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and told.count("error:") == 1
+    assert "the GPU's memory is too small (CUDA out of memory" in told and "missing or broken" not in told
 
 
 def test_a_terminal_that_is_not_utf8_and_a_reader_that_goes_away():

@@ -157,6 +157,10 @@ def test_a_run_that_learns_nothing_or_diverges_is_stopped(dataset, tmp_path, cap
         with pytest.raises(SystemExit) as stopped:
             trainer.watch(bad)
         assert stopped.value.code == 2 and "lower --learning-rate" in capsys.readouterr().err
+    trainer.validation_loss = lambda rows: math.nan  # none would be the best, and no adapter kept
+    with pytest.raises(SystemExit) as stopped:
+        trainer.evaluate()
+    assert stopped.value.code == 2 and "validation loss samsum nan" in capsys.readouterr().err
 
 
 def test_out_of_gpu_memory_says_what_helps(capsys):

@@ -378,6 +378,7 @@ def forms():
     return {
         "one reference": json.dumps({"task": "trivia_qa", "examples": alone}).encode(),
         "lines": f"{named}\n\n".encode(),
+        "a single line": named.partition("\n")[0].encode(),
         "lines with a BOM": named.encode("utf-8-sig"),
         "lines whose task the prompt shows": asked.encode(),
         "plain": json.dumps(whole).encode(),
@@ -396,6 +397,9 @@ def test_predictions_are_read_in_the_forms_that_other_tools_leave(tmp_path, form
     path = tmp_path / "theirs.json"
     path.write_bytes(forms()[form])
     rows = evaluations.read_all(evaluations.parse_args(["--predictions", f"x={path}"]))["trivia_qa"]
+    if form == "a single line":
+        assert rows.ids == ["7"] and rows.systems["x"].predictions == ["Paris"]
+        return
     assert rows.ids == ["7", "8"] and rows.references == [["Paris"], ["Madrid\u2028"]]
     assert rows.systems["x"].predictions == ["Paris", "Lisbon"]
 
@@ -796,6 +800,12 @@ def test_several_trainings_are_one_system_and_one_of_them_is_as_without_a_seed(t
     assert f"3 seeds: {min(values):.2f} to {max(values):.2f}" in page and "tuned@2" in page
     least = several["comparisons"]["tuned"]["f1"]["minimum_detectable"]
     assert f"<td>{least:.2f}</td>" in page and f"visible from: {least:.2f} in f1" in printed
+    systems = [f"{name}@{seed}={files[seed]}" for name in ("base", "tuned") for seed in range(3)]
+    assert run(tmp_path, "--predictions", *systems, "--resamples", "500").returncode == 0
+    paired = result(tmp_path / "outputs/evaluation.json")["trivia_qa"]
+    for system in ("base", "tuned"):
+        for metric in ("exact_match", "f1", "rouge1"):
+            assert paired[system][metric] == pytest.approx(several[system][metric])
     done = run(tmp_path, "--predictions", f"tuned={files[0]}", f"tuned@1={files[1]}")
     assert_one_sentence(done, "tuned stands there without a seed, too: name each of its files tuned@SEED=FILE")
 

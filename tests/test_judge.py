@@ -1,6 +1,7 @@
 """The judge promises: only scores that were given count, nothing is lost or paid twice, the key is nowhere."""
 
 import json
+import re
 import shutil
 import socket
 import threading
@@ -239,6 +240,18 @@ def test_every_kind_of_trouble_is_retried_or_counted_as_failed_and_never_as_0(se
     assert part["requests"] == len(server.seen) and part["unanswered"] == expected.count(None) == 7
     assert "response_format" in server.seen[-1]["body"] or server.seen[-1]["data"]["candidate"] == "too long"
     assert "7 predictions without a readable answer; the first: " in output
+
+
+def test_where_no_row_is_judged_for_all_every_number_stands_under_its_heading(serve, judge, tmp_path):
+    write(tmp_path, [("right", "never so"), ("never", "right so")])
+    server = serve(lambda candidate, times: "no" if "never" in candidate else points(candidate))
+    code, output, report = judge(server.url)
+    assert code == 0 and report["trivia_qa"]["judge"]["agreement"] == {}, output
+    page = (tmp_path / "evaluation.html").read_text()
+    table = page.split("<h3>Judge: ")[1].split("<table>")[1].split("</table>")[0]
+    head, *rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+    cells = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
+    assert [dict(zip(re.findall("<th>(.*?)</th>", head), row, strict=True))["failed"] for row in cells] == ["1", "1"]
 
 
 def test_a_rerun_asks_only_for_what_got_no_answer_and_an_interrupted_run_for_what_is_missing(serve, judge, tmp_path):

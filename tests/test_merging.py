@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import estimate
 import llama
 import merge_llama
 import merged_folder
@@ -239,15 +240,34 @@ def test_layers_that_have_no_room_stay_on_the_disk_with_the_same_logits(out, tmp
 
 def test_where_memory_holds_no_float32_the_folder_is_compared_all_the_same(out, tmp_path, capsys, monkeypatch):
     make_adapter(out / "adapter", tmp_path / "base")
-    size = sum(path.stat().st_size for path in shards(tmp_path / "base"))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size, total=size))
-    assert merge(out, "--merge-dtype", "auto") == 0
-    assert "no room for the model in float32" in capsys.readouterr().out
-    assert list(report(out / "merged")["comparison"]) == ["float16"]
+    size, seen, read = sum(path.stat().st_size for path in shards(tmp_path / "base")), [], verify.logits_of
+    monkeypatch.setattr(verify, "logits_of", lambda model, ids: (seen.append(model.dtype), read(model, ids))[1])
+    for room in (1.5 * size, 0.5 * size):  # for 16 bit; not for that either
+        monkeypatch.setattr(estimate, "host_memory", lambda room=room: estimate.LIBRARIES + room)
+        assert merge(out, "--merge-dtype", "auto") == 0
+        assert "no room for the model in float32" in capsys.readouterr().out
+        assert list(report(out / "merged")["comparison"]) == ["float16"]
+    assert seen == [torch.bfloat16] * 4
     real = verify.compare
     monkeypatch.setattr(verify, "compare", lambda one, two, golds: real(one, two + 0.11 * one.std(), golds))
     assert merge(out, "--merge-dtype", "auto") == 1
     assert "error: the merge failed its check (the logits are 0.11 of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "gpu, host, place",
+    [(40, 9, ("cuda:0", "float32")), (24, 90, ("cuda:0", torch.bfloat16)), (15, 90, ("cpu", "float32")),
+     (15, 20, ("cpu", "bfloat16")), (15, 17, (None, torch.bfloat16)), (0, 90, ("cpu", "float32")),
+     (0, 20, ("cpu", "bfloat16")), (0, 17, (None, "bfloat16"))],
+)  # fmt: skip
+def test_an_8b_model_is_compared_where_it_has_room(gpu, host, place, monkeypatch):
+    sizes = [SimpleNamespace(stat=lambda: SimpleNamespace(st_size=4.015e9))] * 4  # in 16 bit
+    monkeypatch.setattr(llama, "weight_files", lambda base: sizes)
+    monkeypatch.setattr(llama, "compute_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu > 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gpu * 1e9, 80e9))
+    monkeypatch.setattr(estimate, "host_memory", lambda: host * 1e9)
+    assert tuple(verify.roomy_place("base")) == place
 
 
 def test_one_model_is_in_memory_at_a_time(out, tmp_path, monkeypatch):
@@ -801,6 +821,7 @@ def test_chat_template_tokenizer_model_and_the_bases_own_settings_are_kept(out, 
     (base / "tokenizer.model").write_bytes(b"pieces")
     (base / "pytorch_model.bin").write_bytes(b"a pickle")
     generation = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 77}
+    generation |= {"min_p": 0.1, "early_stopping": True, "repetition_penalty": 1.3}
     (base / "generation_config.json").write_text(json.dumps(generation))
     change_config(auto_map={"AutoModel": "code.X"}, rms_norm_eps=1e-4, eos_token_id=[2, 66])(base, None)
     make_adapter(out / "adapter", base)
@@ -814,7 +835,8 @@ def test_chat_template_tokenizer_model_and_the_bases_own_settings_are_kept(out, 
     assert written["dtype"] == written["torch_dtype"] == "float32"
     generation = json.loads((merged / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [2, 77]  # as transformers and test_llama.py: config.json's do not count
-    assert not {"temperature", "top_p"} & generation.keys() and generation["do_sample"] is False
+    assert generation.keys() <= {"do_sample", "bos_token_id", "pad_token_id", "eos_token_id", "transformers_version"}
+    assert generation["do_sample"] is False
 
 
 def card_of(out, base, run=(), **report):
@@ -852,7 +874,9 @@ def test_the_card_of_a_hub_model_and_hub_data_names_both_and_their_licences(out)
 
 def test_each_recipe_of_the_card_is_followed_by_the_command_that_checks_it(out):
     built_by(out, samsum=LOCAL)
-    card = card_of(out, "someone/model", {"settings": {"lora_r": 12}}, chat_template=True)
+    (out / "adapter").mkdir()
+    (out / "adapter" / "adapter_config.json").write_text('{"r": 2, "rank_pattern": {"q_proj": 12}}')
+    card = card_of(out, "someone/model", chat_template=True)
     recipes = card.split("## Serve, and check")[1].split("## Scores")[0]
     servers = [line for line in recipes.split("\n") if re.match("vllm|python convert|ollama|transformers", line)]
     checks = re.findall(r"^python test_llama.py --server (\S+)", recipes, re.MULTILINE)

@@ -180,13 +180,18 @@ def test_the_probe_leaves_weights_gradients_and_random_numbers_as_they_were(data
     before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     seen = []
     compute_loss = trainer.compute_loss
-    trainer.compute_loss = lambda model, inputs: (
-        seen.append(inputs["input_ids"].numel()) or compute_loss(model, inputs)
-    )
+
+    def look(model, inputs):
+        seen.append((inputs["input_ids"].numel(), int((inputs["labels"] != -100).sum())))
+        return compute_loss(model, inputs)
+
+    trainer.compute_loss = look
+    sizes = [(len(row), sum(label != -100 for label in row)) for row in trainer.train_dataset["labels"]]
     state = torch.get_rng_state()
-    trainer.probe()
+    assert 0 < trainer.probe() < 600
     assert torch.equal(torch.get_rng_state(), state)
-    assert seen == [max(len(row["input_ids"]) for row in trainer.train_dataset)]
+    longest, most = max(sizes), max(sizes, key=lambda size: size[::-1])
+    assert longest != most and sorted(seen) == sorted([longest, most])
     assert trainer.tokens == 0
     for name, p in trainer.model.named_parameters():
         if p.requires_grad:

@@ -499,6 +499,7 @@ def content_id(folder, place):
 @pytest.mark.parametrize(
     "url, words",
     [("localhost:8000", "http(s)://host/path"), (f"http://x:{KEY}@host/v1", "http(s)://host"),
+     ("http://127.0.0.1:80OO/v1", "http(s)://host"), ("http://[::1/v1", "http(s)://host"),
      ("http://127.0.0.1:9/v1", "check --server")],
 )  # fmt: skip
 def test_a_wrong_address_is_one_sentence(url, words, ask):

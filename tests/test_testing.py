@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers.cache_utils import DynamicLayer
 
 import decoding
+import estimate
 import llama
 import predictions
 import test_llama as tester
@@ -377,7 +378,8 @@ def test_what_is_missing_or_of_another_model_is_said_in_one_sentence(chain, data
     error = refused(out)
     assert "tensors are not those" in error and "run train_llama.py again" in error
     save_file({name: tensor * math.nan for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-    assert "diverged" in refused(out, *SHORT)
+    assert "the general text has a log-likelihood of nan: the tuned model diverged" in refused(out, *SHORT)
+    assert "has a log-likelihood of nan: the model diverged" in refused(out, *SHORT, "--general-text", "")
     tokenizer = llama.load_tokenizer(str(FIXTURES / "tiny_llama2"))
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(peft_adapter(tmp_path / "adapter", ["q_proj"]))
@@ -547,7 +549,12 @@ def test_a_flag_out_of_range(flag, tmp_path):
 def test_unpacking_the_4_bit_weights_once_changes_no_number(chain, monkeypatch):
     base, ids = llama.read_adapter(chain / "adapter"), torch.arange(20, 60)[None]
     unpacked, _ = tester.load_system(base, chain / "adapter", True, compare=True)
-    monkeypatch.setattr(tester.os, "sysconf", lambda name: 1)  # no memory to spare
+    need = 4 * unpacked.num_parameters()  # bytes, unpacked in float32, in half of what this process can have
+    for free, room in ((2 * need, False), (2.1 * need, True)):
+        monkeypatch.setattr(estimate, "host_memory", lambda free=free: free)
+        assert tester.has_room(unpacked) is room
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each process unpacks its own
+    assert not tester.has_room(unpacked)
     packed, _ = tester.load_system(base, chain / "adapter", True, compare=True)
     kinds = [{type(module).__name__ for module in model.modules()} for model in (packed, unpacked)]
     assert any("4bit" in name for name in kinds[0]) and not any("4bit" in name for name in kinds[1])

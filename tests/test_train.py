@@ -228,6 +228,22 @@ def test_a_base_with_missing_weights_or_no_llama(change, words, dataset, tmp_pat
     assert not (tmp_path / "out" / "adapter").exists()
 
 
+def test_flash_attention_that_is_not_here_is_said_before_a_model_is_loaded(dataset):
+    result = run("train_llama.py", "--attn-implementation", "flash_attention_2", "--output-dir", dataset)
+    assert_refused(result, "--attn-implementation flash_attention_2", "pip install flash-attn")
+
+
+def test_tokens_beyond_the_vocabulary_are_said_before_hours_of_training(dataset, tmp_path):
+    shutil.copytree(FIXTURES / "tiny_llama2", tmp_path / "base")
+    tokenizer = llama.load_tokenizer(str(FIXTURES / "tiny_llama2"))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "base")
+    shutil.copytree(dataset, tmp_path / "out")
+    for flag in ("--overwrite", "--dry-run"):
+        result = run("train_llama.py", "--model", tmp_path / "base", flag, "--output-dir", tmp_path / "out")
+        assert_refused(result, "[PAD]", "resize the model, and save it")
+
+
 def test_a_run_that_diverges_leaves_the_old_adapter(chain, tmp_path):
     shutil.copytree(chain, tmp_path / "out")
     before = snapshot(tmp_path / "out" / "adapter")
