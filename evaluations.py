@@ -460,7 +460,8 @@ def print_table(task, result):
         told = [f"{metric} {short(min(of))} to {short(max(of))}" for metric, of in values.items() if of]
         say(f"{len(seeds)} trainings of {name[:16]}: {', '.join(told)}")
     for name, count in result["too_long"].items():
-        say(f"{count} of them were too long for the model of {name}: wrong answers, and not in its perplexity")
+        more = "" if task == SWAPPED else ": wrong answers, and not in its perplexity"
+        say(f"{count} of them were too long for the model of {name}{more}")
 
 
 def short(value, sign=""):

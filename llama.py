@@ -316,6 +316,8 @@ def load_adapter(model, folder):
                 raise ValueError("its tensors are not those that its config names")
         return model
     except Exception as error:  # a cut-off file, or shapes of another base
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
         reason = re.sub(r"\s+", " ", str(error)).strip()[:300] or type(error).__name__  # PEFT's are of many lines
         fail(f"the adapter in {folder} does not load onto its base ({reason}): run train_llama.py again")
 

@@ -40,8 +40,9 @@ def write_small_files(base, model, tokenizer, target, dtype, weights):
     config |= {"dtype": dtype, "torch_dtype": dtype}  # the second is how transformers 4 and servers call it
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     ends = sorted(llama.end_tokens(model, tokenizer))
-    # nothing of the base's own: samplers' settings, a repetition penalty
-    own = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
+    # of the base's own the limits alone: no samplers' settings, no repetition penalty
+    own = {name: getattr(model.generation_config, name) for name in ("max_length", "max_new_tokens")}
+    own |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
     GenerationConfig(do_sample=False, **own).save_pretrained(target)
     (target / "Modelfile").write_text(modelfile(tokenizer, ends), encoding="utf-8")
 

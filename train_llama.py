@@ -95,11 +95,9 @@ def parse_args(argv=None):
         fail("--lora-dropout must be below 1")
     if args.use_liger_kernel == "on" and not importlib.util.find_spec("liger_kernel"):
         fail("--use-liger-kernel on: it is not installed: pip install liger-kernel")
-    if args.attn_implementation == "flash_attention_2" and not args.dry_run:
-        from transformers.utils import is_flash_attn_2_available
-
-        if not is_flash_attn_2_available():
-            fail("--attn-implementation flash_attention_2: it needs a GPU and pip install flash-attn; packed does not")
+    flash = any(map(importlib.util.find_spec, ("flash_attn", "kernels")))  # transformers takes it from either
+    if args.attn_implementation == "flash_attention_2" and not flash and not args.dry_run:
+        fail("--attn-implementation flash_attention_2: it needs a GPU and pip install flash-attn; packed does not")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
         fail(f"--report-to {args.report_to} is not installed: pip install {args.report_to}")
     return args

@@ -77,12 +77,16 @@ def roomy_place(base):
         dtype, free = llama.compute_dtype(), torch.cuda.mem_get_info()[0]  # a fifth for activations
         places = [("cuda:0", "float32", 2.4 * size < free), ("cuda:0", dtype, 1.2 * size < free), *places[:2]]
         places.append((None, dtype, True))
-    return next(place for *place, fits in places if fits)
+    device, dtype = next(place for *place, fits in places if fits)
+    if device == "cpu" and torch.cuda.is_available():
+        common.say("no room for the model on the GPU: it is compared on the CPU, which takes longer")
+    return device, dtype
 
 
 def load_tuned(base, folder, into, device, dtype):
     """Base and adapter as PEFT computes them; device None: on the GPU where there is one."""
-    options = {} if device is None else {"device_map": {"": device}}
+    # NF4 is made where merge_llama.py makes it: a CPU's is another in its last bits
+    options = {"device_map": {"": device}} if device and into == "16bit" else {}
     # in 4 bits the rest is float32 all the same: else NF4 would be made of weights that were rounded first
     options["dtype"] = dtype if into == "16bit" else "float32"
     model = llama.load_model(base, into == "4bit", **options)

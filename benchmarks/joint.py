@@ -2,7 +2,7 @@
 
 For each seed three trainings: both tasks, samsum alone, trivia_qa alone, of the same training rows a task, one epoch
 each; both are tested on the same rows. Scores, intervals (over rows and seeds) and tests are those of evaluations.py.
-An interrupted run goes on where it was; some 25 minutes a seed on two cores.
+An interrupted run goes on where it was; some 13 minutes a seed of 125 rows a task on two cores.
 
     python benchmarks/joint.py --model smollm2-135m --samsum knkarthick/samsum --trivia-qa mandarjoshi/trivia_qa
     python benchmarks/joint.py --model FOLDER --samsum FOLDER --trivia-qa FOLDER --seeds 5

@@ -260,14 +260,15 @@ def test_where_memory_holds_no_float32_the_folder_is_compared_all_the_same(out, 
      (15, 20, ("cpu", "bfloat16")), (15, 17, (None, torch.bfloat16)), (0, 90, ("cpu", "float32")),
      (0, 20, ("cpu", "bfloat16")), (0, 17, (None, "bfloat16"))],
 )  # fmt: skip
-def test_an_8b_model_is_compared_where_it_has_room(gpu, host, place, monkeypatch):
+def test_an_8b_model_is_compared_where_it_has_room(gpu, host, place, monkeypatch, capsys):
     sizes = [SimpleNamespace(stat=lambda: SimpleNamespace(st_size=4.015e9))] * 4  # in 16 bit
     monkeypatch.setattr(llama, "weight_files", lambda base: sizes)
     monkeypatch.setattr(llama, "compute_dtype", lambda: torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu > 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gpu * 1e9, 80e9))
     monkeypatch.setattr(estimate, "host_memory", lambda: host * 1e9)
-    assert tuple(verify.roomy_place("base")) == place
+    assert verify.roomy_place("base") == place
+    assert ("on the CPU, which takes longer" in capsys.readouterr().out) == (gpu > 0 and place[0] == "cpu")
 
 
 def test_one_model_is_in_memory_at_a_time(out, tmp_path, monkeypatch):
@@ -821,7 +822,7 @@ def test_chat_template_tokenizer_model_and_the_bases_own_settings_are_kept(out, 
     (base / "tokenizer.model").write_bytes(b"pieces")
     (base / "pytorch_model.bin").write_bytes(b"a pickle")
     generation = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 77}
-    generation |= {"min_p": 0.1, "early_stopping": True, "repetition_penalty": 1.3}
+    generation |= {"min_p": 0.1, "early_stopping": True, "repetition_penalty": 1.3, "max_length": 77}
     (base / "generation_config.json").write_text(json.dumps(generation))
     change_config(auto_map={"AutoModel": "code.X"}, rms_norm_eps=1e-4, eos_token_id=[2, 66])(base, None)
     make_adapter(out / "adapter", base)
@@ -835,8 +836,9 @@ def test_chat_template_tokenizer_model_and_the_bases_own_settings_are_kept(out, 
     assert written["dtype"] == written["torch_dtype"] == "float32"
     generation = json.loads((merged / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [2, 77]  # as transformers and test_llama.py: config.json's do not count
-    assert generation.keys() <= {"do_sample", "bos_token_id", "pad_token_id", "eos_token_id", "transformers_version"}
-    assert generation["do_sample"] is False
+    tokens = {f"{name}_token_id" for name in ("bos", "pad", "eos")}
+    assert generation.keys() <= tokens | {"do_sample", "max_length", "transformers_version"}
+    assert generation["do_sample"] is False and generation["max_length"] == 77
 
 
 def card_of(out, base, run=(), **report):

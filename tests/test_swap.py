@@ -166,7 +166,8 @@ def test_a_planted_reader_and_a_planted_memory_are_told_apart_and_the_plain_scor
     content = json.loads(path.read_text())
     content["examples"][0] |= {"prediction": "", "base_prediction": "", "too_long": True}
     path.write_text(json.dumps(content))
-    assert "1 of them were too long for the model of tuned" in evaluate(tmp_path).stdout
+    for told in (evaluate(tmp_path).stdout, (tmp_path / "evaluation.html").read_text()):
+        assert "1 of them were too long for the model of tuned" in told
 
 
 def test_swapped_files_of_any_systems_are_compared_and_of_other_swaps_or_runs_refused(tmp_path):
