@@ -2,7 +2,7 @@
 
 A prompt is read unpadded; transformers' generate goes on from its keys and values, STRIDE tokens at a time: after each
 stride the rows that have ended are left out. On 60 dialogues and a CPU, generate from the start and a pass for the
-loss take 3.2 times as long (benchmarks/testing.py).
+loss take 3.4 times as long (benchmarks/testing.py).
 """
 
 import functools
