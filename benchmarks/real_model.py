@@ -1,6 +1,6 @@
 """Fine-tune a real small Llama on real dialogues and questions, and say what came out: the README's first table.
 
-The five scripts as they are, at a size that two CPU cores finish in 40 minutes: built, trained, tested (base beside
+The five scripts as they are, at a size that two CPU cores finish in 20 minutes: built, trained, tested (base beside
 tuned), evaluated, merged; the merged folders tested, into the 16-bit weights and into those of 4 bits. Further
 variants, some 15 minutes each, are trained and tested on the same rows: without quantisation (lora), on plain prompts
 (plain). An interrupted run goes on where it was. Seconds and peak memory are those of the commands.
