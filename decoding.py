@@ -8,7 +8,7 @@ loss take 3.4 times as long (benchmarks/testing.py).
 import functools
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 
 import llama
@@ -107,8 +107,22 @@ def make_room(cache, rows, more):
         cache.layers[number] = Room(layer.keys[rows], layer.values[rows], more)
 
 
-def test_rows(model, prompts, completions, ends, new, attention):
-    """nll (nats) and greedy prediction (list of at most `new` ids, an ending one included) of each row."""
+class Ended(StoppingCriteria):
+    """For transformers' generate: which rows [rows, tokens] have come to their end behind the first `width` tokens."""
+
+    def __init__(self, end_of, width):
+        self.end_of, self.width = end_of, width
+
+    def __call__(self, ids, scores, **kwargs):
+        written = ids[:, self.width :].tolist()
+        return torch.tensor([self.end_of(row) is not None for row in written], device=ids.device)
+
+
+def test_rows(model, prompts, completions, ends, end_of, new, attention):
+    """nll (nats) and greedy prediction (list of at most `new` ids, an ending one included) of each row.
+
+    ends: ids that end any text. end_of: how many of a prediction's ids go to its end, or None.
+    """
     nll, cache = read_rows(model, prompts, completions, attention)
     model.set_attn_implementation("sdpa")
     width = max(map(len, prompts))
@@ -128,13 +142,13 @@ def test_rows(model, prompts, completions, ends, new, attention):
             max_new_tokens=more,
             eos_token_id=sorted(ends),
             pad_token_id=min(ends),
+            stopping_criteria=[Ended(end_of, width)],
         )
         for place, row in zip(going, ids[:, mask.shape[1] :].tolist(), strict=True):
             written[place] += row
         mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
-        left = [i for i, place in enumerate(going) if ends.isdisjoint(written[place])]
-    stops = [next((i + 1 for i, token in enumerate(row) if token in ends), new) for row in written]
-    return [(loss, row[:stop]) for loss, row, stop in zip(nll, written, stops, strict=True)]
+        left = [i for i, place in enumerate(going) if end_of(written[place]) is None]
+    return [(loss, row[: end_of(row)]) for loss, row in zip(nll, written, strict=True)]
 
 
 def in_halves(model, prompts, completions, *options):

@@ -28,6 +28,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -69,6 +70,7 @@ SCORES = {  # what each task reports, in the order of the table
 BLEU = {"samsum": "bleu", "trivia_qa": "bleu_effective_order"}  # the one score that is no mean over examples
 MEANS = {task: [name for name in names if name != BLEU[task]] for task, names in SCORES.items()}
 KEYS = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "seeds")
+KEYS += ("equal_predictions",)
 # Keys of evaluation.json beside a task's systems: no system's name
 RESERVED = (*KEYS, "comparisons", "groups", "per_example", "judge")
 PROMPT_ENDS = {"samsum": "Summary:", "trivia_qa": "Answer:"}  # build_dataset.py's, for examples without a task
@@ -379,6 +381,10 @@ def score_task(task, rows, args):
         "intervals": whole["intervals"],
         "seeds": whole["seeds"],
         "comparisons": significance.compare(by_sums, tables, tested, whole["differences"], args),
+        "equal_predictions": [
+            [one, other, sum(map(str.__eq__, rows.systems[one].predictions, rows.systems[other].predictions))]
+            for one, other in combinations(rows.systems, 2)
+        ],
         "groups": measure_groups(by_sums, tables, rows.inside, args),
     }
     for name, seeds in significance.by_system(rows.systems).items():
@@ -459,6 +465,8 @@ def print_table(task, result):
         values = {metric: [scores[metric] for scores in seeds.values() if metric in scores] for metric in main}
         told = [f"{metric} {short(min(of))} to {short(max(of))}" for metric, of in values.items() if of]
         say(f"{len(seeds)} trainings of {name[:16]}: {', '.join(told)}")
+    for one, other, count in result.get("equal_predictions", ()):
+        say(f"equal predictions of {one[:16]} and {other[:16]}: {count} of {result['examples']}")
     for name, count in result["too_long"].items():
         more = "" if task == SWAPPED else ": wrong answers, and not in its perplexity"
         say(f"{count} of them were too long for the model of {name}{more}")

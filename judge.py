@@ -14,7 +14,7 @@ import numpy as np
 
 import significance
 from common import fail, say
-from server import Server
+from server import NoAnswer, Server
 
 CACHE = "judge_cache.jsonl"
 MAX_REFERENCES = 20  # aliases shown; some answers have hundreds
@@ -75,9 +75,8 @@ def judge_messages(task, prompt, references, prediction):
 def parse_judgement(text):
     """{"reason": str, "score": 0 to 1}, or None where `text` is anything but the one JSON object asked for.
 
-    Thoughts may stand before it, a code fence around it.
+    It may be in a code fence.
     """
-    text = re.sub(r"\A\s*<think>.*</think>", "", text, flags=re.DOTALL)
     text = re.sub(r"\A\s*```(?:json)?\n(.*)\n```\s*\Z", r"\1", text, flags=re.DOTALL)
     try:
         pairs = json.loads(text, object_pairs_hook=tuple)  # a dict would hide a second score
@@ -86,7 +85,8 @@ def parse_judgement(text):
         return None
     asked_for = isinstance(pairs, tuple) and (reason, score) == ("reason", "score")
     sound = asked_for and isinstance(why, str) and type(points) is int and 0 <= points <= 4
-    return {"reason": why, "score": points / 4} if sound else None
+    # JSON can escape half a character, which no file takes
+    return {"reason": re.sub("[\ud800-\udfff]", "\ufffd", why), "score": points / 4} if sound else None
 
 
 def read_cache(path):
@@ -113,11 +113,10 @@ class Judge(Server):
         for reminder in ("", REMINDER):
             asked = [system, user | {"content": user["content"] + reminder}]
             answer = self.send("/chat/completions", {"messages": asked}, OPTIONS)
-            text = answer["choices"][0]["message"]["content"] or ""
-            judgement = parse_judgement(text)
+            judgement = None if answer.problem else parse_judgement(answer.text)
             if judgement:
                 return judgement | {"reason": self.hide(judgement["reason"])}
-        raise ValueError(f"its answer is not the JSON asked for: {self.hide(text)[:60]!r}")
+        raise NoAnswer(answer.problem or f"its answer is not the JSON asked for: {answer.text[:60]!r}")
 
     def judgements(self, messages):
         """({key: judgement}, errors) for {key: messages}."""
@@ -148,7 +147,7 @@ def judge(tasks, args):
         for i in rng.permutation(len(rows.prompts))[: args.judge_max_examples].tolist():
             for name, system in rows.systems.items():
                 message = judge_messages(task, rows.prompts[i], rows.references[i], system.predictions[i])
-                identity = json.dumps([args.judge_url, args.judge_model, message])
+                identity = json.dumps([args.judge_model, message])
                 key = hashlib.sha256(identity.encode()).hexdigest()
                 messages[key] = message
                 wanted.append((task, name, i, key))
@@ -158,13 +157,13 @@ def judge(tasks, args):
     cached = len(messages) - len(new)
     say(f"judge {args.judge_model}: {len(new)} predictions to ask about, {cached} answers in {judge.path}")
     answers, errors = judge.judgements(new)
-    reason = judge.why(errors[0]) if errors else ""
+    reason = judge.reasons(errors) if errors else ""
     if errors and not cached and not answers:
         fail(f"the judge at {args.judge_url} gave no readable answer ({reason})")
     counts = judge.counts() | {"cached": cached, "unanswered": len(errors)}
     say(", ".join(f"{value} {name.replace('_', ' ')}" for name, value in counts.items()))
     if errors:
-        say(f"{len(errors)} predictions without a readable answer; the first: {reason}")
+        say(f"{len(errors)} predictions without a readable answer ({reason}): the same command asks for them again")
     found = {task: {name: {} for name in rows.systems} for task, rows in tasks.items()}
     for task, name, i, key in wanted:
         found[task][name][i] = answers.get(key) or known.get(key)

@@ -82,9 +82,11 @@ def finished(args, path, run):
 
 def perplexity(examples, prefix, texts):
     """Corpus figures of a system on the completions `texts`; bits_per_byte compares models of other tokenizers."""
-    cut_off = sum(example[prefix + "hit_max_new_tokens"] for example in examples)
+    counts = {"examples": len(examples)}
+    counts["hit_max_new_tokens"] = sum(example[prefix + "hit_max_new_tokens"] for example in examples)
+    counts["empty_predictions"] = sum(not example[prefix + "prediction"] for example in examples)
     if not all(prefix + "nll" in example for example in examples):  # a server that does not give it
-        return {"examples": len(examples), "hit_max_new_tokens": cut_off}
+        return counts
     nll = math.fsum(example[prefix + "nll"] for example in examples)
     tokens = sum(example["tokens"] for example in examples)
     words = sum(max(1, len(text.split())) for text in texts)
@@ -92,11 +94,9 @@ def perplexity(examples, prefix, texts):
         "perplexity": math.exp(nll / tokens),
         "nll_sum": nll,
         "tokens": tokens,
-        "examples": len(examples),
         "bits_per_byte": nll / sum(len(text.encode()) for text in texts) / math.log(2),
         "word_perplexity": math.exp(min(MAX_NLL, nll / words)),
-        "hit_max_new_tokens": cut_off,
-    }
+    } | counts
 
 
 def write_predictions(task, rows, folder, path, run, general):
@@ -142,7 +142,7 @@ def show(contents, prompts):
     say(f"\n{'':<30}" + "".join(f"{name:>18}" for name in names.values()))
     for content in contents:
         task = "swapped" if content["settings"].get("swap_answers") else content["task"]
-        for key in ("perplexity", "bits_per_byte", "word_perplexity", "hit_max_new_tokens"):
+        for key in ("perplexity", "bits_per_byte", "word_perplexity", "hit_max_new_tokens", "empty_predictions"):
             if key not in content["perplexity"]["tuned"]:
                 continue
             figures = "".join(f"{content['perplexity'][name][key]:>18,.5g}" for name in names)

@@ -1,4 +1,4 @@
-"""Any server that speaks OpenAI's protocol: asked several things at once.
+"""Any server that speaks OpenAI's protocol: asked several things at once, and what it says checked once, here.
 
 Nothing is sent again that the server may still be working on. The key is OPENAI_API_KEY's, in no file or message.
 """
@@ -8,67 +8,242 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import openai
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, ValidationError
 
-from common import fail, progress
+from common import fail, first_line, progress, say
 
-WAITS = (1, 2, 4, 8, 16)  # seconds before a request is sent again to a busy server
+WAITS = (1, 2, 4, 8, 16)  # seconds before a request is sent again to a busy server that names no time
+LONGEST_WAIT = 600  # seconds that a server may ask to be left alone; a longer time ends the request
 CONNECT = 30  # seconds to reach it
-ERRORS = (openai.APIError, ValueError, AttributeError, LookupError, TypeError)  # the last of what is no such server
-LESS_KNOWN = ("response_format", "stop_token_ids", "stop")  # left out in turn where a refusal names no option
 GATEWAY_TIMEOUTS = (504, 524)  # somebody before the server has stopped waiting
+LIMITS = ("max_tokens", "max_completion_tokens")  # names of the limit of an answer: one is always sent
+FOUND_OUT = ("response_format", "stop_token_ids", "stop")  # left out in turn where a refusal names no option
+# What a refusal says of an option that the server does not have, whatever its value.
+UNKNOWN = re.compile(
+    r"unsupported|not support|unrecogni[sz]ed|unknown|unexpected|extra|not (permitted|allowed|available|implemented)"
+    r"|invalid (parameter|argument|field|key)|no (such|parameter|field|option)\b",
+    re.IGNORECASE,
+)
+# Servers' names for an answer that is whole, and for one that its limit cut off, without case and `_`.
+WHOLE = ("stop", "eos", "eostoken", "endturn", "endofturn", "stopsequence", "stoptoken", "complete", "completed")
+CUT_OFF = ("length", "maxtokens", "maxnewtokens", "maxlength", "maxoutputtokens", "modellength", "tokenlimit")
+THINK = r"(?:seed:)?(?:think|thinking|thoughts?|reasoning)"  # in <> or [], around a model's thoughts
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")
+HEADERS = ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS")
+
+
+NO_ROOM = "its tokens went into thoughts, and none into an answer"
+
+
+class NoAnswer(Exception):
+    """The server has replied, but not with an answer; str() is the reason, for a person."""
+
+
+ERRORS = (openai.APIError, NoAnswer)  # why a request has no answer
+OF_ONE_REQUEST = (NoAnswer, openai.BadRequestError, openai.UnprocessableEntityError)  # says nothing of the others
+
+
+def count_or_none(value):
+    return value if type(value) is int and value >= 0 else None
+
+
+def dict_or_empty(value):
+    return value if isinstance(value, dict) else {}
+
+
+def text_of(content):
+    """The text of a message's content, which may be a list of parts."""
+    if not isinstance(content, list):
+        return content
+    return "".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
+
+
+Count = Annotated[int | None, BeforeValidator(count_or_none)]
+Text = Annotated[str | None, BeforeValidator(text_of)]
+
+
+class Usage(BaseModel):
+    """Tokens read and written: information, so that any form is taken, and what cannot be read is None."""
+
+    read: Count = Field(None, validation_alias=AliasChoices("prompt_tokens", "input_tokens"))
+    written: Count = Field(None, validation_alias=AliasChoices("completion_tokens", "output_tokens"))
+
+
+class Message(BaseModel):
+    content: Text = None
+    refusal: Any = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+
+
+class Choice(BaseModel):
+    text: Text = None
+    message: Message | None = None
+    finish_reason: Any = None
+    error: Any = None
+    logprobs: Any = None
+    prompt_logprobs: Any = None
+
+
+class Reply(BaseModel):
+    choices: list[Choice] = Field(min_length=1)
+    error: Any = None
+    usage: Annotated[Usage, BeforeValidator(dict_or_empty)] = Usage()
+
+
+class Answer(BaseModel):
+    """What a server says, checked. `text` counts only where `problem`, why it is no answer, is empty."""
+
+    text: str
+    problem: str
+    cut_off: bool  # by the limit of its tokens
+    read: int | None  # tokens of the prompt, as the server counts them
+    written: int | None
+    choice: Choice
+
+
+def read_answer(reply, hide=str):
+    """The Answer in a server's reply, of whatever form; raises NoAnswer where it is not of OpenAI's protocol.
+
+    hide: takes the key out of a text.
+    """
+    try:
+        checked = Reply.model_validate(reply)
+    except ValidationError:
+        raise NoAnswer(f"its answer is not of OpenAI's protocol: {hide(str(reply))[:60]!r}") from None
+    choice, message = checked.choices[0], checked.choices[0].message or Message()
+    text = choice.text if choice.message is None else message.content
+    reason = re.sub("[^a-z]", "", str(choice.finish_reason).rpartition(".")[2].lower())
+    whole, cut_off = reason in WHOLE, reason in CUT_OFF
+    answer, thoughts = without_thoughts(hide(text or ""))
+    thoughts = thoughts or message.reasoning_content or message.reasoning
+    problem = ""
+    if error := checked.error or choice.error:
+        problem = f"it reports an error: {hide(str(error))[:100]}"
+    elif message.refusal:
+        problem = f"it refuses: {hide(str(message.refusal))[:100]}"
+    elif not whole and not cut_off:
+        problem = f"its answer ended by {hide(str(choice.finish_reason))[:40]}"
+    elif (thoughts and not answer.strip()) or (cut_off and not answer):
+        problem = NO_ROOM
+    elif text is None:
+        problem = "its answer has no text"
+    elif not is_unicode(text):
+        problem = "its answer has half a character"
+    used = checked.usage
+    return Answer(text=answer, problem=problem, cut_off=cut_off, read=used.read, written=used.written, choice=choice)
+
+
+def without_thoughts(text):
+    """What follows the thoughts that a text begins with, "" where they never end, and whether there are any."""
+    if not re.match(rf"\s*[<\[]{THINK}[>\]]", text, re.IGNORECASE):
+        return text, False
+    ends = [*re.finditer(rf"[<\[]/{THINK}[>\]]", text, re.IGNORECASE)]
+    return (text[ends[-1].end() :] if ends else ""), True
+
+
+def is_unicode(text):
+    """Whether a text can be written as UTF-8: JSON can also say half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def open_client(name, url, key, limit):
+    """The openai.OpenAI; exits 2, naming the variable, where the environment has what it cannot use."""
+    for variable in HEADERS:
+        if not os.environ.get(variable, "").isascii():
+            fail(f"{variable} has letters that cannot be sent to the {name}: correct it, or unset it")
+    try:
+        # the client's own retries would also send again what timed out
+        return openai.OpenAI(api_key=key or "none", base_url=url, timeout=limit, max_retries=0)
+    except Exception as error:  # the libraries have a kind for each variable; certificates' are OSErrors
+        of_kind = CERTIFICATES if isinstance(error, OSError) else (*PROXIES, *map(str.upper, PROXIES))
+        given = " and ".join(variable for variable in of_kind if variable in os.environ)
+        fail(f"the {name} cannot be asked ({first_line(error)}): correct {given or 'its address'}, or unset it")
+
+
+def proxy_for(url):
+    """The variable that names the proxy between here and `url`, or None."""
+    address, proxies = urlsplit(url), getproxies()
+    kind = next((kind for kind in (address.scheme, "all") if kind in proxies), None)
+    return f"{kind.upper()}_PROXY" if kind and not proxy_bypass(address.hostname) else None
 
 
 class Server:
-    """A model behind a server; `sent` and `usages` count what it took, `refused` holds options it does not take."""
+    """A model behind a server; `sent` and `usages` count what it took, `refused` has options it does not take."""
 
     def __init__(self, name, url, model, concurrency, timeout):
-        self.name, self.model, self.at_once = f"the {name} at {url}", model, concurrency
+        proxy = proxy_for(url)
+        self.name = f"the {name} at {url}" + (f", through the proxy of {proxy}," if proxy else "")
+        self.model, self.at_once = model, concurrency
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not re.fullmatch(r"[!-~]+" if "api.openai.com" in url else r"[!-~]*", self.key):
             fail(f"no key for the {name}: set OPENAI_API_KEY, to the key alone")
         # a server that answers one after the other works on all the others of a request before it
-        limit = openai.Timeout(timeout * concurrency, connect=CONNECT)
-        # the client's own retries would also send again what timed out
-        self.client = openai.OpenAI(api_key=self.key or "none", base_url=url, timeout=limit, max_retries=0)
+        self.client = open_client(name, url, self.key, openai.Timeout(timeout * concurrency, connect=CONNECT))
         self.places, self.lock = threading.Semaphore(concurrency), threading.Lock()
-        self.sent, self.usages, self.refused = [], [], set()  # threads may append to a list
-        self.speaks = False  # whether it has answered anything
+        self.sent, self.usages = [], []  # threads may append to a list
+        self.refused, self.accepted = set(), set()  # options, by what the server has said so far
+        self.answered = 0  # requests
+        self.silent_until, self.stopping = 0.0, threading.Event()
 
     def send(self, path, asked, options, waits=None):
-        """The answer, a dict, to what is `asked` with those of the `options` that the server takes; raises ERRORS."""
-        refused, waits = set(self.refused), iter(WAITS if waits is None else waits)
+        """The Answer to what is `asked` with those of the `options` that the server takes; raises ERRORS."""
+        dropped, waits, tries, answered = set(self.refused), WAITS if waits is None else waits, 0, self.answered
         while True:
-            taken = {name: value for name, value in options.items() if name not in refused}
-            if "max_tokens" in refused & options.keys() and "max_completion_tokens" not in refused:
-                taken["max_completion_tokens"] = options["max_tokens"]
+            taken = with_a_limit(options, dropped)
             try:
-                answer = self.post(path, {"model": self.model} | asked | taken)
+                answer = read_answer(self.post(path, {"model": self.model} | asked | taken), self.hide)
                 break
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                named = {name for name in taken if re.search(rf"\b{name}\b", told_by(error))}
-                named = named or set([name for name in LESS_KNOWN if name in taken][:1])
-                if not named:
+                unknown = unknown_options(error, taken)
+                if not unknown or dropped | unknown >= set(LIMITS):
                     raise
-                refused |= named
+                dropped |= unknown
             except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError) as error:
-                wait = next(waits, None)
-                if wait is None or may_be_at_work(error):
+                if isinstance(error, openai.RateLimitError) and self.answered > answered:
+                    tries, answered = 0, self.answered  # busy with others' requests: this one's turn comes
+                if may_be_at_work(error) or tries == len(waits) or not self.wait(error, waits[tries]):
                     raise
-                time.sleep(wait)
-        if not isinstance(answer, dict) or not answer.get("choices"):
-            raise ValueError(f"its answer is not of OpenAI's protocol: {self.hide(str(answer))[:60]!r}")
-        self.refused, self.speaks = self.refused | refused, True
-        if usage := answer.get("usage"):
-            self.usages.append((usage["prompt_tokens"], usage["completion_tokens"]))
+                tries += 1
+        with self.lock:
+            self.accepted |= taken.keys()
+            self.refused |= dropped - self.accepted  # what it took once it only refused in one row
+            self.answered += 1
+            self.usages.append((answer.read or 0, answer.written or 0))
         return answer
+
+    def wait(self, error, seconds):
+        """Wait before a request is sent again, all of them for as long as the server asks; False: do not send it."""
+        headers = error.response.headers if isinstance(error, openai.APIStatusError) else None
+        asked_for = self.client._parse_retry_after_header(headers) or 0  # reads Retry-After's forms
+        if asked_for > LONGEST_WAIT:
+            return False
+        with self.lock:
+            silent_until = time.monotonic() + asked_for
+            if silent_until > self.silent_until + 1:
+                say(f"{self.name} asks to wait for {asked_for:.0f} s")
+            if silent_until > self.silent_until:  # NaN is not
+                self.silent_until = silent_until
+        return not self.stopping.wait(seconds)
 
     def post(self, path, body):
         """Send a request when there is a place for it. One that timed out keeps its own: fewer go at once then."""
         self.places.acquire()
         keeps = False
         try:
+            while (left := self.silent_until - time.monotonic()) > 0:
+                if self.stopping.wait(left):
+                    raise NoAnswer("the run was stopped while it waited")
             self.sent.append(path)
             return self.client.post(path, body=body, cast_to=object)
         except openai.APIError as error:
@@ -76,6 +251,8 @@ class Server:
                 keeps = may_be_at_work(error) and self.at_once > 1
                 self.at_once -= keeps
             raise
+        except (ValueError, RecursionError, LookupError) as error:  # JSON that is broken, or nested without end
+            raise NoAnswer(f"its answer cannot be read ({first_line(error)})") from None
         finally:
             if not keeps:
                 self.places.release()
@@ -85,7 +262,7 @@ class Server:
 
         The very first goes alone: a wrong key or address costs one request. Exits 2 where no more answers come.
         """
-        errors, in_row, most, alone = [], 0, 2 * self.at_once, 0 if self.speaks else 1
+        errors, in_row, most, alone = [], 0, 2 * self.at_once, 0 if self.answered else 1
 
         def outcome(item):
             try:
@@ -103,21 +280,35 @@ class Server:
         with ThreadPoolExecutor(self.at_once) as pool:
             bar = progress(outcomes(pool), title, len(items))
             try:
-                for number, error in enumerate(bar):
-                    in_row = in_row + 1 if error else 0
+                for number, error in enumerate(bar, 1):
                     errors += [error] if error else []
-                    refused = isinstance(error, openai.APIError) and not isinstance(error, openai.BadRequestError)
-                    if in_row > most or (refused and number < alone):
-                        told = f"{self.name} gives no answers ({self.why(error)})"
-                        fail(f"{told}; run again to go on from those that it gave")
+                    of_one = isinstance(error, OF_ONE_REQUEST)
+                    # replies without an answer end a run only where there is nothing else from its start
+                    in_row = in_row + 1 if error and (not of_one or len(errors) == number) else 0
+                    if in_row > most or (error and not of_one and number <= alone):
+                        reason = f"{self.name} gives no answers ({self.why(error)})"
+                        fail(f"{reason}; run again to go on from those that it gave")
             finally:
+                self.stopping.set()
                 pool.shutdown(cancel_futures=True)
+                self.stopping.clear()
         return errors
+
+    def reasons(self, errors):
+        """Why requests got no answer, in a line: the most frequent reasons, with how many requests had each."""
+        found = {}
+        for reason in map(self.why, errors):
+            found.setdefault(re.sub(r"\d+", "", reason), []).append(reason)  # alike but for their numbers
+        alike = sorted(found.values(), key=len, reverse=True)
+        if len(alike) == 1:
+            return alike[0][0]
+        more = [f"{len(alike) - 3} other reasons"] if len(alike) > 3 else []
+        return "; ".join([f"{len(reasons)} times: {reasons[0]}" for reasons in alike[:3]] + more)
 
     def counts(self):
         """{"requests", "prompt_tokens", "completion_tokens"} of all that was sent."""
-        asked, answered = (sum(column) for column in zip((0, 0), *self.usages, strict=True))
-        return {"requests": len(self.sent), "prompt_tokens": asked, "completion_tokens": answered}
+        read, written = (sum(column) for column in zip((0, 0), *self.usages, strict=True))
+        return {"requests": len(self.sent), "prompt_tokens": read, "completion_tokens": written}
 
     def hide(self, text):
         """Text of the server without the key, should it repeat it; a short one is a placeholder."""
@@ -125,14 +316,49 @@ class Server:
 
     def why(self, error):
         """What went wrong, for a person: one line without the key (a 401's text has parts of it)."""
-        name, text = type(error).__name__, told_by(error).split("\n")[0][:300]
+        name, text = type(error).__name__, said_by(error).split("\n")[0][:300]
         if isinstance(error, openai.AuthenticationError):
             return name
         return self.hide(f"{name}: {text}" if isinstance(error, openai.APIError) else text)
 
 
-def told_by(error):
+def with_a_limit(options, dropped):
+    """The options without those dropped; a dropped limit of tokens goes by its other name."""
+    taken = {name: value for name, value in options.items() if name not in dropped}
+    for name, other in (LIMITS, LIMITS[::-1]):
+        if name in options and name in dropped:
+            taken[other] = options[name]
+    return taken
+
+
+def unknown_options(error, taken):
+    """The options that a refusal calls unknown. It may name no option: then the next of FOUND_OUT is tried."""
+    text, found = refusal_of(error), set()
+    named = {name for name in taken if re.search(rf"(?<!\w){name}(?!\w)", text)}
+    for sentence in re.split(r"(?<=[.!?;])\s|\n", text):
+        for name in named:
+            # a number in a sentence on a limit is about its value, for this row or for all
+            of_value = name in LIMITS and re.search(r"\d", sentence)
+            unknown = UNKNOWN.search(sentence) or re.search(rf"\bno\W+{name}", sentence)
+            if re.search(rf"(?<!\w){name}(?!\w)", sentence) and unknown and not of_value:
+                found.add(name)
+    return found if named else set([name for name in FOUND_OUT if name in taken][:1])
+
+
+def refusal_of(error):
+    """The words of a refusal, without its status and without the value that FastAPI repeats."""
+    body = dict_or_empty(error.body)
+    details = body.get("detail")
+    if isinstance(details, list):
+        return "\n".join(f"{dict_or_empty(part).get('msg')}: {dict_or_empty(part).get('loc')}" for part in details)
+    message = body.get("message") or details or error.response.text
+    return f"{message} ({body.get('param') or ''})"
+
+
+def said_by(error):
     """What the server said of an error; the client's text has only what is of OpenAI's form, not FastAPI's detail."""
+    if isinstance(error, openai.APIConnectionError) and error.__cause__:
+        return f"{error} ({error.__cause__})"
     unsaid = isinstance(error, openai.APIStatusError) and str(error) == f"Error code: {error.status_code}"
     return f"{error} - {error.response.text}" if unsaid else str(error)
 

@@ -20,6 +20,7 @@ Writes: OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json; with 
 """
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -63,6 +64,7 @@ SERVER_MODEL = ""  # its name there; empty: the only one that the server has
 SERVER_API = "auto"  # completions, chat; auto: chat where the prompts have a chat template or there is nothing else
 SERVER_CONCURRENCY = 8  # requests at once
 SERVER_TIMEOUT = 120.0  # seconds for a request, times those at once: some servers answer one after the other
+SERVER_THOUGHT_TOKENS = 0  # room for the thoughts of a reasoning model, beside that of its answer; 0 = none
 SERVER_MAX_EXAMPLES = 0  # per task, where a server costs; 0 = all
 SERVER_INPUT_PRICE = 0.0  # of a million tokens that it reads, in whatever currency; 0 = not told
 SERVER_OUTPUT_PRICE = 0.0  # of a million tokens that it writes; 0 = not told
@@ -216,27 +218,39 @@ def batches(rows, max_tokens):
         yield batch
 
 
-def line_ends(tokenizer):
-    """Ids of the tokens that hold a line's end, be it after other text."""
-    texts = ((i, tokenizer.decode([i], clean_up_tokenization_spaces=False)) for i in range(len(tokenizer)))
-    return {i for i, text in texts if "\n" in text}
+def answer_end(tokenizer, ends, one_line):
+    """The function that a prediction's ids go to: how many go to its end, that one included, or None.
+
+    ends: ids that end a text. one_line: a line's end does, too, behind something that is not blank.
+    """
+    decode = functools.cache(lambda token: tokenizer.decode([token], skip_special_tokens=True))
+
+    def end_of(ids):
+        blank = True
+        for length, token in enumerate(ids, 1):
+            text = decode(token) if one_line else ""
+            if token in ends or "\n" in (text.lstrip() if blank else text):
+                return length
+            blank = blank and not text.strip()
+
+    return end_of
 
 
-def test_batch(model, tokenizer, rows, ends, line_ends, new, attention):
-    """What is known of each row after it, under the names of the predictions file; line_ends: of a task with any."""
+def test_batch(model, tokenizer, rows, ends, one_line, new, attention):
+    """What is known of each row after it, under the names of the predictions file."""
     from decoding import in_halves
 
     prompts, completions = ([row[key] for row in rows] for key in ("prompt_ids", "completion_ids"))
-    results = []
-    tested = in_halves(model, prompts, completions, ends | line_ends, new, attention)
+    results, end_of = [], answer_end(tokenizer, ends, one_line)
+    tested = in_halves(model, prompts, completions, ends, end_of, new, attention)
     for row, (nll, ids) in zip(rows, tested, strict=True):
         if not nll < MAX_NLL * len(row["completion_ids"]):  # NaN too
             reason = f"{row['id']} has a log-likelihood of {-nll}: the model diverged"
             fail(f"{reason}, train it again with a lower learning rate", in_any_process=True)
         kept = [token for token in ids if token not in ends]
         text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-        result = {"prediction": text.split("\n")[0].strip() if line_ends else text, "nll": nll}
-        cut_off = len(ids) == new and ids[-1] not in ends | line_ends
+        result = {"prediction": text.split("\n")[0].strip() if one_line else text, "nll": nll}
+        cut_off = end_of(ids) is None
         results.append(result | {"new_tokens": len(ids), "hit_max_new_tokens": cut_off})
     return results
 
@@ -285,7 +299,6 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state)
     undone = [batch for batch in everything if not all(row["place"] in done for row in batch)]
     share = undone[state.process_index :: state.num_processes]
     ends = llama.end_tokens(model, tokenizer)
-    ending = line_ends(tokenizer) - ends if task == "trivia_qa" else set()  # an answer is one line
     started, tokens = time.time(), 0
     bar = common.progress(total=sum(map(len, share)), desc=task, unit=" rows")
     part = path.with_name(f".{path.stem}.part{state.process_index}.jsonl")
@@ -294,7 +307,7 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state)
             examples = {row["place"]: {"tokens": len(row["completion_ids"])} for row in batch}
             for prefix in systems(run).values():
                 with adapter_off() if prefix else contextlib.nullcontext():
-                    results = test_batch(model, tokenizer, batch, ends, ending, new, attention)
+                    results = test_batch(model, tokenizer, batch, ends, task == "trivia_qa", new, attention)
                 for row, result in zip(batch, results, strict=True):
                     examples[row["place"]] |= {prefix + key: value for key, value in result.items()}
                     tokens += len(row["prompt_ids"]) + len(row["completion_ids"]) + result["new_tokens"]

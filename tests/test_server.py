@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from transformers import AutoTokenizer
 
 import evaluations
+import served
 import server as asking
 import test_llama as tester
 
@@ -115,8 +117,12 @@ def logprob(token):
 
 
 def answers_asked(fake):
-    """The prompts of the requests for answers: those of the first try and for losses want one token."""
-    return [entry["asked"] for entry in fake.seen if limit(entry["body"]) != 1]
+    """The prompts of the requests for answers: not of the first tries, nor for losses."""
+    return [entry["asked"] for entry in fake.seen if is_for_an_answer(entry["body"])]
+
+
+def is_for_an_answer(body):
+    return limit(body) not in (1, served.FIRST_TOKENS)
 
 
 @pytest.fixture
@@ -199,7 +205,7 @@ def test_the_same_tokens_are_asked_and_each_answer_stands_at_its_row(kind, fake,
     for entry in fake.seen:
         assert entry["body"]["temperature"] == 0 and entry["body"]["model"] == "models/tuned-1"
     limits = {limit(entry["body"]) for entry in fake.seen}
-    assert limits == {1, tester.SAMSUM_MAX_NEW_TOKENS, tester.TRIVIA_QA_MAX_NEW_TOKENS}
+    assert limits == {1, served.FIRST_TOKENS, tester.SAMSUM_MAX_NEW_TOKENS, tester.TRIVIA_QA_MAX_NEW_TOKENS}
     assert f"{len(fake.seen)} requests, " in output
 
 
@@ -218,7 +224,7 @@ def test_where_ids_are_refused_the_text_is_sent_and_where_completions_are_the_ch
     assert sorted(answers_asked(fake)) == sorted(json.dumps(row["prompt"]) for row, _, _ in rows.values())
     fake.chat_only, fake.more, fake.seen = True, 9, []
     code, output = ask(fake.url, "--name", "chat")
-    assert code == 0 and {entry["path"] for entry in fake.seen if limit(entry["body"]) > 1} == {"/v1/chat/completions"}
+    assert code == 0 and {entry["path"] for entry in fake.seen if is_for_an_answer(entry["body"])} == {"/v1/chat/completions"}
     assert "it puts a chat template around" in output
     code, output = ask(fake.url, "--name", "no", "--server-api", "completions")
     assert code == 2 and "This is a chat model" in output and "--server-api" in output
@@ -232,7 +238,7 @@ def test_a_parameter_that_is_refused_is_left_out_once_and_for_all(refused, fake,
     assert sum(refused in entry["body"] for entry in fake.seen) == 1
     assert len(fake.seen) == 3 + ROWS + 2 + 1  # first tries, answers, tries of log-probabilities, and the refused one
     if refused == "max_tokens":
-        assert {limit(entry["body"]) for entry in fake.seen if "max_completion_tokens" in entry["body"]} == {1, 96, 24}
+        assert {limit(entry["body"]) for entry in fake.seen if "max_completion_tokens" in entry["body"]} == {1, 32, 96, 24}
     assert all("\n" not in example["prediction"] for example in read(tmp_path, "trivia_qa")["examples"])
 
 
@@ -269,13 +275,15 @@ def test_a_server_that_drops_a_connection_now_and_then_costs_nothing(fake, ask, 
     whole = files(tmp_path)
     troubles = ["close", (429, "slow down"), (503, "loading")]
     fake.seen = []
-    fake.trouble = lambda body, times: troubles[len(fake.seen) % 3] if times == 0 and limit(body) > 1 else None
+    fake.trouble = lambda body, times: troubles[len(fake.seen) % 3] if times == 0 and is_for_an_answer(body) else None
     assert ask(fake.url, "--overwrite")[0] == 0 and files(tmp_path) == whole
 
 
 def test_failures_here_and_there_do_not_end_a_run():
     def ask(item):
-        return item if item % 8 else {}["no such key"]
+        if item % 8 == 0:
+            raise asking.NoAnswer("no such row")
+        return item
 
     kept = []
     server = asking.Server("server", "http://127.0.0.1:9/v1", "", concurrency=4, timeout=1)
@@ -288,7 +296,7 @@ def test_rows_without_an_answer_are_counted_left_out_and_asked_for_again(fake, a
     too_long, broken = [json.dumps(prompt) for i, (_, prompt, _) in rows.items() if i.startswith("samsum")][2:4]
 
     def trouble(body, times):
-        if limit(body) == 1:
+        if not is_for_an_answer(body):
             return None
         prompt = json.dumps(body["prompt"])
         return {too_long: (400, "too long"), broken: (200, "no answer")}.get(prompt)
@@ -389,7 +397,7 @@ def test_a_slow_server_is_waited_for_and_nothing_is_sent_twice(fake, ask, tmp_pa
 
     def trouble(body, times):
         with one:
-            time.sleep(0.15 if limit(body) > 1 else 0)  # 6 at once take 0.9 s: more than the limit for each
+            time.sleep(0.15 if is_for_an_answer(body) else 0)  # 6 at once take 0.9 s: more than the limit for each
 
     fake.trouble = trouble
     code, output = ask(fake.url, "--server-concurrency", 6, "--server-timeout", 0.5)
@@ -401,7 +409,7 @@ def test_after_a_time_out_fewer_go_at_once_and_the_row_is_not_sent_again(fake, a
     stuck = [json.dumps(prompt) for i, (_, prompt, _) in rows.items() if i.startswith("samsum")][1]
 
     def trouble(body, times):
-        if limit(body) > 1:
+        if is_for_an_answer(body):
             time.sleep(2.5 if json.dumps(body["prompt"]) == stuck else 0.15)
 
     fake.trouble = trouble
@@ -425,46 +433,16 @@ def test_no_more_examples_than_asked_for(fake, ask, rows, tmp_path):
     assert code == 2 and "server max examples 2 there, 3 now" in output
 
 
-def test_the_end_says_whether_it_is_as_tested_and_how_far_the_scores_are(fake, ask, tmp_path):
-    def tested_as(changed, name=""):
-        """Make the local test of it, with other predictions in the rows `changed` of samsum."""
-        for task in TASKS:
-            content = read(tmp_path, task)
-            del content["settings"]["server"]
-            for place in changed if task == "samsum" else ():
-                content["examples"][place]["prediction"] = "answer is 1"
-            (tmp_path / f"{task}_predictions{name}.json").write_text(json.dumps(content))
-
-    assert ask(fake.url)[0] == 0
-    tested_as([3])
-    code, output = ask(fake.url)
-    # an answer has 4 words: 5 times 4 and 1 of the other one are the same, and then they part
-    assert "samsum: differs by rounding (on average they part once in 22 words); 5 of 6 predictions equal" in output
-    assert code == 0 and "trivia_qa: as tested; 6 of 6 predictions equal" in output
-    assert f"the first other one: {content_id(tmp_path, 3)}, from character 7" in output
-    tested_as([0, 3])
-    output = ask(fake.url)[1]
-    assert "samsum: differs (on average they part once in 10 words); 4 of 6 predictions equal" in output
-    command = next(line for line in output.split("\n") if "python evaluations.py" in line)
-    evaluations.main(command.split("evaluations.py ")[1].split(" "))
-    found = json.loads((tmp_path / "served" / "evaluation.json").read_text())["samsum"]["comparisons"]["served"]
-    low, high = found["rouge1"]["interval"]
-    assert f"ROUGE-1 {found['rouge1']['difference']:+.1f} [{low:+.1f}, {high:+.1f}]" in output
-    tested_as([3], "_merged")  # the nearest test is the one to compare with
-    output = ask(fake.url)[1]
-    assert f"5 of 6 predictions equal those of {tmp_path}/samsum_predictions_merged.json" in output
-    weights = read(tmp_path, "samsum", "merged")["settings"] | {"adapter": "none", "weights": "b" * 16}
-    (tmp_path / "adapter").mkdir(exist_ok=True)
-    (tmp_path / "adapter" / "run.json").write_text(json.dumps({"run": {"weights": "b" * 16}}))
-    content = read(tmp_path, "samsum", "merged") | {"settings": weights}  # a test of the base alone
-    (tmp_path / "samsum_predictions_merged.json").write_text(json.dumps(content))
-    assert "samsum: it answers as the base without its adapter; 5 of 6" in ask(fake.url)[1]
-    path = tmp_path / "trivia_qa_predictions.json"
-    content = json.loads(path.read_text())
-    content["settings"]["rows"] = "0" * 32  # another build's
-    path.write_text(json.dumps(content))
-    (tmp_path / "trivia_qa_predictions_merged.json").unlink()
-    assert "trivia_qa: as tested" not in ask(fake.url)[1]
+def test_the_last_line_is_the_command_that_counts_equal_predictions(fake, ask, tmp_path, capsys):
+    assert "evaluations.py" not in ask(fake.url)[1]  # nothing was tested here
+    content = read(tmp_path, "samsum")
+    content["examples"][3]["prediction"] = "answer is 1"
+    (tmp_path / "samsum_predictions.json").write_text(json.dumps(content))
+    last = ask(fake.url)[1].rstrip().split("\n")[-1]
+    evaluations.main(shlex.split(last.split("evaluations.py ")[1]))
+    assert "equal predictions of tested and served: 5 of 6" in capsys.readouterr().out
+    found = json.loads((tmp_path / "served" / "evaluation.json").read_text())["samsum"]
+    assert found["equal_predictions"] == [["tested", "served", 5]]
 
 
 def test_swapped_questions_are_asked_into_a_file_of_their_own_and_compared_with_the_local_one(fake, ask, tmp_path):
@@ -484,16 +462,10 @@ def test_swapped_questions_are_asked_into_a_file_of_their_own_and_compared_with_
         (["Paris"], "Rome"),
         (["Rome"], "Paris"),
     ]
-    del content["settings"]["server"]  # as tested here
-    (tmp_path / "trivia_qa_predictions_swapped.json").write_text(json.dumps(content))
     code, output = ask(fake.url, "--swap-answers")
-    assert code == 0 and "2 of 2 predictions equal" in output and "nothing to do" in output
+    assert code == 0 and "nothing to do" in output
     code, output = ask(fake.url, "--name", "tuned-1_swapped")  # that file's own name
     assert code == 2 and "swap answers" in output
-
-
-def content_id(folder, place):
-    return read(folder, "samsum")["examples"][place]["id"]
 
 
 @pytest.mark.parametrize(

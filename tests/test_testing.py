@@ -230,9 +230,9 @@ def test_batches_hold_every_row_once_and_no_more_than_their_budget():
 def test_an_answer_ends_at_the_line_and_keeps_what_shares_its_last_token(chain, out, monkeypatch):
     tokenizer = llama.load_tokenizer(str(chain / "adapter"))
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=1))
-    ends, line_ends = llama.end_tokens(model, tokenizer), tester.line_ends(tokenizer)
+    ends = llama.end_tokens(model, tokenizer)
     assert {tokenizer.convert_tokens_to_ids(t) for t in ("<|end_of_text|>", "<|eot_id|>")} <= ends
-    last = next(i for i in sorted(line_ends) if tokenizer.decode([i]).startswith(".\n"))
+    last = next(i for i in range(len(tokenizer)) if tokenizer.decode([i]).startswith(".\n"))
     name, more = tokenizer([" Lydbrook", " more"], add_special_tokens=False).input_ids
     ids = [*name, last, *more, last]
     monkeypatch.setattr(decoding, "test_rows", lambda model, prompts, *rest: [(1.0, ids) for _ in prompts])
@@ -241,6 +241,64 @@ def test_an_answer_ends_at_the_line_and_keeps_what_shares_its_last_token(chain, 
     assert set(column(out, "trivia_qa", "prediction")) == {"Lydbrook."}
     assert not any(column(out, "trivia_qa", "hit_max_new_tokens"))  # it ended with the last token it was allowed
     assert all(column(out, "samsum", "hit_max_new_tokens"))  # a summary does not end with a line
+
+
+@pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
+@pytest.mark.parametrize(
+    "front, answer",
+    [("\n\n", "Paris"), (" \n \n", "Paris."), ("\n", ". Paris"), ("", "Paris is"), (" ", "Paris")],
+)
+def test_line_ends_in_front_of_an_answer_do_not_end_it(name, front, answer):
+    tokenizer = llama.load_tokenizer(str(FIXTURES / name))
+    ids, behind = (tokenizer(text, add_special_tokens=False).input_ids for text in (front + answer + "\n", "and on"))
+    end_of = tester.answer_end(tokenizer, {tokenizer.eos_token_id}, one_line=True)
+    length = end_of(ids + behind)
+    assert tokenizer.decode(ids[:length]).strip() == answer and "\n" in tokenizer.decode(ids[length - 1 : length])
+    assert all(end_of(ids[:i]) is None for i in range(length))
+    assert end_of([*ids[:1], tokenizer.eos_token_id]) in (1, 2)  # an end token ends it anywhere
+    assert end_of([tokenizer.eos_token_id]) == 1
+    summary = tester.answer_end(tokenizer, {tokenizer.eos_token_id}, one_line=False)
+    assert summary(ids + behind) is None and summary([*ids, tokenizer.eos_token_id]) == len(ids) + 1
+
+
+@ONE
+def test_a_model_that_begins_with_a_line_end_is_read_on_and_empty_predictions_are_counted(chain, out, monkeypatch):
+    """The model's own greedy answers, in front of which each row is made to write two line ends, or only these."""
+    from transformers import LlamaForCausalLM
+
+    assert test(out) == 0
+    plain = column(out, "trivia_qa", "prediction")
+    tokenizer = llama.load_tokenizer(str(chain / "adapter"))
+    [line_end] = tokenizer("\n", add_special_tokens=False).input_ids
+    generate = LlamaForCausalLM.generate
+
+    def after_line_ends(self, ids, **options):
+        """Line ends first; then, where `talks`, what the model writes behind them."""
+        processors = [lambda seen, scores: forced(seen, scores, ids.shape[1])]
+        return generate(self, ids, logits_processor=processors, **options)
+
+    def forced(seen, scores, width):
+        if seen.shape[1] - first[0] < 2 or not talks:
+            scores = scores * 0
+            scores[:, line_end] = 1
+        return scores
+
+    first, talks = [0], True
+
+    def read_rows(*arguments):
+        first[0] = max(map(len, arguments[1]))
+        return whole(*arguments)
+
+    whole = decoding.read_rows
+    monkeypatch.setattr(decoding, "read_rows", read_rows)
+    monkeypatch.setattr(LlamaForCausalLM, "generate", after_line_ends)
+    assert test(out, "--overwrite") == 0
+    assert sum(map(bool, column(out, "trivia_qa", "prediction"))) >= sum(map(bool, plain)) > 0
+    talks = False
+    assert test(out, "--overwrite", "--trivia-qa-max-new-tokens", 20) == 0
+    figures = read(out, "trivia_qa")["perplexity"]["tuned"]
+    rows = len(column(out, "trivia_qa", "prediction"))
+    assert figures["empty_predictions"] == figures["hit_max_new_tokens"] == rows > 0
 
 
 @ONE
