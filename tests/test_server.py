@@ -224,7 +224,9 @@ def test_where_ids_are_refused_the_text_is_sent_and_where_completions_are_the_ch
     assert sorted(answers_asked(fake)) == sorted(json.dumps(row["prompt"]) for row, _, _ in rows.values())
     fake.chat_only, fake.more, fake.seen = True, 9, []
     code, output = ask(fake.url, "--name", "chat")
-    assert code == 0 and {entry["path"] for entry in fake.seen if is_for_an_answer(entry["body"])} == {"/v1/chat/completions"}
+    assert code == 0 and {entry["path"] for entry in fake.seen if is_for_an_answer(entry["body"])} == {
+        "/v1/chat/completions"
+    }
     assert "it puts a chat template around" in output
     code, output = ask(fake.url, "--name", "no", "--server-api", "completions")
     assert code == 2 and "This is a chat model" in output and "--server-api" in output
@@ -238,7 +240,12 @@ def test_a_parameter_that_is_refused_is_left_out_once_and_for_all(refused, fake,
     assert sum(refused in entry["body"] for entry in fake.seen) == 1
     assert len(fake.seen) == 3 + ROWS + 2 + 1  # first tries, answers, tries of log-probabilities, and the refused one
     if refused == "max_tokens":
-        assert {limit(entry["body"]) for entry in fake.seen if "max_completion_tokens" in entry["body"]} == {1, 32, 96, 24}
+        assert {limit(entry["body"]) for entry in fake.seen if "max_completion_tokens" in entry["body"]} == {
+            1,
+            32,
+            96,
+            24,
+        }
     assert all("\n" not in example["prediction"] for example in read(tmp_path, "trivia_qa")["examples"])
 
 
