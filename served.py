@@ -12,19 +12,8 @@ import openai
 
 import common
 import llama
+import predictions
 from common import fail, first_line, say
-from predictions import (
-    MAX_NLL,
-    append_work,
-    examples_done,
-    finished,
-    paths_of,
-    remove_work,
-    show,
-    template_of,
-    work_files,
-    write_predictions,
-)
 from server import ERRORS, NO_ROOM, NoAnswer, Server, is_unicode
 
 # What binds a server's answers, beside its model and the rows: not where it was reached
@@ -158,7 +147,7 @@ class Tested(Server):
             raise NoAnswer(answer.problem + remedy)
         whole = own + self.more if self.same_tokens else FEWEST * own
         if answer.read and answer.read < whole:
-            raise NoAnswer(f"it read {answer.read} tokens of a prompt that has {own}, which it must have cut")
+            raise NoAnswer(f"it read only {answer.read} tokens of the prompt, which it must have cut")
         return answer
 
     def gives_losses(self, row):
@@ -181,12 +170,12 @@ class Tested(Server):
         choice = self.send("/completions", {"prompt": ids} | self.logprobs, options, waits).choice
         try:
             if "echo" in self.logprobs:
-                given = choice.logprobs["token_logprobs"]
+                given = choice["logprobs"]["token_logprobs"]
                 values = given[start : len(ids)] if len(given) in (len(ids), len(ids) + 1) else None
             else:
-                given = choice.prompt_logprobs
+                given = choice["prompt_logprobs"]
                 values = [given[place][str(ids[place])]["logprob"] for place in range(start, len(ids))]
-            sound = all(type(value) in (int, float) and -MAX_NLL < value < 0.01 for value in values)
+            sound = all(type(value) in (int, float) and -predictions.MAX_NLL < value < 0.01 for value in values)
         except (LookupError, TypeError):
             raise NoAnswer("it gives no log-probabilities of the prompt") from None
         if not sound:
@@ -220,7 +209,7 @@ def open_server(args, base, tokenizer):
 
 def ask_rows(served, ask, key, task, rows, path, run):
     """Ask for what is not known under `key` of a task's rows, appending each answer to its work file; the errors."""
-    done = examples_done(path, run)
+    done = predictions.examples_done(path, run)
     undone = [row for row in rows if key not in done.get(row["place"], {})]
     if key == "nll":  # what got no answer is not scored
         undone = [row for row in undone if row["place"] in done]
@@ -229,7 +218,7 @@ def ask_rows(served, ask, key, task, rows, path, run):
     with path.with_name(f".{path.stem}.part0.jsonl").open("a") as file:
 
         def keep(row, known):
-            append_work(file, run, [(row["place"], {"tokens": len(row["completion_ids"])} | known)])
+            predictions.append_work(file, run, [(row["place"], {"tokens": len(row["completion_ids"])} | known)])
 
         return served.ask_all(undone, ask, keep, f"{task} {key}")
 
@@ -244,7 +233,7 @@ def ask_for_losses(served, asked, paths, run):
     with suppress(SystemExit):  # it said that no more come, and the answers count all the same
         for task, rows in asked.items():
             errors += ask_rows(served, served.loss, "nll", task, rows, paths[task], run)
-    missing = sum("nll" not in row for task in asked for row in examples_done(paths[task], run).values())
+    missing = sum("nll" not in row for task in asked for row in predictions.examples_done(paths[task], run).values())
     if missing:
         reason = f" ({served.reasons(errors)})" if errors else ""
         say(f"perplexity: not given for {missing} rows{reason}, so not for their task; the same command asks again "
@@ -253,18 +242,18 @@ def ask_for_losses(served, asked, paths, run):
 
 
 def ask_server(args, base, tokenizer, rows):
-    """Ask the server of args.server for the rows that have no answer yet; the paths of the files, and the errors."""
+    """Ask args.server for the rows that have no answer yet; {task: its predictions file}, and the errors."""
     served = open_server(args, base, tokenizer)
     run = {"server": True, "model": served.model, "adapter": "none", "rows": rows._fingerprint}
-    run["chat_template"] = template_of(tokenizer)
+    run["chat_template"] = predictions.template_of(tokenizer)
     run |= {name: value for name, value in vars(args).items() if name in OF_SERVER}
     name = args.name or re.sub(r"[^\w-]+", "-", Path(served.model).name)
-    paths = paths_of(args.output_dir, name, args.swap_answers)
+    paths = predictions.paths_of(args.output_dir, name, args.swap_answers)
     parts = {task: llama.rows_of(rows, task) for task in paths}
     asked = {}
     for task, path in paths.items():
-        if finished(args, path, run) and not work_files(path):
-            say(f"{path} is finished, by the same settings on the same rows: nothing to do")
+        if predictions.finished(args, path, run) and not predictions.work_files(path):
+            say(f"{path} is predictions.finished, by the same settings on the same rows: nothing to do")
         elif parts[task]:
             asked[task] = rows_to_ask(args, task, parts[task], tokenizer)
     if asked:
@@ -274,7 +263,8 @@ def ask_server(args, base, tokenizer, rows):
         price = counts["prompt_tokens"] * args.server_input_price
         if price := price + counts["completion_tokens"] * args.server_output_price:
             say(f"price: {price / 1e6:,.4g}")
-    return [path for path in paths.values() if path.exists()], errors if asked else []
+    written = {task: path for task, path in paths.items() if common.read_json(path).get("settings") == run}
+    return written, errors if asked else []
 
 
 def ask_tasks(served, asked, parts, paths, run):
@@ -286,11 +276,11 @@ def ask_tasks(served, asked, parts, paths, run):
     say(f"the answers took {time.time() - started:.1f} s")
     missing = ask_for_losses(served, asked, paths, run)
     for task in asked:
-        if examples_done(paths[task], run):
-            write_predictions(task, parts[task], None, paths[task], run, {})
+        if predictions.examples_done(paths[task], run):
+            predictions.write_predictions(task, parts[task], None, paths[task], run, {})
             say(f"wrote {paths[task]}")
         if not errors and not missing:
-            remove_work(paths[task])
+            predictions.remove_work(paths[task])
     if served.refused:
         say(f"options left out, for the server refuses them: {', '.join(sorted(served.refused))}")
     if errors:
@@ -299,22 +289,22 @@ def ask_tasks(served, asked, parts, paths, run):
     return errors
 
 
-def compare_by(args, paths):
-    """The command that says how many of the server's predictions equal those of the test in OUTPUT_DIR, or None."""
-    files = []
-    for path, tested in zip(paths, paths_of(args.output_dir, "", args.swap_answers).values(), strict=False):
-        files += [f"tested={tested}", f"served={path}"] if tested.exists() and not args.swap_answers else []
+def comparison(args, paths):
+    """The command that says how many of the server's predictions equal those of the test in OUTPUT_DIR; or None."""
+    local = predictions.paths_of(args.output_dir)
+    files = [f"{name}={path[task]}" for task in paths if local[task].exists()
+             for name, path in (("tested", local), ("served", paths))]  # fmt: skip
     command = ["python", "evaluations.py", "--predictions", *files, "--output-dir", f"{args.output_dir}/served"]
-    return shlex.join(command) if files else None
+    return shlex.join(command) if files and not args.swap_answers else None
 
 
 def test_server(args, base, tokenizer, rows, prompts):
-    """Ask for the rows and show what came; exit 1 where answers are missing."""
+    """Ask for the rows and predictions.show what came; exit 1 where answers are missing."""
     with common.only_run_in(args.output_dir):
         paths, errors = ask_server(args, base, tokenizer, rows)
     if paths:
-        show([common.read_json(path) for path in paths], prompts)
-        if command := compare_by(args, paths):
+        predictions.show([common.read_json(path) for path in paths.values()], prompts)
+        if command := comparison(args, paths):
             say(f"\nhow many predictions equal those of the local test: {command}")
     if errors:
         raise SystemExit(1)

@@ -7,13 +7,13 @@ import os
 import re
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Annotated, Any
+from typing import NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import openai
-from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, ValidationError
 
 from common import fail, first_line, progress, say
 
@@ -49,63 +49,15 @@ ERRORS = (openai.APIError, NoAnswer)  # why a request has no answer
 OF_ONE_REQUEST = (NoAnswer, openai.BadRequestError, openai.UnprocessableEntityError)  # says nothing of the others
 
 
-def count_or_none(value):
-    return value if type(value) is int and value >= 0 else None
-
-
-def dict_or_empty(value):
-    return value if isinstance(value, dict) else {}
-
-
-def text_of(content):
-    """The text of a message's content, which may be a list of parts."""
-    if not isinstance(content, list):
-        return content
-    return "".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
-
-
-Count = Annotated[int | None, BeforeValidator(count_or_none)]
-Text = Annotated[str | None, BeforeValidator(text_of)]
-
-
-class Usage(BaseModel):
-    """Tokens read and written: information, so that any form is taken, and what cannot be read is None."""
-
-    read: Count = Field(None, validation_alias=AliasChoices("prompt_tokens", "input_tokens"))
-    written: Count = Field(None, validation_alias=AliasChoices("completion_tokens", "output_tokens"))
-
-
-class Message(BaseModel):
-    content: Text = None
-    refusal: Any = None
-    reasoning_content: Any = None
-    reasoning: Any = None
-
-
-class Choice(BaseModel):
-    text: Text = None
-    message: Message | None = None
-    finish_reason: Any = None
-    error: Any = None
-    logprobs: Any = None
-    prompt_logprobs: Any = None
-
-
-class Reply(BaseModel):
-    choices: list[Choice] = Field(min_length=1)
-    error: Any = None
-    usage: Annotated[Usage, BeforeValidator(dict_or_empty)] = Usage()
-
-
-class Answer(BaseModel):
+class Answer(NamedTuple):
     """What a server says, checked. `text` counts only where `problem`, why it is no answer, is empty."""
 
     text: str
     problem: str
     cut_off: bool  # by the limit of its tokens
-    read: int | None  # tokens of the prompt, as the server counts them
+    read: int | None  # tokens of the prompt, as the server counts them; None: not known
     written: int | None
-    choice: Choice
+    choice: dict
 
 
 def read_answer(reply, hide=str):
@@ -113,31 +65,42 @@ def read_answer(reply, hide=str):
 
     hide: takes the key out of a text.
     """
-    try:
-        checked = Reply.model_validate(reply)
-    except ValidationError:
-        raise NoAnswer(f"its answer is not of OpenAI's protocol: {hide(str(reply))[:60]!r}") from None
-    choice, message = checked.choices[0], checked.choices[0].message or Message()
-    text = choice.text if choice.message is None else message.content
-    reason = re.sub("[^a-z]", "", str(choice.finish_reason).rpartition(".")[2].lower())
-    whole, cut_off = reason in WHOLE, reason in CUT_OFF
+    choices = as_dict(reply).get("choices")
+    choice = as_dict(choices[0] if isinstance(choices, list) and choices else None)
+    message = as_dict(choice.get("message"))
+    text = message.get("content") if message else choice.get("text")
+    if isinstance(text, list):  # of parts
+        text = "".join(str(as_dict(part).get("text", "")) for part in text)
+    if not choice or not isinstance(text, str | None):
+        raise NoAnswer(f"its answer is not of OpenAI's protocol: {hide(str(reply))[:60]!r}")
     answer, thoughts = without_thoughts(hide(text or ""))
-    thoughts = thoughts or message.reasoning_content or message.reasoning
+    thoughts = thoughts or message.get("reasoning_content") or message.get("reasoning")
+    reason = re.sub("[^a-z]", "", str(choice.get("finish_reason")).rpartition(".")[2].lower())
     problem = ""
-    if error := checked.error or choice.error:
+    if error := reply.get("error") or choice.get("error"):
         problem = f"it reports an error: {hide(str(error))[:100]}"
-    elif message.refusal:
-        problem = f"it refuses: {hide(str(message.refusal))[:100]}"
-    elif not whole and not cut_off:
-        problem = f"its answer ended by {hide(str(choice.finish_reason))[:40]}"
-    elif (thoughts and not answer.strip()) or (cut_off and not answer):
+    elif message.get("refusal"):
+        problem = f"it refuses: {hide(str(message['refusal']))[:100]}"
+    elif reason not in (*WHOLE, *CUT_OFF):
+        problem = f"its answer ended by {hide(str(choice.get('finish_reason')))[:40]}"
+    elif (thoughts and not answer.strip()) or (reason in CUT_OFF and not answer):
         problem = NO_ROOM
     elif text is None:
         problem = "its answer has no text"
     elif not is_unicode(text):
         problem = "its answer has half a character"
-    used = checked.usage
-    return Answer(text=answer, problem=problem, cut_off=cut_off, read=used.read, written=used.written, choice=choice)
+    return Answer(answer, problem, reason in CUT_OFF, *tokens_of(as_dict(reply.get("usage"))), choice)
+
+
+def as_dict(value):
+    return value if isinstance(value, dict) else {}
+
+
+def tokens_of(usage):
+    """Tokens read and written, by either of their names; None where that is no number: information costs no answer."""
+    for names in (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens")):
+        counts = [usage[name] for name in names if type(usage.get(name)) is int and usage[name] >= 0]
+        yield counts[0] if counts else None
 
 
 def without_thoughts(text):
@@ -193,12 +156,12 @@ class Server:
         self.places, self.lock = threading.Semaphore(concurrency), threading.Lock()
         self.sent, self.usages = [], []  # threads may append to a list
         self.refused, self.accepted = set(), set()  # options, by what the server has said so far
-        self.answered = 0  # requests
+        self.answered, self.answered_at, self.timeout = 0, time.monotonic(), timeout
         self.silent_until, self.stopping = 0.0, threading.Event()
 
     def send(self, path, asked, options, waits=None):
         """The Answer to what is `asked` with those of the `options` that the server takes; raises ERRORS."""
-        dropped, waits, tries, answered = set(self.refused), WAITS if waits is None else waits, 0, self.answered
+        dropped, waits, tries = set(self.refused), WAITS if waits is None else waits, 0
         while True:
             taken = with_a_limit(options, dropped)
             try:
@@ -210,31 +173,37 @@ class Server:
                     raise
                 dropped |= unknown
             except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError) as error:
-                if isinstance(error, openai.RateLimitError) and self.answered > answered:
-                    tries, answered = 0, self.answered  # busy with others' requests: this one's turn comes
-                if may_be_at_work(error) or tries == len(waits) or not self.wait(error, waits[tries]):
+                if not self.wait(error, waits, tries):
                     raise
                 tries += 1
         with self.lock:
             self.accepted |= taken.keys()
             self.refused |= dropped - self.accepted  # what it took once it only refused in one row
             self.answered += 1
+            self.answered_at = time.monotonic()
             self.usages.append((answer.read or 0, answer.written or 0))
         return answer
 
-    def wait(self, error, seconds):
-        """Wait before a request is sent again, all of them for as long as the server asks; False: do not send it."""
+    def wait(self, error, waits, tries):
+        """Wait before a request is sent again, all requests for as long as the server asks; False: do not send it.
+
+        A server that is busy with other requests is asked again as long as it answers any.
+        """
+        now = time.monotonic()
+        patient = now - max(self.answered_at, self.silent_until) < self.timeout
+        limited = isinstance(error, openai.RateLimitError) and "insufficient_quota" not in str(error)
+        if may_be_at_work(error) or not waits or not (patient if limited else tries < len(waits)):
+            return False
         headers = error.response.headers if isinstance(error, openai.APIStatusError) else None
         asked_for = self.client._parse_retry_after_header(headers) or 0  # reads Retry-After's forms
         if asked_for > LONGEST_WAIT:
             return False
         with self.lock:
-            silent_until = time.monotonic() + asked_for
-            if silent_until > self.silent_until + 1:
+            if asked_for > 1 and now + asked_for > self.silent_until + 1:
                 say(f"{self.name} asks to wait for {asked_for:.0f} s")
-            if silent_until > self.silent_until:  # NaN is not
-                self.silent_until = silent_until
-        return not self.stopping.wait(seconds)
+            if now + asked_for > self.silent_until:  # NaN is not
+                self.silent_until = now + asked_for
+        return not self.stopping.wait(waits[min(tries, len(waits) - 1)])
 
     def post(self, path, body):
         """Send a request when there is a place for it. One that timed out keeps its own: fewer go at once then."""
@@ -296,14 +265,8 @@ class Server:
 
     def reasons(self, errors):
         """Why requests got no answer, in a line: the most frequent reasons, with how many requests had each."""
-        found = {}
-        for reason in map(self.why, errors):
-            found.setdefault(re.sub(r"\d+", "", reason), []).append(reason)  # alike but for their numbers
-        alike = sorted(found.values(), key=len, reverse=True)
-        if len(alike) == 1:
-            return alike[0][0]
-        more = [f"{len(alike) - 3} other reasons"] if len(alike) > 3 else []
-        return "; ".join([f"{len(reasons)} times: {reasons[0]}" for reasons in alike[:3]] + more)
+        often = Counter(map(self.why, errors)).most_common(3)
+        return "; ".join(f"{reason} ({count} times)" if len(errors) > count else reason for reason, count in often)
 
     def counts(self):
         """{"requests", "prompt_tokens", "completion_tokens"} of all that was sent."""
@@ -347,10 +310,10 @@ def unknown_options(error, taken):
 
 def refusal_of(error):
     """The words of a refusal, without its status and without the value that FastAPI repeats."""
-    body = dict_or_empty(error.body)
+    body = as_dict(error.body)
     details = body.get("detail")
     if isinstance(details, list):
-        return "\n".join(f"{dict_or_empty(part).get('msg')}: {dict_or_empty(part).get('loc')}" for part in details)
+        return "\n".join(f"{part.get('msg')}: {part.get('loc')}" for part in map(as_dict, details))
     message = body.get("message") or details or error.response.text
     return f"{message} ({body.get('param') or ''})"
 

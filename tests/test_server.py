@@ -35,6 +35,8 @@ class Fake(ThreadingHTTPServer):
         self.takes_ids, self.chat_only, self.refuses, self.logprobs, self.more = True, False, (), None, 0
         self.trouble = lambda prompt, times: None  # or (status, message), or "close"
         self.finish, self.fastapi = "stop", False
+        self.reads, self.thoughts, self.front, self.silent = None, "", "", False
+        self.last, self.odd = lambda asked: "", {}
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -54,10 +56,13 @@ class Fake(ThreadingHTTPServer):
             told = f"Unsupported parameter: '{named[0]}'"
             return 400, {"detail": told} if self.fastapi else {"error": {"message": told}}
         ids = prompt if isinstance(prompt, list) else self.tokenizer(prompt).input_ids + [0] * self.more
-        text = f" {says(ids)} \nand on"
+        text = "" if self.silent else f"{self.front} {says(ids)} \nand on{self.last(json.dumps(ids))}"
+        finish = self.finish
+        if self.thoughts != "":  # which take 200 tokens
+            text, finish = ((self.thoughts or "") + text, finish) if limit(body) > 200 else ("", "length")
         if "stop" in body:
             text = text.split("\n")[0]
-        choice = {"finish_reason": self.finish} | ({"message": {"content": text}} if chat else {"text": text})
+        choice = {"finish_reason": finish} | ({"message": {"content": text}} if chat else {"text": text})
         if "prompt_logprobs" in body and self.logprobs == "vllm":
             given = [{str(token): {"logprob": logprob(token)}, "1": {"logprob": 0.0}} for token in ids]
             choice["prompt_logprobs"] = [None] + [
@@ -65,7 +70,12 @@ class Fake(ThreadingHTTPServer):
             ]
         if body.get("echo") and self.logprobs == "echo":
             choice["logprobs"] = {"token_logprobs": [None, *map(logprob, ids[1:]), -9.0]}
-        usage = {"prompt_tokens": len(ids), "completion_tokens": 5, "total_tokens": 0}
+        if json.dumps(ids) in self.odd:  # of the last token
+            for values in (choice.get("prompt_logprobs"), choice.get("logprobs", {}).get("token_logprobs")):
+                if values:
+                    value = self.odd[json.dumps(ids)]
+                    values[len(ids) - 1] = {str(ids[-1]): {"logprob": value}} if self.logprobs == "vllm" else value
+        usage = {"prompt_tokens": min(len(ids), self.reads or len(ids)), "completion_tokens": 5, "total_tokens": 0}
         return 200, {"choices": [choice], "usage": usage}
 
 
@@ -88,13 +98,15 @@ class Handler(BaseHTTPRequestHandler):
         if trouble == "close":
             self.connection.shutdown(socket.SHUT_RDWR)
         elif trouble:
-            self.reply(trouble[0], {"error": {"message": trouble[1]}})
+            self.reply(trouble[0], {"error": {"message": trouble[1]}}, *trouble[2:])
         else:
             self.reply(*fake.answer(self.path, body))
 
-    def reply(self, status, content):
+    def reply(self, status, content, headers=()):
         content = json.dumps(content).encode()
         self.send_response(status)
+        for name, value in dict(headers).items():
+            self.send_header(name, value)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -256,6 +268,175 @@ def test_what_a_server_says_in_another_form_than_openais_is_read_and_told(fake, 
     fake.refuses = ("model",)
     code, output = ask(fake.url, "--name", "other")
     assert code == 2 and "Unsupported parameter: 'model'" in output
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    ["'max_tokens' or 'max_completion_tokens' is too large: {max}. This model's maximum context length is 9 tokens.",
+     "max_tokens={max} cannot be greater than 16", "This model does not support max_tokens above 16",
+     "Prompt is too long: lower max_tokens"],
+)  # fmt: skip
+def test_a_refusal_of_a_value_costs_its_row_alone(refusal, fake, ask, rows, tmp_path):
+    long = max((json.dumps(prompt) for _, prompt, _ in rows.values()), key=len)
+
+    def trouble(body, times):
+        if is_for_an_answer(body) and json.dumps(body["prompt"]) == long:
+            return 400, refusal.format(max=limit(body))
+
+    fake.trouble = trouble
+    code, output = ask(fake.url)
+    assert code == 1 and "1 requests got no answer (BadRequestError" in output and "options left out" not in output
+    assert all("max_tokens" in entry["body"] for entry in fake.seen)
+    assert sum(len(read(tmp_path, task)["left_out"]) for task in TASKS) == 1
+
+
+def test_an_option_refused_in_one_row_is_asked_again_with_the_next(fake, ask, rows):
+    odd = [json.dumps(prompt) for row_id, (_, prompt, _) in rows.items() if row_id.startswith("trivia_qa")][2]
+
+    def trouble(body, times):
+        if is_for_an_answer(body) and json.dumps(body["prompt"]) == odd and "stop" in body:
+            return 400, "Unsupported parameter: 'stop'"
+
+    fake.trouble = trouble
+    code, output = ask(fake.url, "--server-concurrency", 1)
+    assert code == 0 and "options left out" not in output
+    without = [entry for entry in fake.seen if limit(entry["body"]) == 24 and "stop" not in entry["body"]]
+    assert [entry["asked"] for entry in without] == [odd]
+
+
+def test_one_limit_of_tokens_is_always_sent(fake, ask):
+    fake.refuses = ("max_tokens", "max_completion_tokens")
+    code, output = ask(fake.url)
+    assert code == 2 and "gives no answers (BadRequestError" in output
+    assert all(limit(entry["body"]) for entry in fake.seen)
+
+
+def test_a_prompt_that_the_server_has_cut_has_no_answer(fake, ask, rows, tmp_path):
+    whole = sorted(len(prompt) for row_id, (_, prompt, _) in rows.items() if row_id.startswith("samsum"))[3]
+    fake.reads = whole
+    code, output = ask(fake.url)
+    assert code == 1 and f" requests got no answer (it read only {whole} tokens of the prompt" in output
+    kept = {one["id"] for task in TASKS for one in read(tmp_path, task)["examples"]}
+    assert kept == {row_id for row_id, (_, prompt, _) in rows.items() if len(prompt) <= whole}
+
+
+@pytest.mark.parametrize(
+    "thoughts", ["<think>\nLet me see,\nonce.</think>\n\n", "Let me see,\nonce.\n</think>\n", None]
+)
+def test_a_model_that_thinks_needs_room_and_its_thoughts_are_no_prediction(thoughts, fake, ask, rows, tmp_path):
+    fake.thoughts, fake.chat_only = thoughts, True
+    code, output = ask(fake.url)
+    assert code == 1 and "12 requests got no answer (its tokens went into thoughts" in output
+    assert "--server-thought-tokens" in output and not list(tmp_path.glob("*.json"))
+    code, output = ask(fake.url, "--server-thought-tokens", 300, "--samsum-max-new-tokens", 3)
+    assert code == 0
+    tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tiny_llama3")
+    for example in read(tmp_path, "trivia_qa")["examples"]:
+        assert example["prediction"] == says(rows[example["id"]][1])
+    for example in read(tmp_path, "samsum")["examples"]:  # of its own limit, without the room for thoughts
+        words = says(rows[example["id"]][1])
+        assert words.startswith(example["prediction"]) and example["hit_max_new_tokens"]
+        assert len(tokenizer(example["prediction"], add_special_tokens=False).input_ids) == 3
+
+
+def test_an_answer_behind_a_line_end_is_read_and_an_empty_one_counted(fake, ask, rows, tmp_path):
+    fake.front = "\n \n"
+    code, output = ask(fake.url)
+    assert code == 0 and "trivia_qa empty_predictions                    0" in output
+    for example in read(tmp_path, "trivia_qa")["examples"]:
+        assert example["prediction"] == says(rows[example["id"]][1])
+    fake.front, fake.silent = "", True
+    assert ask(fake.url, "--name", "silent")[0] == 0
+    assert [read(tmp_path, task, "silent")["perplexity"]["tuned"]["empty_predictions"] for task in TASKS] == [6, 6]
+
+
+def test_half_a_character_is_no_answer_and_costs_no_other(fake, ask, rows, tmp_path):
+    half = [json.dumps(prompt) for row_id, (_, prompt, _) in rows.items() if row_id.startswith("samsum")][1]
+    fake.last = lambda asked: "\ud83d" if asked == half else ""
+    code, output = ask(fake.url)
+    assert code == 1 and "1 requests got no answer (its answer has half a character)" in output
+    fake.last = lambda asked: ""
+    assert ask(fake.url)[0] == 0 and [len(read(tmp_path, task)["examples"]) for task in TASKS] == [6, 6]
+
+
+@pytest.mark.parametrize("kind", ["vllm", "echo"])
+@pytest.mark.parametrize("odd", [float("nan"), -math.inf, -9999, None, "x", True, 0.5])
+def test_what_is_no_log_probability_gives_its_row_no_perplexity(kind, odd, fake, ask, rows, tmp_path, monkeypatch):
+    fake.logprobs = kind
+    row = [row for row_id, row in rows.items() if row_id.startswith("samsum")][3]
+    fake.odd = {json.dumps(row[1] + row[2]): odd}
+    code, output = ask(fake.url)
+    assert code == 0 and "perplexity: not given for 1 rows (a token of the completion has no log-prob" in output
+    assert "perplexity" not in read(tmp_path, "samsum")["perplexity"]["tuned"]
+    assert read(tmp_path, "trivia_qa")["perplexity"]["tuned"]["perplexity"] > 1
+    fake.odd = {}
+    assert ask(fake.url)[0] == 0 and read(tmp_path, "samsum")["perplexity"]["tuned"]["perplexity"] > 1
+
+
+def test_the_work_goes_on_at_another_port(fake, ask, tmp_path):
+    fake.trouble = lambda body, times: (500, "down") if len(answers_asked(fake)) > 5 else None
+    assert ask(fake.url, "--server-concurrency", 1)[0] == 2
+    other = Fake()
+    assert ask(other.url)[0] == 0 and len(answers_asked(other)) == ROWS - 5
+    assert ask(fake.url)[0] == 0  # finished
+    other.shutdown()
+    other.server_close()
+
+
+@pytest.mark.parametrize("header, seconds", [("Retry-After", "0.4"), ("retry-after-ms", "400")])
+def test_a_server_that_names_a_time_is_left_alone_for_it_by_all(header, seconds, fake, ask):
+    refused, asked = [], []
+
+    def trouble(body, times):
+        now = time.monotonic()
+        if is_for_an_answer(body) and len(asked) == 4 and not refused:
+            refused.append(now)
+            return 429, "slow down", {header: seconds}
+        asked.extend([now] if is_for_an_answer(body) else [])
+
+    fake.trouble = trouble
+    code, output = ask(fake.url, "--server-concurrency", 2)
+    assert code == 0 and len(asked) == ROWS
+    # a request may have been under way
+    assert sum(refused[0] + 0.05 < moment < refused[0] + 0.39 for moment in asked) == 0
+
+
+def test_a_server_that_asks_for_too_long_a_time_is_not_waited_for(fake, ask):
+    fake.trouble = lambda body, times: (429, "come back tomorrow", {"Retry-After": "86400"})
+    code, output = ask(fake.url)
+    assert code == 2 and "come back tomorrow" in output and len(fake.seen) == 1
+
+
+def test_a_server_that_takes_one_at_a_time_answers_all(fake, ask):
+    busy = threading.Lock()
+
+    def trouble(body, times):
+        if not busy.acquire(blocking=False):
+            return 429, "one at a time"
+        time.sleep(0.1)
+        busy.release()
+
+    fake.trouble = trouble
+    code, output = ask(fake.url)
+    assert code == 0, output
+
+
+@pytest.mark.parametrize(
+    "variable, value",
+    [("HTTP_PROXY", "socks5://127.0.0.1:1"), ("ALL_PROXY", "socks://x:1"), ("HTTPS_PROXY", "host:80:80"),
+     ("SSL_CERT_FILE", "/nowhere/x.pem"), ("SSL_CERT_FILE", __file__), ("OPENAI_ORG_ID", "Zürich")],
+)  # fmt: skip
+def test_a_variable_that_the_client_cannot_use_is_named(variable, value, fake, ask, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    code, output = ask(fake.url)
+    assert code == 2 and variable in output and output.count("error: ") == 1 and not fake.seen
+
+
+def test_a_proxy_between_is_named_where_no_answer_comes(fake, ask, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("HTTP_PROXY", "http://user:secret@127.0.0.1:9")
+    code, output = ask(fake.url)
+    assert code == 2 and "through the proxy of HTTP_PROXY" in output and "secret" not in output
 
 
 @pytest.mark.parametrize("died", ["close", (401, f"no {KEY}"), (500, "out of memory")])

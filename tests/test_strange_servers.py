@@ -92,10 +92,11 @@ def reply(rng, text, chat, tokens, cut):
 
 
 class Strange(Fake):
-    """Replies by the seed until it is mended; `last`: whether its last reply to each prompt was an answer."""
+    """Replies by the seed until it is mended; `were_answers`: whether its last reply to each prompt was an answer."""
 
     def __init__(self, seed, mended=False):
-        self.rng, self.mended, self.last, self.judges = random.Random(seed), mended, {}, False
+        self.rng, self.mended = random.Random(seed), mended
+        self.were_answers, self.judges = {}, False
         self.first_are_good = self.rng.random() < 0.8
         super().__init__()
         self.RequestHandlerClass = StrangeHandler
@@ -122,7 +123,7 @@ class Strange(Fake):
             cut = tokens - 1 if self.first_are_good else tokens // 5
             counts, sent = reply(self.rng, text, chat, tokens, cut)
         if not first:
-            self.last[asked] = counts
+            self.were_answers[asked] = counts
         return sent
 
 
@@ -173,7 +174,7 @@ def test_rows_are_scored_by_the_answers_that_came_and_the_same_command_gets_the_
     if code == 2:
         assert "gives no answers (" in output and not found
     else:
-        answered = {asked for asked, counts in strange.last.items() if counts}
+        answered = {asked for asked, counts in strange.were_answers.items() if counts}
         assert found.keys() == answered and (code == 1) == (len(answered) < 12), output
     assert all(text == says(json.loads(asked)) for asked, text in found.items())
     strange.mended = True
@@ -193,7 +194,7 @@ def test_judgements_are_those_that_came_and_the_same_command_gets_the_others(str
     if code == 0:
         scores = report["trivia_qa"]["per_example"]
         given = sum(score is not None for system in scores.values() for score in system["judge"])
-        assert given == sum(strange.last.values()) and report["trivia_qa"]["judge"]["unanswered"] == 16 - given
+        assert given == sum(strange.were_answers.values()) and report["trivia_qa"]["judge"]["unanswered"] == 16 - given
         assert given == 16 or "the same command asks for them again" in output
     strange.mended = True
     code, output, report = judge(strange.url)
