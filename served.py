@@ -14,7 +14,7 @@ import common
 import llama
 import predictions
 from common import fail, first_line, say
-from server import ERRORS, NO_ROOM, NoAnswer, Server, is_unicode
+from server import ERRORS, NO_ROOM, NoAnswer, Server, as_dict, is_unicode
 
 # What binds a server's answers, beside its model and the rows: not where it was reached
 OF_SERVER = ("server_api", "server_max_examples", "server_thought_tokens", "swap_answers")
@@ -290,12 +290,16 @@ def ask_tasks(served, asked, parts, paths, run):
 
 
 def comparison(args, paths):
-    """The command that says how many of the server's predictions equal those of the test in OUTPUT_DIR; or None."""
-    local = predictions.paths_of(args.output_dir)
-    files = [f"{name}={path[task]}" for task in paths if local[task].exists()
-             for name, path in (("tested", local), ("served", paths))]  # fmt: skip
-    command = ["python", "evaluations.py", "--predictions", *files, "--output-dir", f"{args.output_dir}/served"]
-    return shlex.join(command) if files and not args.swap_answers else None
+    """The command that compares the server's predictions with those of all other tests of the same rows."""
+    command = ["python", "evaluations.py", "--output-dir", f"{args.output_dir}/served", "--predictions"]
+    for task, path in paths.items():
+        wanted = {name: common.read_json(path)["settings"].get(name) for name in ("rows", "swap_answers")}
+        for file in sorted(Path(args.output_dir).glob(f"{task}_predictions*.json")):
+            settings = as_dict(common.read_json(file).get("settings"))
+            if wanted == {name: settings.get(name) for name in wanted}:
+                name = file.stem.partition("_predictions")[2].strip("_")
+                command.append(f"{name or 'tested'}={file}")
+    return shlex.join(command)
 
 
 def test_server(args, base, tokenizer, rows, prompts):
@@ -304,7 +308,7 @@ def test_server(args, base, tokenizer, rows, prompts):
         paths, errors = ask_server(args, base, tokenizer, rows)
     if paths:
         predictions.show([common.read_json(path) for path in paths.values()], prompts)
-        if command := comparison(args, paths):
-            say(f"\nhow many predictions equal those of the local test: {command}")
+        if not args.swap_answers:  # evaluations.py scores those beside the plain ones
+            say(f"\nhow many predictions are equal to those of other tests: {comparison(args, paths)}")
     if errors:
         raise SystemExit(1)

@@ -122,9 +122,8 @@ def compared(chain, name, against):
     timed([sys.executable, "evaluations.py", "--predictions", *named, "--output-dir", output], f"{output}.txt")
     evaluation, found = json.loads((output / "evaluation.json").read_text()), {"against": against, "tasks": {}}
     contents = {task: [json.loads(path.read_text()) for path in pair] for task, pair in files.items()}
-    for task, (tested, served) in contents.items():
-        known = {example["id"]: example["prediction"] for example in tested["examples"]}
-        equal = sum(known[example["id"]] == example["prediction"] for example in served["examples"])
+    for task, (_, served) in contents.items():
+        [(_, _, equal)] = evaluation[task]["equal_predictions"]
         part = found["tasks"][task] = {"rows": len(served["examples"]), "equal": equal, "scores": {}}
         part["perplexity"] = served["perplexity"]["tuned"].get("perplexity")
         for metric in SCORES[task]:

@@ -622,15 +622,19 @@ def test_no_more_examples_than_asked_for(fake, ask, rows, tmp_path):
 
 
 def test_the_last_line_is_the_command_that_counts_equal_predictions(fake, ask, tmp_path, capsys):
-    assert "evaluations.py" not in ask(fake.url)[1]  # nothing was tested here
+    assert ask(fake.url)[0] == 0
     content = read(tmp_path, "samsum")
     content["examples"][3]["prediction"] = "answer is 1"
+    (tmp_path / "samsum_predictions_mine 1.json").write_text("{}")  # not of these rows
     (tmp_path / "samsum_predictions.json").write_text(json.dumps(content))
+    content["examples"][4]["prediction"] = "answer is 1"
+    (tmp_path / "samsum_predictions_merged.json").write_text(json.dumps(content))
     last = ask(fake.url)[1].rstrip().split("\n")[-1]
     evaluations.main(shlex.split(last.split("evaluations.py ")[1]))
-    assert "equal predictions of tested and served: 5 of 6" in capsys.readouterr().out
+    assert "equal predictions of tested and merged: 5 of 6" in capsys.readouterr().out
     found = json.loads((tmp_path / "served" / "evaluation.json").read_text())["samsum"]
-    assert found["equal_predictions"] == [["tested", "served", 5]]
+    expected = [["tested", "merged", 5], ["tested", "tuned-1", 5], ["merged", "tuned-1", 4]]
+    assert found["equal_predictions"] == expected
 
 
 def test_swapped_questions_are_asked_into_a_file_of_their_own_and_compared_with_the_local_one(fake, ask, tmp_path):
