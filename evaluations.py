@@ -20,7 +20,6 @@ Writes: OUTPUT_DIR/evaluation.html and evaluation.json, which holds every number
 """
 
 import json
-import os
 import re
 import sys
 import tempfile
@@ -494,8 +493,8 @@ def main(argv=None):
         fail("swapped questions are told beside the plain ones: give the files of those, too")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):  # known before a judge is paid
-        fail(f"cannot write to {folder}: give another --output-dir")
+    with tempfile.NamedTemporaryFile(dir=folder):  # an OSError, if any, before a judge is paid
+        pass
     judged, counts = {}, {}
     if args.judge_model:
         import judge

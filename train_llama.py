@@ -290,7 +290,6 @@ def make_trainer(args, model, tokenizer, train, validation, run=None, seconds=0.
 
 def train_until_done(trainer, checkpoint):
     """Run trainer.train, from the folder of a checkpoint or None; what ends it early ends the script in a sentence."""
-    import torch
     from transformers import TrainerState
 
     from trainer import catch_signals, out_of_patience
@@ -303,8 +302,11 @@ def train_until_done(trainer, checkpoint):
     catch_signals(trainer)
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except torch.OutOfMemoryError as error:
-        fail(f"out of GPU memory ({first_line(error)}): {SAVERS}", in_any_process=True)
+    except Exception as error:
+        if not common.out_of_memory(error):
+            raise
+        where = "GPU memory" if "CUDA" in str(error) else "memory"
+        fail(f"out of {where} ({first_line(error)}): {SAVERS}", in_any_process=True)
     state = trainer.state
     if trainer.stop_signal and state.global_step < state.max_steps:
         say(f"stopped at step {state.global_step} of {state.max_steps}: the same command goes on from there")
@@ -379,10 +381,13 @@ def save_adapter(args, tokenizer, trainer, run):
     log = log_lines(trainer.state.log_history)
     with common.whole_folder(output / "adapter") as fresh:
         for name in ("adapter_model.safetensors", "adapter_config.json"):
-            shutil.copy(best / name, fresh)
+            shutil.copyfile(best / name, fresh / name)  # without its mode, which some mounts cannot set
         tokenizer.save_pretrained(fresh)
         (fresh / "log.jsonl").write_text(log)
-        draw_loss([json.loads(line) for line in log.splitlines()], run["best_step"], fresh / "loss.png")
+        try:
+            draw_loss([json.loads(line) for line in log.splitlines()], run["best_step"], fresh / "loss.png")
+        except Exception as error:  # a matplotlibrc that it cannot read, a font that is not here
+            say(f"warning: there is no loss.png, matplotlib cannot draw it ({first_line(error)})")
         run["adapter_sha256"] = common.sha256(fresh / "adapter_model.safetensors")
         (fresh / "run.json").write_text(json.dumps(run, indent=2) + "\n")
 
