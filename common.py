@@ -220,9 +220,11 @@ def script(main):
             raise SystemExit(130) from None
         except Exception as error:
             if out_of_memory(error):
-                whose = "GPU" if "CUDA" in str(error) else "machine"
-                remedy = 'end what else runs there, raise a limit (ulimit -v), or hide a GPU (CUDA_VISIBLE_DEVICES="")'
-                fail(f"the {whose}'s memory is too small ({first_line(error)}): {remedy}", in_any_process=True)
+                whose, remedy = "machine", "raise its limit (ulimit -v, a container's), or take a smaller model"
+                if "CUDA" in str(error):
+                    whose, remedy = "GPU", 'hide it (CUDA_VISIBLE_DEVICES="") to work on the CPU'
+                reason = f"the {whose}'s memory is too small ({first_line(error)})"
+                fail(f"{reason}: end what else runs there, or {remedy}", in_any_process=True)
             if not isinstance(error, OSError):
                 raise
             where = error.filename2 or error.filename
