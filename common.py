@@ -127,8 +127,12 @@ def settle_environment(script):
         remedy = f"unset {' '.join(found)}, or start the script with torchrun or accelerate launch"
         reason = f"the environment speaks of several processes ({', '.join(sizes)}), but not as a launcher does"
         fail(f"{reason}: {remedy}", in_any_process=True)
-    if launched and int(found["WORLD_SIZE"]) > 1 and script not in SEVERAL:
-        fail(f"{script} is one process: start it with python, not with torchrun or accelerate launch")
+    if launched and int(found["WORLD_SIZE"]) > 1:
+        if script not in SEVERAL:
+            fail(f"{script} is one process: start it with python, not with torchrun or accelerate launch")
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # set by hand: left in a shell, they make it wait without a word
+            waiting = "process {RANK} of {WORLD_SIZE} waits for the others at {MASTER_ADDR}:{MASTER_PORT}"
+            print(waiting.format_map(os.environ), file=sys.stderr)
     for name in [name for name in os.environ if name.startswith("ACCELERATE_") or name in found]:
         if not launched or name not in (*found, "ACCELERATE_USE_FSDP"):
             del os.environ[name]
@@ -168,7 +172,7 @@ class Lines(tqdm):
 
     def display(self, msg=None, pos=None):
         if msg is None:  # else tqdm wipes the bar away
-            with suppress(BrokenPipeError):
+            with suppress(OSError):
                 print(self, file=sys.stderr, flush=True)
 
 
@@ -200,8 +204,8 @@ def first_line(error):
 
 def out_of_memory(error):
     """Whether an exception says that memory has ended, a GPU's or the host's: most libraries have no class for it."""
-    known = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-    return known or bool(MEMORY_ENDS.search(str(error)))
+    local = isinstance(error, RuntimeError | ImportError | OSError) or type(error).__name__ == "SafetensorError"
+    return isinstance(error, MemoryError) or (local and bool(MEMORY_ENDS.search(str(error))))  # no server's memory
 
 
 def script(main):

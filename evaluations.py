@@ -33,20 +33,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
+import common
 import significance
 import swap
-from common import (
-    TASKS,
-    check_url,
-    fail,
-    parse_settings,
-    read_json,
-    refuse_another,
-    say,
-    script,
-    versions,
-    write_whole,
-)
+from common import TASKS, check_url, fail, parse_settings, read_json, refuse_another, say, write_whole
 
 # Settings: edit here, or override for one run on the command line.
 PREDICTIONS = ()  # FILE: base and tuned, of test_llama.py; NAME=FILE, NAME@SEED=FILE: another; none: OUTPUT_DIR's
@@ -484,7 +474,7 @@ def print_judge(judge):
         say(f"judged, {judge['examples']} examples, {name}: {beside}; agrees with {agrees}")
 
 
-@script
+@common.script
 def main(argv=None):
     args = parse_args(argv)
     tasks = read_all(args)
@@ -510,7 +500,7 @@ def main(argv=None):
     report |= {
         "training": training,
         "data": read_data(folder, made_from(tasks, "rows"), training),
-        "versions": versions("evaluate", "matplotlib", "numpy", "rouge_score", "sacrebleu"),
+        "versions": common.versions("evaluate", "matplotlib", "numpy", "rouge_score", "sacrebleu"),
         "settings": {**vars(args), "stemmer": True},
     }
     from page import page

@@ -11,11 +11,8 @@ import numpy as np
 from common import first_line, say
 from significance import LOWER_IS_BETTER, by_system
 
-MAIN_SCORE = {
-    "samsum": "rougeLsum",
-    "trivia_qa": "f1",
-    "swapped": "follows_context",
-}  # what the page plots and sorts by
+# what the page plots and sorts by
+MAIN_SCORE = {"samsum": "rougeLsum", "trivia_qa": "f1", "swapped": "follows_context"}
 STYLE = {  # of the figures
     "svg.fonttype": "none",
     "svg.hashsalt": "evaluation",  # the same file every time

@@ -74,18 +74,8 @@ CHOICES = {
 # Small Llamas take about 1e-3, 7B to 13B 2e-4 (QLoRA; Biderman et al. 2024, "LoRA Learns Less and Forgets Less").
 LEARNING_RATES = {1.5e9: 1e-3, 5e9: 5e-4, 20e9: 2e-4, float("inf"): 1e-4}  # up to so many parameters
 # Settings that may differ when a run goes on: they do not touch the weights.
-UNBOUND = [
-    "output_dir",
-    "overwrite",
-    "dry_run",
-    "dry_run_gpu",
-    "dry_run_price",
-    "logging_steps",
-    "save_steps",
-    "save_minutes",
-    "save_total_limit",
-    "report_to",
-]
+UNBOUND = ["output_dir", "overwrite", "dry_run", "dry_run_gpu", "dry_run_price", "logging_steps", "report_to"]
+UNBOUND += ["save_steps", "save_minutes", "save_total_limit"]
 HIDDEN = ("settings", "run", "versions", "git_commit", "adapter_sha256")  # of run.json, not printed at the end
 
 

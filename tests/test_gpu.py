@@ -14,7 +14,6 @@ import test_llama
 import train_llama
 import trainer
 
-
 SECOND = {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
