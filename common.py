@@ -331,9 +331,13 @@ def only_run_in(folder):
             fail(f"{folder} is in use by {holder_of(handle)}: wait for it, or give another --output-dir")
         except OSError:  # a mount that has none; which number it gives differs
             missing.append("locks")
-        with tempfile.NamedTemporaryFile(dir=folder) as file:  # permissions are wrong on some network mounts
-            if not sync(file):
-                missing.append("fsync")
+        with tempfile.TemporaryDirectory(dir=folder) as place:  # what cannot be done fails now, not after the work
+            fresh = Path(place, "fresh")
+            fresh.mkdir()
+            with (fresh / "file").open("w") as file:
+                if not sync(file):
+                    missing.append("fsync")
+            fresh.rename(Path(place, "whole"))
         if missing:
             risk = "start no second run there, and give a command again that a crash of the machine ended"
             say(f"warning: the file system of {folder} has no {' and no '.join(missing)}: {risk}")

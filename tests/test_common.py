@@ -436,21 +436,18 @@ def test_a_disk_that_loses_what_is_written_is_no_mount_without_fsync(number, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_takes_no_file_is_named_before_the_work(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("call, number", [("mkdir", errno.EACCES), ("open", errno.EACCES), ("rename", errno.ENOSYS)])
+def test_a_folder_that_cannot_take_a_result_is_named_before_the_work(call, number, tmp_path, monkeypatch, capsys):
     @common.script
     def main(argv=None):
         with common.only_run_in(tmp_path):
             raise AssertionError("it worked")
 
-    opened = os.open
-
-    def within(path, *more):
-        return refusing(errno.EACCES)() if os.path.dirname(path) == str(tmp_path) else opened(path, *more)
-
-    monkeypatch.setattr(os, "open", within)
+    monkeypatch.setattr(*{"open": (common.Path, "open")}.get(call, (os, call)), refusing(number))
     with pytest.raises(SystemExit) as stopped:
         main()
-    assert stopped.value.code == 2 and "Permission denied" in capsys.readouterr().err
+    assert stopped.value.code == 2 and os.strerror(number) in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_terminal_that_was_closed_ends_no_run(monkeypatch):
