@@ -474,7 +474,8 @@ def main(argv=None):
         }
         rows = []
         for task, (files, _) in sources.items():
-            with processes((args.num_proc or os.cpu_count()) if task == "trivia_qa" else 1) as each:
+            number = args.num_proc or len(os.sched_getaffinity(0))  # CPUs that this process may use
+            with processes(number if task == "trivia_qa" else 1) as each:
                 of_task, report["tasks"][task] = build_task(task, files, args, each)
             print_report(task, report["tasks"][task], of_task["train"][0])
             rows.append(of_task)

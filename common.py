@@ -17,9 +17,12 @@ import math
 import os
 import re
 import shutil
+import signal
 import string
 import subprocess
 import sys
+import tempfile
+import time
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +32,10 @@ from tqdm import tqdm
 
 MANIFEST = "whole.json"  # makes a folder count
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MEMORY_ENDS = re.compile(r"(out of|not enough|allocate) memory|bad_alloc|map segment|start new thread", re.IGNORECASE)
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # torchrun's, and all are numbers
+LAUNCHER = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|(PMI|(OMPI|MV2)_COMM_WORLD)_(RANK|SIZE)")  # that accelerate reads
+SEVERAL = ("train_llama.py", "test_llama.py")  # scripts that may be several processes
 TASKS = ("samsum", "trivia_qa")
 PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
 
@@ -107,17 +114,51 @@ def flag_of(name):
     return f"--{name.lower().replace('_', '-')}"
 
 
+def settle_environment(script):
+    """Make sound what libraries read of the shell; exits 2 where that names processes that no launcher started.
+
+    Types and devices the scripts choose themselves, whatever `accelerate config` was given.
+    """
+    os.environ["MPLBACKEND"] = "agg"  # no window; a notebook's shell names a backend that is not installed here
+    found = {name: value for name, value in os.environ.items() if LAUNCHER.fullmatch(name)}
+    sizes = [name for name, value in found.items() if "SIZE" in name and value.strip() not in ("", "-1", "1")]
+    launched = is_launched()
+    if sizes and not launched:
+        remedy = f"unset {' '.join(found)}, or start the script with torchrun or accelerate launch"
+        reason = f"the environment speaks of several processes ({', '.join(sizes)}), but not as a launcher does"
+        fail(f"{reason}: {remedy}", in_any_process=True)
+    if launched and int(found["WORLD_SIZE"]) > 1:
+        if script not in SEVERAL:
+            fail(f"{script} is one process: start it with python, not with torchrun or accelerate launch")
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # set by hand: left in a shell, they make it wait without a word
+            waiting = "process {RANK} of {WORLD_SIZE} waits for the others at {MASTER_ADDR}:{MASTER_PORT}"
+            print(waiting.format_map(os.environ), file=sys.stderr)
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_") or name in found]:
+        if not launched or name not in (*found, "ACCELERATE_USE_FSDP"):
+            del os.environ[name]
+
+
+def is_launched():
+    """Whether all is there that torchrun and its like set, and makes sense."""
+    try:
+        numbers = {"LOCAL_WORLD_SIZE": 1} | os.environ
+        rank, local_rank, size, _, _ = (int(numbers[name]) for name in LAUNCHED)
+    except (KeyError, ValueError):
+        return False
+    return "MASTER_ADDR" in os.environ and 0 <= rank < size and 0 <= local_rank < size
+
+
 def is_main():
     """Whether this process is the only one or the first of several: it alone prints and writes."""
-    return os.environ.get("RANK", "0") == "0"
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def say(message=""):
-    """Print on the main process; a reader of the pipe that went away (`| head`) does not end the run."""
+    """Print on the main process; a reader that went away (`| head`, a closed terminal) ends no run."""
     if is_main():
         try:
             print(message, flush=True)
-        except BrokenPipeError:
+        except OSError:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
@@ -131,7 +172,7 @@ class Lines(tqdm):
 
     def display(self, msg=None, pos=None):
         if msg is None:  # else tqdm wipes the bar away
-            with suppress(BrokenPipeError):
+            with suppress(OSError):
                 print(self, file=sys.stderr, flush=True)
 
 
@@ -146,13 +187,25 @@ def fail(message, in_any_process=False):
 
     in_any_process: for what only one of several processes may have met.
     """
-    if is_main() or in_any_process:
+    error = sys.exc_info()[1]
+    if out_of_memory(error) and "memory" not in message:  # the caller took it for something else
+        raise error
+    if in_any_process or is_main():
         print(f"error: {message}", file=sys.stderr, flush=True)
+    else:  # a launcher ends all processes with the first that ends: let the main one speak before
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
+        time.sleep(5)
     raise SystemExit(2)
 
 
 def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def out_of_memory(error):
+    """Whether an exception says that memory has ended, a GPU's or the host's: most libraries have no class for it."""
+    local = isinstance(error, RuntimeError | ImportError | OSError) or type(error).__name__ == "SafetensorError"
+    return isinstance(error, MemoryError) or (local and bool(MEMORY_ENDS.search(str(error))))  # no server's memory
 
 
 def script(main):
@@ -163,22 +216,26 @@ def script(main):
         for stream in (sys.stdout, sys.stderr):
             with suppress(AttributeError, ValueError):  # a stream that a test or a notebook put there
                 stream.reconfigure(errors="replace", line_buffering=True)  # a terminal that is not UTF-8
+        settle_environment(Path(main.__code__.co_filename).name)
         try:
             return main(argv)
         except KeyboardInterrupt:
             print("\ninterrupted: what stood there before still stands; the same command goes on", file=sys.stderr)
             raise SystemExit(130) from None
-        except OSError as error:
+        except Exception as error:
+            if out_of_memory(error):
+                whose, remedy = "machine", "raise its limit (ulimit -v, a container's), or take a smaller model"
+                if "CUDA" in str(error):
+                    whose, remedy = "GPU", 'hide it (CUDA_VISIBLE_DEVICES="") to work on the CPU'
+                reason = f"the {whose}'s memory is too small ({first_line(error)})"
+                fail(f"{reason}: end what else runs there, or {remedy}", in_any_process=True)
+            if not isinstance(error, OSError):
+                raise
             where = error.filename2 or error.filename
             where = f"{where}: " if where else ""
             remedy = "make room" if error.errno in FULL else "see to that, or give another --output-dir"
             reason = f"{where}{error.strerror or first_line(error)}"
             fail(f"cannot go on ({reason}): {remedy}, then give the same command again", in_any_process=True)
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
-                raise
-            remedy = 'end what else runs there, or hide the GPU (CUDA_VISIBLE_DEVICES="") to work on the CPU'
-            fail(f"the GPU's memory is too small ({first_line(error)}): {remedy}", in_any_process=True)
 
     return wrapped
 
@@ -198,6 +255,17 @@ def read_json(path):
     return value if isinstance(value, dict) else {}
 
 
+def sync(file):
+    """Have an open file on the disk before it counts; returns whether its mount knows how."""
+    try:
+        os.fsync(file.fileno())
+        return True
+    except OSError as error:
+        if error.errno in (*FULL, errno.EIO):
+            raise
+        return False
+
+
 def write_whole(path, text):
     """Write a text file beside its place, then rename it: it appears whole or not at all."""
     path = Path(path).resolve()
@@ -206,7 +274,7 @@ def write_whole(path, text):
         with beside.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -237,7 +305,7 @@ def whole_folder(path):
         yield fresh
         for file in filter(Path.is_file, fresh.rglob("*")):  # on the disk before the folder gets its name
             with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+                sync(opened)
         if path.exists():
             path.rename(old)
         fresh.rename(path)
@@ -248,21 +316,31 @@ def whole_folder(path):
 
 @contextmanager
 def only_run_in(folder):
-    """Make `folder` if need be and hold it for this run; exits 2 where another run holds it.
+    """Make `folder` if need be and lock it for this run; exits 2 where another run has locked it.
 
     The lock is the operating system's, on the folder itself: nothing is left behind, even by a kill.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        fail(f"cannot write to {folder}")
-    handle = os.open(folder, os.O_RDONLY)
+    handle, missing = os.open(folder, os.O_RDONLY), []
     try:
         try:
             if is_main():
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"{folder} is in use by {holder_of(handle)}: wait for it, or give another --output-dir")
+        except OSError:  # a mount that has none; which number it gives differs
+            missing.append("locks")
+        with tempfile.TemporaryDirectory(dir=folder) as place:  # what cannot be done fails now, not after the work
+            fresh = Path(place, "fresh")
+            fresh.mkdir()
+            with (fresh / "file").open("w") as file:
+                if not sync(file):
+                    missing.append("fsync")
+            fresh.rename(Path(place, "whole"))
+        if missing:
+            risk = "start no second run there, and give a command again that a crash of the machine ended"
+            say(f"warning: the file system of {folder} has no {' and no '.join(missing)}: {risk}")
         yield
     finally:
         os.close(handle)

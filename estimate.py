@@ -6,6 +6,7 @@ Sizes are counted on the meta device, where tensors have shapes and no numbers: 
 import importlib.util
 import math
 import os
+import resource
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -134,16 +135,24 @@ def machine(args):
     return host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 4
 
 
-def host_memory():
-    """Bytes that this process can have: what is free and what it holds, within its control group's limit."""
+def host_memory(root="/"):
+    """Bytes that this process can have: what is free and what it has, within ulimit's and its control groups' limits.
+
+    A group is limited by those above it, too. In a container its path may be missing: there the mount's root is it.
+    """
     import psutil
 
-    rooms = [psutil.virtual_memory().available + psutil.Process().memory_info().rss]
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    mine = psutil.Process().memory_info()
+    rooms = [psutil.virtual_memory().available + mine.rss]
+    addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if addresses != resource.RLIM_INFINITY:
+        rooms.append(addresses - mine.vms + mine.rss)
+    for line in Path(root, "proc/self/cgroup").read_text().splitlines():
         _, kinds, group = line.split(":", 2)
-        file = f"memory{group}/memory.limit_in_bytes" if kinds == "memory" else f"{group}/memory.max"  # version 1 or 2
-        with suppress(OSError, ValueError):  # no such group, or "max"
-            rooms.append(int(Path(f"/sys/fs/cgroup/{file}").read_text()))
+        file = "sys/fs/cgroup/memory/{}/memory.limit_in_bytes" if kinds == "memory" else "sys/fs/cgroup/{}/memory.max"
+        for place in (Path(group), *Path(group).parents):
+            with suppress(OSError, ValueError):  # no such group, or "max"
+                rooms.append(int(Path(root, file.format(place)).read_text()))
     return min(rooms)
 
 

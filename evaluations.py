@@ -20,7 +20,6 @@ Writes: OUTPUT_DIR/evaluation.html and evaluation.json, which holds every number
 """
 
 import json
-import os
 import re
 import sys
 import tempfile
@@ -35,20 +34,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
+import common
 import significance
 import swap
-from common import (
-    TASKS,
-    check_url,
-    fail,
-    parse_settings,
-    read_json,
-    refuse_another,
-    say,
-    script,
-    versions,
-    write_whole,
-)
+from common import TASKS, check_url, fail, parse_settings, read_json, refuse_another, say, write_whole
 
 # Settings: edit here, or override for one run on the command line.
 PREDICTIONS = ()  # FILE: base and tuned, of test_llama.py; NAME=FILE, NAME@SEED=FILE: another; none: OUTPUT_DIR's
@@ -493,7 +482,7 @@ def print_judge(judge):
         say(f"judged, {judge['examples']} examples, {name}: {beside}; agrees with {agrees}")
 
 
-@script
+@common.script
 def main(argv=None):
     args = parse_args(argv)
     tasks = read_all(args)
@@ -502,8 +491,8 @@ def main(argv=None):
         fail("swapped questions are told beside the plain ones: give the files of those, too")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):  # known before a judge is paid
-        fail(f"cannot write to {folder}: give another --output-dir")
+    with tempfile.NamedTemporaryFile(dir=folder):  # an OSError, if any, before a judge is paid
+        pass
     judged, counts = {}, {}
     if args.judge_model:
         import judge
@@ -519,7 +508,7 @@ def main(argv=None):
     report |= {
         "training": training,
         "data": read_data(folder, made_from(tasks, "rows"), training),
-        "versions": versions("evaluate", "matplotlib", "numpy", "rouge_score", "sacrebleu"),
+        "versions": common.versions("evaluate", "matplotlib", "numpy", "rouge_score", "sacrebleu"),
         "settings": {**vars(args), "stemmer": True},
     }
     from page import page

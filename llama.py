@@ -9,7 +9,7 @@ import resource
 import warnings
 from pathlib import Path
 
-from common import TASKS, fail, first_line, say, sha256
+from common import TASKS, fail, first_line, out_of_memory, say, sha256
 
 MODELS = {
     # free to download; Apache 2.0
@@ -144,7 +144,7 @@ def weights_identity(model):
 
 
 def load_failed(model, error):
-    if type(error).__name__ == "OutOfMemoryError":  # common.script says it
+    if out_of_memory(error):  # common.script reports it
         raise error
     where = "in " if Path(model).is_dir() else ""
     fail(f"cannot load the model {where}{model} ({first_line(error)}): a file of it is missing or broken")
@@ -316,8 +316,6 @@ def load_adapter(model, folder):
                 raise ValueError("its tensors are not those that its config names")
         return model
     except Exception as error:  # a cut-off file, or shapes of another base
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
         reason = re.sub(r"\s+", " ", str(error)).strip()[:300] or type(error).__name__  # PEFT's are of many lines
         fail(f"the adapter in {folder} does not load onto its base ({reason}): run train_llama.py again")
 

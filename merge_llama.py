@@ -22,6 +22,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import common
@@ -186,7 +187,8 @@ def merge(base, changes, fresh, dtype):
             save_file(tensors, target, metadata={"format": "pt"})
         except SafetensorError as error:  # how a full disk reaches us
             fail(f"cannot write {target} ({first_line(error)}): make room, then give the same command again")
-        target.chmod(0o644)  # a server may be another user
+        with suppress(OSError):  # some mounts have no permissions
+            target.chmod(0o644)  # a server may be another user
     if lost := changes[1].keys() - names:
         fail(f"the weight files of {base} name their tensors otherwise: no {min(lost)}; save it with transformers")
     return dict(counts)
@@ -253,6 +255,8 @@ def merge_and_check(args, base, run, fresh):
         comparison, largest = verify.compare_folder(fresh, dtype, others, ids, tuned, golds, place)
         problems += verify.problems_of(comparison, dtype, exact)
     except Exception as error:  # whatever the libraries raise, it is no whole folder
+        if common.out_of_memory(error):
+            raise
         problems.append(f"it cannot be loaded ({first_line(error)})")
     return {
         "verified": not problems,

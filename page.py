@@ -6,17 +6,13 @@ import re
 from pathlib import Path
 
 import jinja2
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
+from common import first_line, say
 from significance import LOWER_IS_BETTER, by_system
 
-MAIN_SCORE = {
-    "samsum": "rougeLsum",
-    "trivia_qa": "f1",
-    "swapped": "follows_context",
-}  # what the page plots and sorts by
+# what the page plots and sorts by
+MAIN_SCORE = {"samsum": "rougeLsum", "trivia_qa": "f1", "swapped": "follows_context"}
 STYLE = {  # of the figures
     "svg.fonttype": "none",
     "svg.hashsalt": "evaluation",  # the same file every time
@@ -36,6 +32,9 @@ def label(metric):
 def draw(caption, xlabel, ylabel, lines, first=0):
     """{"caption", "svg"}: lines {label: (x, y, style)} as inline SVG, from the colour number `first` on."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it writes of its font cache
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.2, 2.8), layout="constrained")
         axes = figure.subplots()
@@ -107,8 +106,14 @@ def page(report, tasks):
     folder = jinja2.FileSystemLoader(Path(__file__).resolve().parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # jinja2 sorts keys: the first system is first
+    figures = {}
+    try:
+        figures = {task: draw_task(task, report[task]) for task in tasks}
+        figures["loss"] = draw_loss(report["training"]["loss"]) if report["training"] else []
+    except Exception as error:  # a matplotlibrc that it cannot read, a font that is not here
+        say(f"warning: evaluation.html lacks figures: matplotlib cannot draw them ({first_line(error)})")
     parts = [
-        part_of(report[task]) | texts_of(rows) | {"name": task, "figures": draw_task(task, report[task])}
+        part_of(report[task]) | texts_of(rows) | {"name": task, "figures": figures.get(task, [])}
         for task, rows in tasks.items()
     ]
     swapped = [part_of(report["swapped"])] if "swapped" in report else []
@@ -118,7 +123,7 @@ def page(report, tasks):
         tasks=parts,
         swapped=swapped,
         models=list(dict.fromkeys(public_name(made["model"]) for made in made_from if "model" in made)),
-        loss_figures=draw_loss(report["training"]["loss"]) if report["training"] else [],
+        loss_figures=figures.get("loss", []),
         labels={metric: label(metric) for part in parts + swapped for metric in (*part["metrics"], "judge")},
         main_score=MAIN_SCORE,
         lower_is_better=LOWER_IS_BETTER,

@@ -355,6 +355,8 @@ def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
 @common.script
 def main(argv=None):
     args = parse_args(argv)
+    if args.server and os.environ.get("WORLD_SIZE", "1") != "1":
+        fail("--server is for one process: start the script with python, not with torchrun or accelerate launch")
     started = time.time()
     rows = llama.load_rows(args.output_dir, "test")
     if args.swap_answers:
@@ -363,11 +365,10 @@ def main(argv=None):
     say(f"testing {args.server or folder or base} on {len(rows):,} rows")
     prompts = dict(zip(rows["id"], rows["prompt"], strict=True))
     if args.server:
-        if is_main():
-            from served import test_server
+        from served import test_server
 
-            tokenizer = llama.tokenizer_of(base, source, args.chat_template)
-            test_server(args, base, tokenizer, rows, prompts)
+        tokenizer = llama.tokenizer_of(base, source, args.chat_template)
+        test_server(args, base, tokenizer, rows, prompts)
         return
     import torch
     from accelerate import PartialState

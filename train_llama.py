@@ -74,18 +74,8 @@ CHOICES = {
 # Small Llamas take about 1e-3, 7B to 13B 2e-4 (QLoRA; Biderman et al. 2024, "LoRA Learns Less and Forgets Less").
 LEARNING_RATES = {1.5e9: 1e-3, 5e9: 5e-4, 20e9: 2e-4, float("inf"): 1e-4}  # up to so many parameters
 # Settings that may differ when a run goes on: they do not touch the weights.
-UNBOUND = [
-    "output_dir",
-    "overwrite",
-    "dry_run",
-    "dry_run_gpu",
-    "dry_run_price",
-    "logging_steps",
-    "save_steps",
-    "save_minutes",
-    "save_total_limit",
-    "report_to",
-]
+UNBOUND = ["output_dir", "overwrite", "dry_run", "dry_run_gpu", "dry_run_price", "logging_steps", "report_to"]
+UNBOUND += ["save_steps", "save_minutes", "save_total_limit"]
 HIDDEN = ("settings", "run", "versions", "git_commit", "adapter_sha256")  # of run.json, not printed at the end
 
 
@@ -290,7 +280,6 @@ def make_trainer(args, model, tokenizer, train, validation, run=None, seconds=0.
 
 def train_until_done(trainer, checkpoint):
     """Run trainer.train, from the folder of a checkpoint or None; what ends it early ends the script in a sentence."""
-    import torch
     from transformers import TrainerState
 
     from trainer import catch_signals, out_of_patience
@@ -303,8 +292,11 @@ def train_until_done(trainer, checkpoint):
     catch_signals(trainer)
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except torch.OutOfMemoryError as error:
-        fail(f"out of GPU memory ({first_line(error)}): {SAVERS}", in_any_process=True)
+    except Exception as error:
+        if not common.out_of_memory(error):
+            raise
+        where = "GPU memory" if "CUDA" in str(error) else "memory"
+        fail(f"out of {where} ({first_line(error)}): {SAVERS}", in_any_process=True)
     state = trainer.state
     if trainer.stop_signal and state.global_step < state.max_steps:
         say(f"stopped at step {state.global_step} of {state.max_steps}: the same command goes on from there")
@@ -379,10 +371,13 @@ def save_adapter(args, tokenizer, trainer, run):
     log = log_lines(trainer.state.log_history)
     with common.whole_folder(output / "adapter") as fresh:
         for name in ("adapter_model.safetensors", "adapter_config.json"):
-            shutil.copy(best / name, fresh)
+            shutil.copyfile(best / name, fresh / name)  # without its mode, which some mounts cannot set
         tokenizer.save_pretrained(fresh)
         (fresh / "log.jsonl").write_text(log)
-        draw_loss([json.loads(line) for line in log.splitlines()], run["best_step"], fresh / "loss.png")
+        try:
+            draw_loss([json.loads(line) for line in log.splitlines()], run["best_step"], fresh / "loss.png")
+        except Exception as error:  # a matplotlibrc that it cannot read, a font that is not here
+            say(f"warning: there is no loss.png, matplotlib cannot draw it ({first_line(error)})")
         run["adapter_sha256"] = common.sha256(fresh / "adapter_model.safetensors")
         (fresh / "run.json").write_text(json.dumps(run, indent=2) + "\n")
 

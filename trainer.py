@@ -235,6 +235,7 @@ class Watch(TrainerCallback):
         control.should_save |= bool(due)
         if stop and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
+            self.trainer.stop_signal = self.trainer.stop_signal or signal.SIGTERM  # of another process
         # The Trainer's sum of losses is in no checkpoint: none may be taken within the span of a log entry.
         control.should_log |= control.should_save or control.should_evaluate
         if not control.should_log and time.time() - self.told > 60:
@@ -249,12 +250,13 @@ class Watch(TrainerCallback):
 
 
 def catch_signals(trainer):
-    """SIGTERM and Ctrl-C end the run after a checkpoint at the next step; a second one ends it at once."""
+    """A terminal's signals and a batch system's end the run after a checkpoint; a second one ends it at once."""
 
     def note(number, frame):
         trainer.stop_signal = number
         signal.signal(number, signal.SIG_DFL)
         say(f"{signal.Signals(number).name}: saving a checkpoint first")
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+            signal.signal(number, note)

@@ -143,9 +143,7 @@ def values_of(axis, key, runs):
 
 
 def draw(result, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "agg"  # before the import: a notebook's shell names one that is not installed
     from matplotlib import pyplot
 
     axes = [axis for axis in result["axes"] if axis != "processes"]

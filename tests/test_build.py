@@ -204,6 +204,15 @@ def test_a_broken_source_is_named_and_the_old_dataset_stays(break_it, words, dat
     assert snapshot(tmp_path / "out") == before
 
 
+def test_contexts_are_chosen_on_the_cpus_that_this_process_may_use(tmp_path, monkeypatch):
+    chosen, choose = [], build_dataset.processes
+    monkeypatch.setattr(build_dataset, "processes", lambda number: chosen.append(number) or choose(1))
+    monkeypatch.setattr(build_dataset.os, "sched_getaffinity", lambda process: {3, 5, 7})
+    monkeypatch.setattr(build_dataset.os, "cpu_count", lambda: 64)
+    build_dataset.main([*SOURCES, *SMALL, "--tasks", "trivia_qa", "--output-dir", str(tmp_path)])
+    assert chosen == [3]
+
+
 def test_no_folder_no_network_and_no_place_to_write(tmp_path):
     assert_refused(build(tmp_path, "--samsum", "./nowhere"), "cannot load ./nowhere", "a local folder with --samsum")
     assert_refused(build(tmp_path, "--samsum", "nobody/nothing"), "cannot load nobody/nothing", "--samsum")

@@ -1,5 +1,7 @@
 """common.py: what every script does the same way: settings, whole files and folders, sentences, the normaliser."""
 
+import errno
+import fcntl
 import io
 import os
 import re
@@ -11,8 +13,12 @@ import pytest
 import torch
 from conftest import ROOT
 
+import build_dataset
 import common
+import evaluations
 import llama
+import merge_llama
+import test_llama
 
 BLOCK = '''"""A script.
 
@@ -241,6 +247,217 @@ def test_a_full_gpu_ends_in_one_sentence_wherever_it_is_met(capsys):
     told = capsys.readouterr().err
     assert stopped.value.code == 2 and told.count("error:") == 1
     assert "the GPU's memory is too small (CUDA out of memory" in told and "missing or broken" not in told
+
+
+MEMORY = [
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+    ),
+    RuntimeError("unable to mmap 269060552 bytes from file </model.safetensors>: Cannot allocate memory (12)"),
+    RuntimeError("std::bad_alloc"),
+    RuntimeError("can't start new thread"),
+    ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", MEMORY, ids=lambda error: str(error)[:30])
+def test_a_host_without_memory_ends_in_one_sentence_whatever_a_library_takes_it_for(error, capsys):
+    def loading(argv):
+        llama.load_failed("base", error)
+
+    def working(argv):
+        raise error
+
+    def reading(argv):
+        try:
+            raise error
+        except Exception:
+            common.fail("cannot read train: run build_dataset.py again")
+
+    for main in (loading, working, reading):
+        with pytest.raises(SystemExit) as stopped:
+            common.script(main)()
+        message = capsys.readouterr().err
+        assert stopped.value.code == 2 and message.count("error:") == 1
+        assert "memory is too small" in message and "missing or broken" not in message and "again" not in message
+
+
+def test_an_error_that_is_not_the_machine_s_is_raised(capsys):
+    def main(argv):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        common.script(main)()
+    assert capsys.readouterr().err == ""
+
+
+TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+MPI = ("PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
+
+
+@pytest.fixture
+def shell(monkeypatch):
+    """Sets the environment's variables of a launcher and of accelerate to these alone, and settles them."""
+
+    def settle(script="train_llama.py", **variables):
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            monkeypatch.delenv(name)
+        for name in (*TORCHRUN, *MPI, "LOCAL_WORLD_SIZE", *variables):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        common.settle_environment(script)
+        return {name: os.environ[name] for name in variables if name in os.environ}
+
+    monkeypatch.setenv("MPLBACKEND", "before")  # is put back
+    yield settle
+    for name in (*TORCHRUN, *MPI):
+        os.environ.pop(name, None)
+
+
+def test_what_a_launcher_sets_is_kept(shell):
+    assert shell(**TORCHRUN) == TORCHRUN and not common.is_main()
+    first = TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    assert shell(**first) == first and common.is_main()
+    alone = first | {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # torchrun --nproc_per_node 1
+    assert shell(**alone) == alone and shell("merge_llama.py", **alone) == alone
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"RANK": "", "WORLD_SIZE": ""},
+        {"RANK": "1"},
+        {"LOCAL_RANK": "0"},
+        {"LOCAL_RANK": "-1", "WORLD_SIZE": "1"},
+        {"RANK": "first"},
+        {"PMI_RANK": "0", "PMI_SIZE": "1"},
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "worker-0", "MASTER_PORT": "23456"},  # a pod of Kubernetes
+    ],
+    ids=str,
+)
+def test_what_is_left_of_a_launcher_in_a_shell_leaves_a_run_in_one_process(left, shell):
+    assert not set(shell(**left)) - {"MASTER_ADDR", "MASTER_PORT"} and common.is_main()
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "two"},
+        {"RANK": "1", "WORLD_SIZE": "2"},
+        {"RANK": "", "WORLD_SIZE": "2"},
+        TORCHRUN | {"RANK": "2"},
+        TORCHRUN | {"LOCAL_RANK": "second"},
+        TORCHRUN | {"LOCAL_WORLD_SIZE": ""},
+        TORCHRUN | {"MASTER_PORT": ""},
+        {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+        {"PMI_SIZE": "2"},
+    ],
+    ids=str,
+)
+def test_processes_that_no_launcher_started_are_refused_by_the_variables_names(left, shell, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        shell(**left)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and message.count("error:") == 1 and "torchrun" in message
+    assert all(name in message for name in left if not name.startswith("MASTER"))
+
+
+def test_what_accelerate_was_configured_for_changes_nothing_but_fsdp_under_a_launcher(shell):
+    configured = {
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_USE_CPU": "true",
+        "ACCELERATE_USE_FSDP": "true",
+    }
+    assert shell(**configured) == {}
+    assert shell(**configured, **TORCHRUN) == {"ACCELERATE_USE_FSDP": "true"} | TORCHRUN
+
+
+def test_a_figure_opens_no_window_whatever_the_shell_says(shell):
+    assert shell(MPLBACKEND="module://matplotlib_inline.backend_inline") == {"MPLBACKEND": "agg"}
+
+
+@pytest.mark.parametrize("script", [build_dataset, merge_llama, evaluations, test_llama])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_script_that_is_one_process_says_so_once_under_a_launcher(
+    script, rank, shell, monkeypatch, tmp_path, capsys
+):
+    waited = []
+    monkeypatch.setattr(common.time, "sleep", waited.append)  # for the main process to speak first
+    monkeypatch.setattr(common.signal, "signal", lambda *_: None)
+    shell(**TORCHRUN | {"RANK": rank})
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--output-dir", str(tmp_path / "out"), *["--server", "http://x"] * (script is test_llama)])
+    assert stopped.value.code == 2 and not (tmp_path / "out").exists()
+    message = capsys.readouterr().err
+    assert ("process: start" in message, bool(waited)) == (rank == "0", rank == "1")
+
+
+def test_under_torchrun_every_process_ends_with_2_and_one_of_them_says_why(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [ROOT / "evaluations.py", "--output-dir", tmp_path / "out"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode and result.stderr.count("error: evaluations.py is one process") == 1
+    assert "exitcode  : 2" in result.stderr and "exitcode  : 1 " not in result.stderr
+
+
+def refusing(number):
+    def refuse(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EPERM])
+def test_a_mount_without_locks_and_fsync_takes_a_run_with_one_warning(number, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fcntl, "flock", refusing(number))
+    monkeypatch.setattr(os, "fsync", refusing(number))
+    with common.only_run_in(tmp_path / "out"):
+        warned = capsys.readouterr().out  # before any work
+        with common.whole_folder(tmp_path / "out" / "dataset") as fresh:
+            (fresh / "rows").write_text("rows")
+        common.write_whole(tmp_path / "out" / "report.json", "{}")
+    assert warned.count("warning:") == 1 and f"{tmp_path}/out has no locks and no fsync" in warned
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "out" / "dataset" / "rows").read_text() == "rows"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["dataset", "report.json"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_loses_what_is_written_is_no_mount_without_fsync(number, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", refusing(number))
+    with pytest.raises(OSError, match=os.strerror(number)):
+        common.write_whole(tmp_path / "report.json", "{}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("call, number", [("mkdir", errno.EACCES), ("open", errno.EACCES), ("rename", errno.ENOSYS)])
+def test_a_folder_that_cannot_take_a_result_is_named_before_the_work(call, number, tmp_path, monkeypatch, capsys):
+    @common.script
+    def main(argv=None):
+        with common.only_run_in(tmp_path):
+            raise AssertionError("it worked")
+
+    monkeypatch.setattr(*{"open": (common.Path, "open")}.get(call, (os, call)), refusing(number))
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and os.strerror(number) in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_terminal_that_was_closed_ends_no_run(monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    common.say("step 1")
+    common.say("step 2")
 
 
 def test_a_terminal_that_is_not_utf8_and_a_reader_that_goes_away():

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import resource
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -322,6 +323,41 @@ def test_a_host_s_memory_is_what_its_control_group_allows(monkeypatch, tmp_path)
         assert estimate.host_memory() == free // 2
     made["/sys/fs/cgroup/box/memory.max"] = "max\n"
     assert estimate.host_memory() > free // 2
+
+
+def test_a_host_s_memory_is_limited_by_every_group_above_and_in_a_container_by_the_mount(monkeypatch, tmp_path):
+    free = estimate.host_memory()
+
+    def limited(groups, **limits):
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        for path, text in {"proc/self/cgroup": groups, **limits}.items():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_text(text)
+        return estimate.host_memory(root)
+
+    second, first = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+    slices = {f"{second}/a.slice/b/memory.max": "max\n", f"{second}/a.slice/memory.max": "2000000\n"}
+    assert limited("0::/a.slice/b\n", **slices) == 2000000
+    assert limited("0::/a.slice/b\n", **slices, **{f"{second}/a.slice/b/c/memory.max": "1\n"}) == 2000000
+    assert limited("0::/docker/77\n", **{f"{second}/memory.max": "3000000\n"}) == 3000000
+    assert limited("0::/../../outside\n", **{f"{second}/memory.max": "3000000\n"}) == 3000000
+    assert limited("7:memory:/docker/77\n", **{f"{first}/memory.limit_in_bytes": "4000000\n"}) == 4000000
+    parent = {f"{first}/a/memory.limit_in_bytes": "5000000\n"}
+    parent[f"{first}/a/b/memory.limit_in_bytes"] = "9223372036854771712\n"
+    assert limited("7:memory:/a/b\n6:cpu,cpuacct:/\n", **parent) == 5000000
+    assert limited("0::/\n") > free // 2
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (psutil.Process().memory_info().vms + 1000000, -1))
+    assert limited("0::/\n") <= psutil.Process().memory_info().rss + 1000000
+
+
+def test_memory_that_ends_on_a_cpu_says_what_helps(capsys):
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 6291456 bytes")
+    trainer = SimpleNamespace(train=lambda **_: (_ for _ in ()).throw(error))
+    with pytest.raises(SystemExit) as stopped:
+        train_llama.train_until_done(trainer, None)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and "out of memory (DefaultCPUAllocator" in message
+    assert "--activation-checkpointing on" in message
 
 
 def test_an_overflow_in_float16_is_the_scaler_s_business_until_it_gives_up(dataset, tmp_path, capsys):

@@ -14,6 +14,8 @@ import test_llama
 import train_llama
 import trainer
 
+SECOND = {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
 
 @pytest.mark.parametrize("visible, first", [(None, "0"), ("3,5", "3")])
 def test_of_several_gpus_a_plain_process_takes_the_first(visible, first, dataset, monkeypatch, capsys):
@@ -41,7 +43,8 @@ def test_a_launched_process_is_on_its_own_gpu_before_anything_touches_cuda(scrip
 
     if script is test_llama:
         monkeypatch.setattr(test_llama, "choose_system", lambda args: (None, None, True, None))
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in SECOND.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("set_device", "_lazy_init", "get_device_properties", "get_device_capability", "current_device"):
         monkeypatch.setattr(torch.cuda, name, touch)
@@ -109,7 +112,6 @@ def decided(dataset, output, monkeypatch, capability, environment):
     return begun.value.args[0], own[-1], told
 
 
-SECOND = {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}
 HOPPER, TURING = ((9, 0), torch.bfloat16, "packed"), ((7, 5), torch.float16, "sdpa")
 
 

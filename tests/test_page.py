@@ -295,5 +295,19 @@ def test_a_gain_stands_to_the_right_of_zero_in_the_figure(monkeypatch):
     assert shares == {0: 50, 50: 25, 100: 25}
 
 
+def test_a_page_whose_figures_cannot_be_drawn_is_written_without_them(folder, tmp_path):
+    (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe no text")
+    given = [str(folder / f"{task}_predictions.json") for task in ("samsum", "trivia_qa")]
+    arguments = ["--resamples", "100", "--output-dir", tmp_path / "out", "--predictions", *given]
+    shells = {"MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}, {"MPLBACKEND": "Qt4Agg"}
+    for shell, drawn in zip(shells, (False, True), strict=True):
+        result = run("evaluations.py", *arguments, **shell)
+        assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+        assert result.stdout.count("warning: evaluation.html lacks figures") == (not drawn)
+        text = (tmp_path / "out" / "evaluation.html").read_text()
+        assert ("<svg" in text) == drawn and "Difference in" not in text or drawn
+        assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["samsum"]["examples"] == 12
+
+
 def test_the_template_stands_beside_the_script():
     assert (ROOT / "evaluation.html.jinja").is_file()

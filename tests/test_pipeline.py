@@ -3,11 +3,14 @@
 import json
 import os
 import random
+import re
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
-from conftest import FIXTURES, SMALL, SOURCES, assert_refused, run, snapshot, start
+from conftest import FIXTURES, ROOT, SMALL, SOURCES, assert_refused, run, snapshot, start
 
 from common import sha256
 
@@ -160,6 +163,44 @@ def test_other_base_weights_are_refused_by_training_testing_and_merging(two_runs
     assert_refused(run("test_llama.py", *TEST, "--output-dir", tmp_path / "out"), "weights", "run.json names")
     assert_refused(run("merge_llama.py", *MERGE, "--output-dir", tmp_path / "out"), "weights", "run.json names")
     assert snapshot(tmp_path / "out") == before
+
+
+ON_A_MOUNT = """
+import errno, fcntl, os, sys
+sys.path.insert(0, sys.argv[1])
+def refuse(*arguments, **options):
+    raise OSError(errno.EPERM, "Operation not permitted")
+def change_mode(path, *arguments, change=os.chmod, **options):
+    (refuse if str(path).startswith(sys.argv[2]) else change)(path, *arguments, **options)
+os.chmod, os.fsync, fcntl.flock = change_mode, refuse, refuse  # Windows' disks under WSL, CIFS, gcsfuse, Lustre
+import merge_llama, train_llama
+train_llama.main(sys.argv[3:] + ["--output-dir", sys.argv[2]])
+merge_llama.main(["--check-rows", "2", "--output-dir", sys.argv[2]])
+"""
+A_NOTEBOOK_S_SHELL = {
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "RANK": "1",
+    "LOCAL_RANK": "0",
+}
+
+
+def test_an_odd_shell_and_an_odd_mount_change_no_adapter_and_no_merged_weight(two_runs, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(two_runs / "1" / "dataset", output / "dataset")
+    (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe no text")
+    command = [sys.executable, "-c", ON_A_MOUNT, ROOT, output, "--model", two_runs / "base", *TRAIN]
+    environment = os.environ | A_NOTEBOOK_S_SHELL | {"MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
+    command += ["--learning-rate", "1e-2", "--seed", "1"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    warnings = re.findall("^warning: .*", result.stdout, re.MULTILINE)
+    assert ["loss.png" in line for line in warnings] == [False, True, False]  # of the mount each script's
+    assert all(f"{output} has no locks and no fsync" in line for line in warnings[::2])
+    for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
+        assert (output / name).read_bytes() == (two_runs / "1" / name).read_bytes()
+    names = {path.name for path in (two_runs / "1" / "adapter").iterdir()} - {"loss.png"}
+    assert {path.name for path in (output / "adapter").iterdir()} == names
 
 
 def test_killed_again_and_again_the_chain_ends_as_if_nothing_had_happened(two_runs, tmp_path):

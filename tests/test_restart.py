@@ -258,6 +258,47 @@ def test_outputs_checkpoints_and_adapter_may_be_links_to_another_disk(undisturbe
     assert all((tmp_path / "out" / name).is_symlink() for name in ("checkpoints", "adapter"))
 
 
+@pytest.fixture
+def handlers():
+    """After a test that catches signals: what they did before."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_what_a_terminal_or_a_batch_system_sends_asks_for_a_checkpoint(number, handlers, capsys):
+    fake = SimpleNamespace(stop_signal=None)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    trainer.catch_signals(fake)
+    signal.raise_signal(number)
+    assert fake.stop_signal == number and f"{number.name}: saving a checkpoint" in capsys.readouterr().out
+    assert signal.getsignal(number) == signal.SIG_DFL  # a second one ends it
+
+
+def test_under_nohup_a_closed_terminal_does_not_stop_a_run(handlers):
+    fake = SimpleNamespace(stop_signal=None)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+    trainer.catch_signals(fake)
+    signal.raise_signal(signal.SIGHUP)
+    assert fake.stop_signal is None
+
+
+def test_a_signal_to_one_of_several_processes_stops_all_of_them_unfinished():
+    reduce = lambda own, _: torch.tensor([int(signal.SIGUSR1), 0])  # noqa: E731
+    fake = SimpleNamespace(stop_signal=None, is_save_due=lambda: False, accelerator=SimpleNamespace(reduce=reduce))
+    watch, control = trainer.Watch(fake), TrainerControl()
+    watch.told = time.time()
+    args = SimpleNamespace(world_size=2, device="cpu")
+    watch.on_step_end(args, TrainerState(global_step=3, max_steps=9), control)
+    assert control.should_save and control.should_training_stop
+    assert fake.stop_signal  # else it would write an adapter, as if this were the end
+
+
 def test_a_second_run_in_the_same_folder_is_refused_and_a_kill_leaves_no_lock(undisturbed, tmp_path):
     shutil.copytree(undisturbed / "dataset", tmp_path / "dataset")
     printed = tmp_path / "printed"
