@@ -15,6 +15,7 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score import rouge_scorer, tokenize
 from sacrebleu.metrics import BLEU
 
+import common
 from common import normalize_answer
 
 # evaluate's evaluators would import transformers, and torch with it; it allows for their absence.
@@ -26,6 +27,7 @@ if hidden is None:
 
 ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")  # nltk's punkt would be a download
+words_of = cache(common.words_of)  # a prediction is compared with every alias
 
 
 class Scores(evaluate.Metric):
@@ -69,9 +71,9 @@ def f1_score(prediction, reference):
 
 
 def contains_score(prediction, reference):
-    """Whether the normalised words of the reference stand in the prediction, whole and in a row (bool)."""
-    words = normalize_answer(reference)
-    return bool(words) and f" {words} " in f" {normalize_answer(prediction)} "
+    """Whether the words of the reference stand in the prediction, whole and in a row (bool), as in common.holds."""
+    words = words_of(reference)
+    return bool(words) and f" {words} " in f" {words_of(prediction)} "
 
 
 def best(score, predictions, references):

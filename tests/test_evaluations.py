@@ -128,6 +128,10 @@ CONTAINS = [
     ("Paris", "Paris, France", False),
     ("the the who", "The Who", True),
     ("", "Paris", False),
+    ("It was Paris—the capital", "Paris", True),
+    ("«Paris»", "“Paris”", True),
+    ("in １９８６", "1986", True),
+    ("—", "–", False),
 ]
 SUMMARIES = ["Ann eats an apple. Bob drinks tea.", "Bob will call Ann tomorrow at noon.", "They went running!"]
 GOLD = [
