@@ -70,10 +70,10 @@ BLEU = {"samsum": "bleu", "trivia_qa": "bleu_effective_order"}  # the one score 
 MEANS = {task: [name for name in names if name != BLEU[task]] for task, names in SCORES.items()}
 KEYS = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "seeds")
 # Keys of evaluation.json beside a task's systems: no system's name
-RESERVED = (*KEYS, "comparisons", "groups", "per_example", "judge")
+RESERVED = (*KEYS, "rouge_note", "comparisons", "groups", "per_example", "judge")
 PROMPT_ENDS = {"samsum": "Summary:", "trivia_qa": "Answer:"}  # build_dataset.py's, for examples without a task
 SWAPPED = "swapped"  # column and part of the report of test_llama.py --swap-answers
-NAME = re.compile(r"([\w.+-]+(?:@[\w.+-]+)?)=(.+)", re.DOTALL)  # --predictions NAME=FILE or NAME@SEED=FILE
+NAME = re.compile(r"([^\s/@=]+(?:@[^\s/@=]+)?)=(.+)", re.DOTALL)  # --predictions NAME=FILE or NAME@SEED=FILE
 SAME_RUN = ("adapter", "weights", "rows", "4_bit")  # what the predictions of two tasks must have in common
 
 
@@ -362,6 +362,8 @@ def measure_groups(by_sums, tables, inside, args):
 
 def score_task(task, rows, args):
     """Everything evaluation.json says about a task; {system: {metric: 0 to 100}} stands at its top level."""
+    from metrics import rouge_note
+
     scores = {name: score(task, rows.references, system.predictions) for name, system in rows.systems.items()}
     tables = {name: table_of(task, scores[name], system) for name, system in rows.systems.items()}
     columns = {metric: i for i, metric in enumerate(MEANS[task])}
@@ -378,6 +380,7 @@ def score_task(task, rows, args):
         "general_text": {name: system.general_text for name, system in rows.systems.items() if system.general_text},
         "intervals": whole["intervals"],
         "seeds": whole["seeds"],
+        "rouge_note": rouge_note(rows.references),
         "comparisons": significance.compare(by_sums, tables, tested, whole["differences"], args),
         "groups": measure_groups(by_sums, tables, rows.inside, args),
     }
@@ -459,6 +462,8 @@ def print_table(task, result):
         values = {metric: [scores[metric] for scores in seeds.values() if metric in scores] for metric in main}
         told = [f"{metric} {short(min(of))} to {short(max(of))}" for metric, of in values.items() if of]
         say(f"{len(seeds)} trainings of {name[:16]}: {', '.join(told)}")
+    if note := result.get("rouge_note"):
+        say(note)
     for name, count in result["too_long"].items():
         more = "" if task == SWAPPED else ": wrong answers, and not in its perplexity"
         say(f"{count} of them were too long for the model of {name}{more}")

@@ -111,6 +111,17 @@ def rouge(predictions, references):
     return scores
 
 
+def rouge_note(references):
+    """A sentence where rouge_score reads less than half of the letters and digits of references, else ""."""
+    unread = 0
+    for refs in references:
+        letters = [len(re.findall(r"[^\W_]", ref)) for ref in refs]
+        read = [len(re.findall("[a-z0-9]", ref.lower())) for ref in refs]
+        unread += all(2 * few < max(1, n) for few, n in zip(read, letters, strict=True))
+    told = f"it misses most of the reference in {unread:,} of {len(references):,} examples"
+    return f"ROUGE reads only a to z and 0 to 9: {told}" if unread else ""
+
+
 def bleu(predictions, references, effective_order):
     """Corpus BLEU (0 to 100), its counts (examples, 10), and sacrebleu's signature.
 

@@ -991,3 +991,31 @@ def test_the_perplexity_of_the_general_text_is_in_the_report_and_on_the_page(tmp
     assert part["general_text"] == told | {"merged": alone["tuned"]}
     page = (tmp_path / "outputs" / "evaluation.html").read_text()
     assert "none of the tasks: base 18.25, tuned 18.75, merged 23.5." in page
+
+
+OTHER_LETTERS = {  # references of an example, whether ROUGE misses most of each
+    "Chinese": (["小明今天去了北京。"], True),
+    "Russian": (["Анна позвонит Тому."], True),
+    "Hindi": (["पूर्व प्रधान"], True),
+    "a number in Russian": (["Анна позвонит Тому в 10."], True),
+    "no letters": (["…"], True),
+    "German": (["Über Öl"], False),
+    "English": (["Ann calls Tom."], False),
+    "an alias in English": (["北京", "Beijing"], False),
+}
+
+
+def test_page_and_terminal_say_where_rouge_misses_most_letters_and_the_scores_stay(tmp_path):
+    for name, (references, missed) in OTHER_LETTERS.items():
+        assert bool(metrics.rouge_note([references])) == missed, name
+    texts = [references for references, _ in OTHER_LETTERS.values()]
+    examples = [{"references": refs, "prediction": refs[0]} for refs in texts]
+    done = run(tmp_path, "--predictions", prediction_file(tmp_path / "p.json", "samsum", examples=examples))
+    note = "ROUGE reads only a to z and 0 to 9: it misses most of the reference in 5 of 8 examples"
+    assert f"\n{note}\n" in done.stdout and done.stderr == ""
+    report = result(tmp_path / "outputs" / "evaluation.json")["samsum"]
+    assert report["rouge_note"] == note and report["tuned"]["exact_match"] == 100
+    assert f"<p>{note}" in (tmp_path / "outputs" / "evaluation.html").read_text(encoding="utf-8")
+    done = run(tmp_path, "--predictions", prediction_file(tmp_path / "english.json"))
+    assert "misses" not in done.stdout
+    assert "misses" not in (tmp_path / "outputs" / "evaluation.html").read_text(encoding="utf-8")
