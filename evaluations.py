@@ -7,7 +7,7 @@ is said of it holds for other rows and other seeds. A language model judges the 
 
 Reads:  OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json, whichever exist, or the files of
         --predictions: {"task": "samsum", "examples": [{"references": ["..."], "prediction": "..."}]} is enough,
-        or the examples alone, one a line.
+        or the examples alone, one a line, each with its "task" or a prompt that ends as ours do.
         For the page, where they are of the same run: OUTPUT_DIR/dataset/ (prompts), dataset_report.json,
         adapter/run.json, adapter/log.jsonl.
 Writes: OUTPUT_DIR/evaluation.html and evaluation.json, which holds every number of the page; with a judge also
@@ -108,7 +108,7 @@ class Example(BaseModel, strict=True):
 class PredictionFile(BaseModel, strict=True):
     """What test_llama.py writes for a task; of another system's file `task` and `examples` are enough."""
 
-    task: Literal[TASKS]
+    task: Annotated[Literal[TASKS], BeforeValidator(lambda task: task.lower() if isinstance(task, str) else task)]
     examples: list[Example] = Field(min_length=1)
     perplexity: dict[str, dict[str, int | float]] = {}
     general_text: dict[str, dict[str, int | float]] = {}
@@ -156,27 +156,37 @@ class Rows:
 
 
 def parse(raw):
-    """The value in the bytes of a JSON file, with or without a BOM; JSON lines become the examples of one."""
+    """The values in the bytes of a JSON file, with or without a BOM: one, or one a task of rows without a frame."""
     try:
         value = json.loads(raw)
-        examples = [value] if isinstance(value, dict) and "prediction" in value else []  # a single line
+        rows = [value] if isinstance(value, dict) and "prediction" in value else value  # a single line
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":  # more than one value: one a line
             raise
-        examples = [json.loads(line) for line in raw.decode("utf-8-sig").split("\n") if line.strip()]
-    if examples:
-        prompt = str(examples[0].get("prompt")).rstrip()
-        asked = next((task for task, end in PROMPT_ENDS.items() if prompt.endswith(end)), None)
-        value = {"task": examples[0].get("task", asked), "examples": examples}
+        rows = [json.loads(line) for line in raw.decode("utf-8-sig").split("\n") if line.strip()]
     # Python's json reads NaN, 1e999 and half a character without a word: none may get into the scores.
-    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    return value
+    json.dumps(rows, ensure_ascii=False, allow_nan=False).encode()
+    return by_task(rows) if rows and isinstance(rows, list) else [rows]
+
+
+def by_task(rows):
+    """Rows as the values of files, one a task: that of the row itself, or the one that its prompt ends like."""
+    tasks = {}
+    for row in rows:
+        prompt = str(row.get("prompt")).rstrip()
+        asked = next((task for task, end in PROMPT_ENDS.items() if prompt.endswith(end)), "none")
+        tasks.setdefault(str(row.get("task") or asked).lower(), []).append(row)
+    return [{"task": task, "examples": examples} for task, examples in tasks.items()]
 
 
 def read_file(path, remedy=""):
-    """One checked PredictionFile; anything wrong with it ends the script in one sentence."""
+    """The checked PredictionFiles of a file, one a task; anything wrong with it ends the script in one sentence."""
+    files = []
     try:
-        return PredictionFile.model_validate(parse(Path(path).read_bytes()))
+        values = parse(Path(path).read_bytes())
+        for value in values:
+            files.append(PredictionFile.model_validate(value))
+        return files
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")
     except ValidationError as error:
@@ -185,6 +195,8 @@ def read_file(path, remedy=""):
         fault = f"{place}: {first['msg']}".removeprefix(": ").removeprefix("Value error, ")
         if {one["loc"] for one in error.errors() if one["type"] == "missing"} >= {("task",), ("examples",)}:
             fault = "it has neither task nor examples: it is no file of predictions"
+        if len(values) > 1:
+            fault = f"its rows of task {value['task']}: {fault}"
     except (ValueError, RecursionError, AttributeError) as error:
         fault = f"not valid JSON ({error})"
     fail(f"{path}: {fault}{remedy}")
@@ -262,7 +274,8 @@ def read_all(args):
         name, path = named.groups() if named else (None, text)
         if name and name.partition("@")[0] in RESERVED:
             fail(f"--predictions {text}: a system cannot be called {name}, choose another name")
-        files.append((name, path, read_file(path, "" if args.predictions else ": run test_llama.py --overwrite")))
+        remedy = "" if args.predictions else ": run test_llama.py --overwrite"
+        files += [(name, path, data) for data in read_file(path, remedy)]
     leave_out([data for _, _, data in files])
     for name, path, data in files:
         shared = (column(data.examples, key) for key in ("references", "id", "prompt", "answer_in_context", SWAPPED))

@@ -322,6 +322,19 @@ MALFORMED = {
     "a broken line": ('{"references": ["a"], "prediction": "a"}\n{"references": ["a"]\n', "not valid JSON"),
     "lines of no task": ('{"references": ["a"], "prediction": "a"}\n' * 2, "task: Input should be"),
     "lines of words": ('"a"\n"b"\n', "not valid JSON"),
+    "a third task": (
+        "".join(json.dumps({"task": task, "references": ["a"], "prediction": "a"}) + "\n" for task in ("samsum", "x")),
+        "its rows of task x: task: Input should be 'samsum' or 'trivia_qa'",
+    ),
+    "rows of no task beside others": (
+        '{"references": ["a"], "prediction": "a"}\n{"references": ["a"], "prediction": "a", "task": "samsum"}',
+        "its rows of task none: task: Input should be 'samsum' or 'trivia_qa'",
+    ),
+    "a broken row of one task": (
+        '{"references": ["a"], "prediction": "a", "task": "trivia_qa"}\n{"references": ["a"], "task": "samsum"}',
+        "its rows of task samsum: examples.0.prediction: Field required",
+    ),
+    "a list of words": ('["a", "b"]', "not valid JSON"),
     "no task": ({"task": None}, "task: Input should be 'samsum' or 'trivia_qa'"),
     "unknown task": ({"task": "squad"}, "task: Input should be 'samsum' or 'trivia_qa'"),
     "task is a list": ({"task": ["samsum"]}, "task: Input should be 'samsum' or 'trivia_qa'"),
@@ -406,6 +419,29 @@ def test_predictions_are_read_in_the_forms_that_other_tools_leave(tmp_path, form
         return
     assert rows.ids == ["7", "8"] and rows.references == [["Paris"], ["Madrid\u2028"]]
     assert rows.systems["x"].predictions == ["Paris", "Lisbon"]
+
+
+def test_rows_of_both_tasks_in_one_file_are_scored_each_as_its_own(tmp_path):
+    question = {"prompt": "Question: ?\nAnswer:", "references": ["Paris", "City"], "prediction": "It is Paris"}
+    dialogue = {"prompt": "Ann: Hi.\n\nSummary:", "references": ["Ann greets."], "prediction": "Ann greets."}
+    named = [question | {"id": "1", "task": "Trivia_QA"}, dialogue | {"id": "2", "task": "samsum"}]
+    named += [
+        question | {"id": "3"},
+        dialogue | {"id": "4", "task": None},
+        question | {"id": "5", "task": "trivia_qa"},
+    ]
+    lines = "\r\n\r\n".join(json.dumps(row) for row in named)
+    for content in (lines, "\ufeff" + lines, json.dumps(named)):
+        (tmp_path / "rows").write_text(content, encoding="utf-8", newline="")
+        tasks = evaluations.read_all(evaluations.parse_args(["--predictions", f"x={tmp_path / 'rows'}"]))
+        assert {task: rows.ids for task, rows in tasks.items()} == {"samsum": ["2", "4"], "trivia_qa": ["1", "3", "5"]}
+    done = run(tmp_path, "--predictions", tmp_path / "rows", "--output-dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    report = result(tmp_path / "out" / "evaluation.json")
+    assert report["trivia_qa"]["tuned"]["contains"] == 100 and report["trivia_qa"]["tuned"]["exact_match"] == 0
+    assert report["samsum"]["tuned"]["exact_match"] == 100
+    upper = prediction_file(tmp_path / "upper.json", "TRIVIA_QA")
+    assert list(evaluations.read_all(evaluations.parse_args(["--predictions", str(upper)]))) == ["trivia_qa"]
 
 
 def test_a_file_of_our_own_is_told_to_be_made_again(tmp_path):
