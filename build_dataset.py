@@ -52,6 +52,9 @@ NUM_PROC = 0  # processes that choose contexts; 0 = one per CPU
 OUTPUT_DIR = "outputs"  # gets dataset/ and dataset_report.json
 
 # Fixed
+EXAMPLES = ("TRAIN_EXAMPLES_PER_TASK", "VALIDATION_EXAMPLES_PER_TASK", "TEST_EXAMPLES_PER_TASK")
+CHOICES = {"TASKS": (list, *common.TASKS), "CONTEXT": ("question", "first", "none"), "MAX_CONTEXT_WORDS": (int,)}
+CHOICES |= dict.fromkeys((*EXAMPLES, "SEED", "NUM_PROC"), (0, int))
 PROMPTS = {  # the prompt ends without a blank and the completion begins with one, so both tokenizers split there
     "samsum": "Summarize the dialogue.\n\nDialogue:\n{dialogue}\n\nSummary:",
     "trivia_qa": "Answer the question from the context.\n\nContext:\n{context}\n\nQuestion: {question}\nAnswer:",
@@ -111,10 +114,9 @@ def word_5_grams(key):
 
 
 def parse_args(argv=None):
-    choices = {"TASKS": common.TASKS, "CONTEXT": ("question", "first", "none")}
-    args = common.parse_settings(sys.modules[__name__], argv, choices)
-    if not args.tasks or isinstance(args.tasks, str):
-        fail(f"--tasks must be a list of one or both of {', '.join(common.TASKS)}")
+    args = common.parse_settings(sys.modules[__name__], argv, CHOICES)
+    if not args.tasks:
+        fail(f"--tasks must be one or both of {', '.join(common.TASKS)}")
     if not re.fullmatch(r"[\w.-]+", args.trivia_qa_config):
         fail("--trivia-qa-config must be the name of a folder")
     args.tasks = sorted(set(args.tasks))

@@ -61,6 +61,8 @@ JUDGE_TIMEOUT = 60.0  # seconds for a request, times those at once: a local serv
 OUTPUT_DIR = "outputs"  # holds the predictions, gets evaluation.json and evaluation.html
 
 # Fixed
+CHOICES = {"PREDICTIONS": (list,), "RESAMPLES": (int,), "JUDGE_CONCURRENCY": (int,), "JUDGE_TIMEOUT": (float,)}
+CHOICES |= dict.fromkeys(("SEED", "JUDGE_MAX_EXAMPLES"), (0, int))
 ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")  # as in metrics.py, which is imported late
 SCORES = {  # what each task reports, in the order of the table
     "samsum": (*ROUGES, "bleu", "exact_match", "length_ratio"),
@@ -78,7 +80,7 @@ SAME_RUN = ("adapter", "weights", "rows", "4_bit")  # what the predictions of tw
 
 
 def parse_args(argv=None):
-    args = parse_settings(sys.modules[__name__], argv)
+    args = parse_settings(sys.modules[__name__], argv, CHOICES)
     check_url("--judge-url", args.judge_url)
     if args.judge_model and not args.judge_max_examples:
         fail("a judge costs time or money: say how many examples of each task with --judge-max-examples")
