@@ -42,16 +42,13 @@ def settings_of(module):
     source = inspect.getsource(module)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
-    first, last = (
-        min(line for line, text in comments.items() if text.startswith(mark)) for mark in ("# Settings", "# Fixed")
-    )
+    first, last = (source[: source.index(f"\n# {mark}")].count("\n") + 2 for mark in ("Settings", "Fixed"))
     settings = {}
     for node in ast.parse(source).body:
-        if first < node.lineno < last:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and first < node.lineno < last:
+            name = next(part.id for part in ast.walk(node) if isinstance(part, ast.Name))
             lines = range(node.lineno, node.end_lineno + 1)
-            comment = " ".join(comments[line].lstrip("# ") for line in lines if line in comments)
-            names = [name.id for name in ast.walk(node) if isinstance(name, ast.Name) and name.id.isupper()]
-            settings |= dict.fromkeys(names[:1], comment)
+            settings[name] = " ".join(comments[line].lstrip("# ") for line in lines if line in comments)
     return settings
 
 
@@ -84,7 +81,7 @@ def parse_settings(module, argv=None, choices=None):
         value = getattr(args, name.lower())
         try:
             setattr(args, name.lower(), checked(value, allowed))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError):  # also what Python cannot convert
             zero = "from 0" if 0 in allowed else "above 0"
             words = {int: f"a whole number {zero}", float: f"a number {zero}", bool: "True, False", list: "a list"}
             told = " or ".join(str(words.get(one, one)) for one in allowed if one != 0)
@@ -93,9 +90,10 @@ def parse_settings(module, argv=None, choices=None):
 
 
 def checked(value, allowed):
-    """What a flag's text or a constant of the settings means; TypeError or ValueError where it is not allowed."""
+    """What a flag's text or a constant of the settings means, as `choices` of parse_settings allow, or ValueError."""
     if list in allowed:
         good = isinstance(value, list | tuple) and (len(allowed) == 1 or set(value) <= set(allowed))
+        value = type(value)(map(str, value))
     elif value is None or isinstance(value, bool):
         good = (None if value is None else bool) in allowed
     elif str in allowed:

@@ -113,13 +113,13 @@ def rouge(predictions, references):
 
 def rouge_note(references):
     """A sentence where rouge_score reads less than half of the letters and digits of references, else ""."""
-    unread = 0
-    for refs in references:
-        letters = [len(re.findall(r"[^\W_]", ref)) for ref in refs]
-        read = [len(re.findall("[a-z0-9]", ref.lower())) for ref in refs]
-        unread += all(2 * few < max(1, n) for few, n in zip(read, letters, strict=True))
-    told = f"it misses most of the reference in {unread:,} of {len(references):,} examples"
-    return f"ROUGE reads only a to z and 0 to 9: {told}" if unread else ""
+
+    def unread(reference):
+        return 2 * len(re.findall("[a-z0-9]", reference.lower())) < max(1, len(re.findall(r"[^\W_]", reference)))
+
+    count = f"{sum(all(map(unread, refs)) for refs in references):,} of {len(references):,} examples"
+    note = f"ROUGE reads only a to z and 0 to 9: it misses most of the reference in {count}"
+    return "" if count.startswith("0 ") else note
 
 
 def bleu(predictions, references, effective_order):
