@@ -65,8 +65,9 @@ def parse_settings(module, argv=None, choices=None):
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    kinds = {name: (choices or {}).get(name, (str,)) for name in settings_of(module)}
-    for name, comment in settings_of(module).items():
+    settings = settings_of(module)
+    kinds = {name: (choices or {}).get(name, (str,)) for name in settings}
+    for name, comment in settings.items():
         value = getattr(module, name)
         options = {"default": value, "help": (comment or " ").replace("%", "%%")}
         if value in ("", (), []):

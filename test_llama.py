@@ -83,7 +83,9 @@ WINDOW = 1024  # tokens of the general text that are read at once
 def parse_args(argv=None):
     args = common.parse_settings(sys.modules[__name__], argv, CHOICES)
     if not re.fullmatch(r"[\w-]*", args.name) or re.fullmatch(r"(.*_)?swapped", args.name.lower()):
-        fail("--name must be made of letters, digits, dashes and underscores, and not end as --swap-answers' files do")
+        fail(
+            "--name must be made of letters, digits, dashes and underscores, and not end in swapped: those swap answers"
+        )
     if args.server:
         common.check_url("--server", args.server)
     return args
