@@ -82,10 +82,10 @@ WINDOW = 1024  # tokens of the general text that are read at once
 
 def parse_args(argv=None):
     args = common.parse_settings(sys.modules[__name__], argv, CHOICES)
-    if not re.fullmatch(r"[\w-]*", args.name) or re.fullmatch(r"(.*_)?swapped", args.name.lower()):
-        fail(
-            "--name must be made of letters, digits, dashes and underscores, and not end in swapped: those swap answers"
-        )
+    if not re.fullmatch(r"[\w-]*", args.name):
+        fail("--name must be made of letters, digits, dashes and underscores")
+    if re.fullmatch(r"(.*_)?swapped", args.name.lower()):
+        fail("--name must be another one: files whose names end in swapped are those that swap answers")
     if args.server:
         common.check_url("--server", args.server)
     return args
