@@ -52,6 +52,9 @@ NUM_PROC = 0  # processes that choose contexts; 0 = one per CPU
 OUTPUT_DIR = "outputs"  # gets dataset/ and dataset_report.json
 
 # Fixed
+EXAMPLES = ("TRAIN_EXAMPLES_PER_TASK", "VALIDATION_EXAMPLES_PER_TASK", "TEST_EXAMPLES_PER_TASK")
+CHOICES = {"TASKS": (list, *common.TASKS), "CONTEXT": ("question", "first", "none"), "MAX_CONTEXT_WORDS": (int,)}
+CHOICES |= dict.fromkeys((*EXAMPLES, "SEED", "NUM_PROC"), (0, int))
 PROMPTS = {  # the prompt ends without a blank and the completion begins with one, so both tokenizers split there
     "samsum": "Summarize the dialogue.\n\nDialogue:\n{dialogue}\n\nSummary:",
     "trivia_qa": "Answer the question from the context.\n\nContext:\n{context}\n\nQuestion: {question}\nAnswer:",
@@ -61,7 +64,8 @@ LICENCES = {"samsum": "CC BY-NC-ND 4.0", "trivia_qa": "Apache 2.0; its pages: Wi
 SPLITS = ("train", "validation", "test")
 TRIVIA_QA_TEXTS = ("question", "question_id", "answer.value", "answer.aliases.*", "entity_pages.wiki_context.*")
 PASSAGE_WORDS = 100  # a passage ends at the first sentence or line end after so many words
-NEAR = 0.8  # Jaccard similarity of word 5-grams from which two texts are near duplicates
+NEAR = 0.8  # share of the word 5-grams that two texts have in common from which they are near duplicates
+LONG = 10  # 5-grams of a text (14 words) from which it is one that another may contain
 BM25_K1, BM25_B = 1.2, 0.75  # Robertson & Zaragoza 2009; among a question's own pages, after Clark & Gardner 2017
 INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 SENTENCE_END = re.compile(r"([.!?\n][ \n]+)")  # after a blank was put behind every \n: 4 times as fast as with a |
@@ -91,22 +95,28 @@ class NearTexts:
                 self.holders[gram].append(key)
 
     def near(self, key):
-        """The texts with a Jaccard similarity to this one of NEAR or more, itself among them."""
-        grams = word_5_grams(key)
+        """The texts that share NEAR of the shorter one's 5-grams with this one, itself among them.
+
+        A text below LONG may stand in others by chance: of that, the share of both texts' 5-grams counts (Jaccard).
+        """
+        grams, near = word_5_grams(key), []
         shared = Counter(other for gram in grams for other in self.holders.get(gram, ()))
-        return [other for other, n in shared.items() if n / (len(grams) + self.sizes[other] - n) >= NEAR]
+        for other, n in shared.items():
+            sizes = len(grams), self.sizes[other]
+            if n / (min(sizes) if min(sizes) >= LONG else sum(sizes) - n) >= NEAR:
+                near.append(other)
+        return near
 
 
 def word_5_grams(key):
-    words = key.split()
+    words = key.translate(common.WORDS).split()  # also where a script has no blanks between them
     return {" ".join(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
 
 
 def parse_args(argv=None):
-    choices = {"TASKS": common.TASKS, "CONTEXT": ("question", "first", "none")}
-    args = common.parse_settings(sys.modules[__name__], argv, choices)
-    if not args.tasks or isinstance(args.tasks, str):
-        fail(f"--tasks must be a list of one or both of {', '.join(common.TASKS)}")
+    args = common.parse_settings(sys.modules[__name__], argv, CHOICES)
+    if not args.tasks:
+        fail(f"--tasks must be one or both of {', '.join(common.TASKS)}")
     if not re.fullmatch(r"[\w.-]+", args.trivia_qa_config):
         fail("--trivia-qa-config must be the name of a folder")
     args.tasks = sorted(set(args.tasks))
@@ -115,27 +125,33 @@ def parse_args(argv=None):
 
 def find_files(task, args):
     """{split: sorted paths} of a task's source, and what the report says of it."""
-    source, revision = getattr(args, task), None
+    source, revision, faults = getattr(args, task), None, []
     patterns = {split: f"{split}.csv" for split in SPLITS}
     if task == "trivia_qa":  # the hub's test has no answers: its validation is our test, ours is carved out of train
         folder = args.trivia_qa_config
         patterns = {"train": f"{folder}/train-*.parquet", "test": f"{folder}/validation-*.parquet"}
-    root = source
+    root, place, remedy = source, source, "get it again, laid out like the hub repository, and nothing else into it"
+    network = f"check name and network, or give a local folder with {common.flag_of(task)}"
     if not Path(root).is_dir():
         try:
             root = huggingface_hub.snapshot_download(source, repo_type="dataset", allow_patterns=[*patterns.values()])
+            reached = Path(root, f"../../trees/{Path(root).name}.json").exists()  # what the hub says that it has
+        except huggingface_hub.errors.IncompleteSnapshotError as error:
+            root, reached = error.snapshot_path, False
         except Exception as error:  # a dozen kinds, from no network to a full disk
-            remedy = f"check name and network, or give a local folder with {common.flag_of(task)}"
-            fail(f"{task}: cannot load {source} ({first_line(error)}): {remedy}")
+            fail(f"{task}: cannot load {source} ({first_line(error)}): {network}")
         revision = Path(root).name  # the hub's cache names a folder by its commit
+        if not reached:
+            place, remedy = f"the cache of {source}, and the hub could not be reached", network
     files = {split: sorted(Path(root).glob(pattern)) for split, pattern in patterns.items()}
     for split, pattern in patterns.items():
-        if not files[split]:
-            fail(f"{task}: no {pattern} in {source}: the folder must be laid out like the hub repository")
         parts = {int(named[1]) for path in files[split] if (named := re.search(r"-of-(\d+)\.", path.name))}
-        if parts - {len(files[split])}:
-            told = f"{len(files[split])} files {pattern} where there should be {max(parts)}"
-            fail(f"{task}: {source} has {told}: get it again, and nothing else into it")
+        if not files[split]:
+            faults.append(f"no {pattern}")
+        elif parts - {len(files[split])}:
+            faults.append(f"{len(files[split])} files {pattern} where there should be {max(parts)}")
+    if faults:
+        fail(f"{task}: {' and '.join(faults)} in {place}: {remedy}")
     hashes = {path.relative_to(root).as_posix(): common.sha256(path) for paths in files.values() for path in paths}
     return files, {"source": source, "revision": revision, "licence": LICENCES[task], "sha256": hashes}
 
@@ -339,7 +355,7 @@ def render_question(row, split, context, max_words):
         # By the question alone: a context that was found by its answer would be a leak in test.
         first = context == "first"
         text = first_words(pages, max_words) if first else choose_context(question or "", pages, max_words)
-    found = holds(text, {name for name in map(normalized, references) if name})
+    found = holds(text, references)
     if not found and context != "none" and split != "test":
         return "answer not in context"
     prompt = template("trivia_qa", context).format(context=text, question=question)

@@ -6,6 +6,7 @@ normaliser of answers. Imports nothing heavy.
 """
 
 import argparse
+import ast
 import errno
 import fcntl
 import functools
@@ -23,6 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import tokenize
+import unicodedata
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -37,21 +40,31 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT
 LAUNCHER = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|(PMI|(OMPI|MV2)_COMM_WORLD)_(RANK|SIZE)")  # that accelerate reads
 SEVERAL = ("train_llama.py", "test_llama.py")  # scripts that may be several processes
 TASKS = ("samsum", "trivia_qa")
+WITHOUT_BLANKS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")  # begin of characters' names
 PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
 
 
 def settings_of(module):
-    """{name: comment} of the constants between `# Settings` and `# Fixed` of a script."""
-    block = inspect.getsource(module).split("# Settings", 1)[1].split("# Fixed", 1)[0]
-    return dict(re.findall(r"^([A-Z]\w+) = .*?(?:  # (.*))?$", block, re.MULTILINE))
+    """{name: comment} of the constants between the lines `# Settings` and `# Fixed` of a script, however written."""
+    source = inspect.getsource(module)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
+    first, last = (source[: source.index(f"\n# {mark}")].count("\n") + 2 for mark in ("Settings", "Fixed"))
+    settings = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and first < node.lineno < last:
+            name = next(part.id for part in ast.walk(node) if isinstance(part, ast.Name))
+            lines = range(node.lineno, node.end_lineno + 1)
+            settings[name] = " ".join(comments[line].lstrip("# ") for line in lines if line in comments)
+    return settings
 
 
 def parse_settings(module, argv=None, choices=None):
     """A script's settings as a namespace; each is a flag, its value the default, its comment the help.
 
-    choices: {setting: its values}, with float among them any number, too. A number may be 0 where its comment tells
-    what `0 =` means, or `0 to` what it goes; and a seed may.
-    Exits 2 on a value that cannot be meant, also one that stands in the block.
+    choices: {setting: what it may be}: words, int or float (above 0, or from 0 where 0 is among them), bool, None,
+    list (of the words); a setting that is not there is a text. Exits 2 on anything else, on the command line or in
+    the block.
     """
     parser = argparse.ArgumentParser(
         description=module.__doc__.split("\n")[0],
@@ -60,43 +73,49 @@ def parse_settings(module, argv=None, choices=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     settings = settings_of(module)
+    kinds = {name: (choices or {}).get(name, (str,)) for name in settings}
     for name, comment in settings.items():
-        value, allowed = getattr(module, name), (choices or {}).get(name, ())
-        if value is None and "None: " not in comment:
-            parser.error(f"{name} is None in the settings: give it a value there")
+        value = getattr(module, name)
         options = {"default": value, "help": (comment or " ").replace("%", "%%")}
         if value in ("", (), []):
             options["help"] += "%(default).0s"  # else argparse tells an empty default
-        if isinstance(value, bool) or value is None:
+        if bool in kinds[name]:
             options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(value, list | tuple):
+        elif list in kinds[name]:
             options["nargs"] = "+"
-        elif float in allowed:
-            options["type"] = functools.partial(word_or_number, allowed)
-        else:
-            options["type"] = type(value)
         parser.add_argument(flag_of(name), **options)
     args = parser.parse_args(argv)
-    for name, comment in settings.items():
+    for name, allowed in kinds.items():
         value = getattr(args, name.lower())
-        may_be_0 = name == "SEED" or re.search(r"\b0 (=|to) ", comment)
-        below = math.inf if isinstance(value, float) else 2**31
-        if type(value) in (int, float) and not (0 <= value < below and (value or may_be_0)):
-            parser.error(f"{flag_of(name)} must be {'0 or more' if may_be_0 else 'above 0'} and below {below}")
-        values = value if isinstance(value, list | tuple) else [value]
-        allowed = (choices or {}).get(name, values)
-        if not all(one in allowed or (float in allowed and type(one) in (int, float)) for one in values):
-            words = ["a number" if one is float else one for one in allowed]
-            parser.error(f"{flag_of(name)} must be one of {', '.join(words)}")
+        try:
+            setattr(args, name.lower(), checked(value, allowed))
+        except (TypeError, ValueError):  # also what Python cannot convert
+            zero = "from 0" if 0 in allowed else "above 0"
+            words = {int: f"a whole number {zero}", float: f"a number {zero}", bool: "True, False", list: "a list"}
+            told = " or ".join(str(words.get(one, one)) for one in allowed if one != 0)
+            parser.error(f"{flag_of(name)} must be {told}, not {value!r}")
     return args
 
 
-def word_or_number(words, text):
-    """A flag's text as the number that it is, or as it stands."""
-    try:
-        return text if text in words else float(text)
-    except ValueError:
-        return text  # refused, with what is allowed
+def checked(value, allowed):
+    """What a flag's text or a constant of the settings means, as `choices` of parse_settings allow, or ValueError."""
+    if list in allowed:
+        good = isinstance(value, list | tuple) and (len(allowed) == 1 or set(value) <= set(allowed))
+        value = type(value)(map(str, value))
+    elif value is None or isinstance(value, bool):
+        good = (None if value is None else bool) in allowed
+    elif str in allowed:
+        good, value = isinstance(value, str | int | Path), str(value)
+    elif isinstance(value, str) and value in allowed:
+        good = True
+    else:
+        number = float(value)
+        value = int(number) if int in allowed and number.is_integer() else number
+        below = 2**31 if int in allowed else math.inf
+        good = type(value) in allowed and 0 <= value < below and (value or 0 in allowed)
+    if not good:
+        raise ValueError
+    return value
 
 
 def check_url(flag, url):
@@ -411,7 +430,34 @@ def normalize_answer(text):
 normalized = normalize_answer.__wrapped__  # past its cache, which would keep every context in memory
 
 
+class WordTable(dict):
+    """For str.translate: what is no letter, digit or mark ends a word; full-width forms become the plain ones.
+
+    What is invisible inside a word goes. Where a script has no blanks between words, every character is a word.
+    """
+
+    def __missing__(self, code):
+        char = unicodedata.normalize("NFKC", chr(code)) if 0xFF00 < code < 0xFFA0 else chr(code)
+        kind, name = unicodedata.category(char), unicodedata.name(char, "")
+        if kind == "Me" or (kind == "Cf" and name != "ZERO WIDTH SPACE") or name.startswith("VARIATION SELECTOR"):
+            self[code] = ""
+        elif kind[0] not in "LNM":
+            self[code] = " "
+        else:
+            self[code] = f" {char} " if kind[0] != "N" and name.startswith(WITHOUT_BLANKS) else char
+        return self[code]
+
+
+WORDS = WordTable()
+
+
+def words_of(text):
+    """The words of a text in any script, a blank between them: no punctuation, no case, no a/an/the."""
+    words = unicodedata.normalize("NFC", text).casefold().translate(WORDS).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+
 def holds(text, answers):
-    """Whether a text holds one of the normalised answers as whole words in a row."""
-    text = f" {normalized(text)} "
-    return any(f" {answer} " in text for answer in answers)
+    """Whether one of the answers stands in a text as whole words in a row; one without a word stands nowhere."""
+    text = f" {words_of(text)} "
+    return any(f" {words} " in text for words in map(words_of, answers) if words)

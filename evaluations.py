@@ -7,7 +7,7 @@ is said of it holds for other rows and other seeds. A language model judges the 
 
 Reads:  OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json, whichever exist, or the files of
         --predictions: {"task": "samsum", "examples": [{"references": ["..."], "prediction": "..."}]} is enough,
-        or the examples alone, one a line.
+        or the examples alone, one a line, each with its "task" or a prompt that ends as ours do.
         For the page, where they are of the same run: OUTPUT_DIR/dataset/ (prompts), dataset_report.json,
         adapter/run.json, adapter/log.jsonl.
 Writes: OUTPUT_DIR/evaluation.html and evaluation.json, which holds every number of the page; with a judge also
@@ -51,6 +51,8 @@ JUDGE_TIMEOUT = 60.0  # seconds for a request, times those at once: a local serv
 OUTPUT_DIR = "outputs"  # holds the predictions, gets evaluation.json and evaluation.html
 
 # Fixed
+CHOICES = {"PREDICTIONS": (list,), "RESAMPLES": (int,), "JUDGE_CONCURRENCY": (int,), "JUDGE_TIMEOUT": (float,)}
+CHOICES |= dict.fromkeys(("SEED", "JUDGE_MAX_EXAMPLES"), (0, int))
 ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")  # as in metrics.py, which is imported late
 SCORES = {  # what each task reports, in the order of the table
     "samsum": (*ROUGES, "bleu", "exact_match", "length_ratio"),
@@ -61,15 +63,15 @@ MEANS = {task: [name for name in names if name != BLEU[task]] for task, names in
 KEYS = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "seeds")
 KEYS += ("equal_predictions",)
 # Keys of evaluation.json beside a task's systems: no system's name
-RESERVED = (*KEYS, "comparisons", "groups", "per_example", "judge")
+RESERVED = (*KEYS, "rouge_note", "comparisons", "groups", "per_example", "judge")
 PROMPT_ENDS = {"samsum": "Summary:", "trivia_qa": "Answer:"}  # build_dataset.py's, for examples without a task
 SWAPPED = "swapped"  # column and part of the report of test_llama.py --swap-answers
-NAME = re.compile(r"([\w.+-]+(?:@[\w.+-]+)?)=(.+)", re.DOTALL)  # --predictions NAME=FILE or NAME@SEED=FILE
+NAME = re.compile(r"([^\s/@=]+(?:@[^\s/@=]+)?)=(.+)", re.DOTALL)  # --predictions NAME=FILE or NAME@SEED=FILE
 SAME_RUN = ("adapter", "weights", "rows", "4_bit")  # what the predictions of two tasks must have in common
 
 
 def parse_args(argv=None):
-    args = parse_settings(sys.modules[__name__], argv)
+    args = parse_settings(sys.modules[__name__], argv, CHOICES)
     check_url("--judge-url", args.judge_url)
     if args.judge_model and not args.judge_max_examples:
         fail("a judge costs time or money: say how many examples of each task with --judge-max-examples")
@@ -99,7 +101,7 @@ class Example(BaseModel, strict=True):
 class PredictionFile(BaseModel, strict=True):
     """What test_llama.py writes for a task; of another system's file `task` and `examples` are enough."""
 
-    task: Literal[TASKS]
+    task: Annotated[Literal[TASKS], BeforeValidator(lambda task: task.lower() if isinstance(task, str) else task)]
     examples: list[Example] = Field(min_length=1)
     perplexity: dict[str, dict[str, int | float]] = {}
     general_text: dict[str, dict[str, int | float]] = {}
@@ -147,27 +149,37 @@ class Rows:
 
 
 def parse(raw):
-    """The value in the bytes of a JSON file, with or without a BOM; JSON lines become the examples of one."""
+    """The values in the bytes of a JSON file, with or without a BOM: one, or one a task of rows without a frame."""
     try:
         value = json.loads(raw)
-        examples = [value] if isinstance(value, dict) and "prediction" in value else []  # a single line
+        rows = [value] if isinstance(value, dict) and "prediction" in value else value  # a single line
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":  # more than one value: one a line
             raise
-        examples = [json.loads(line) for line in raw.decode("utf-8-sig").split("\n") if line.strip()]
-    if examples:
-        prompt = str(examples[0].get("prompt")).rstrip()
-        asked = next((task for task, end in PROMPT_ENDS.items() if prompt.endswith(end)), None)
-        value = {"task": examples[0].get("task", asked), "examples": examples}
+        rows = [json.loads(line) for line in raw.decode("utf-8-sig").split("\n") if line.strip()]
     # Python's json reads NaN, 1e999 and half a character without a word: none may get into the scores.
-    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    return value
+    json.dumps(rows, ensure_ascii=False, allow_nan=False).encode()
+    return by_task(rows) if rows and isinstance(rows, list) else [rows]
+
+
+def by_task(rows):
+    """Rows as the values of files, one a task: that of the row itself, or the one that its prompt ends like."""
+    tasks = {}
+    for row in rows:
+        prompt = str(row.get("prompt")).rstrip()
+        asked = next((task for task, end in PROMPT_ENDS.items() if prompt.endswith(end)), "none")
+        tasks.setdefault(str(row.get("task") or asked).lower(), []).append(row)
+    return [{"task": task, "examples": examples} for task, examples in tasks.items()]
 
 
 def read_file(path, remedy=""):
-    """One checked PredictionFile; anything wrong with it ends the script in one sentence."""
+    """The checked PredictionFiles of a file, one a task; anything wrong with it ends the script in one sentence."""
+    files = []
     try:
-        return PredictionFile.model_validate(parse(Path(path).read_bytes()))
+        values = parse(Path(path).read_bytes())
+        for value in values:
+            files.append(PredictionFile.model_validate(value))
+        return files
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")
     except ValidationError as error:
@@ -176,6 +188,8 @@ def read_file(path, remedy=""):
         fault = f"{place}: {first['msg']}".removeprefix(": ").removeprefix("Value error, ")
         if {one["loc"] for one in error.errors() if one["type"] == "missing"} >= {("task",), ("examples",)}:
             fault = "it has neither task nor examples: it is no file of predictions"
+        if len(values) > 1:
+            fault = f"its rows of task {value['task']}: {fault}"
     except (ValueError, RecursionError, AttributeError) as error:
         fault = f"not valid JSON ({error})"
     fail(f"{path}: {fault}{remedy}")
@@ -253,7 +267,8 @@ def read_all(args):
         name, path = named.groups() if named else (None, text)
         if name and name.partition("@")[0] in RESERVED:
             fail(f"--predictions {text}: a system cannot be called {name}, choose another name")
-        files.append((name, path, read_file(path, "" if args.predictions else ": run test_llama.py --overwrite")))
+        remedy = "" if args.predictions else ": run test_llama.py --overwrite"
+        files += [(name, path, data) for data in read_file(path, remedy)]
     leave_out([data for _, _, data in files])
     for name, path, data in files:
         shared = (column(data.examples, key) for key in ("references", "id", "prompt", "answer_in_context", SWAPPED))
@@ -353,6 +368,8 @@ def measure_groups(by_sums, tables, inside, args):
 
 def score_task(task, rows, args):
     """Everything evaluation.json says about a task; {system: {metric: 0 to 100}} stands at its top level."""
+    from metrics import rouge_note
+
     scores = {name: score(task, rows.references, system.predictions) for name, system in rows.systems.items()}
     tables = {name: table_of(task, scores[name], system) for name, system in rows.systems.items()}
     columns = {metric: i for i, metric in enumerate(MEANS[task])}
@@ -369,6 +386,7 @@ def score_task(task, rows, args):
         "general_text": {name: system.general_text for name, system in rows.systems.items() if system.general_text},
         "intervals": whole["intervals"],
         "seeds": whole["seeds"],
+        "rouge_note": rouge_note(rows.references),
         "comparisons": significance.compare(by_sums, tables, tested, whole["differences"], args),
         "equal_predictions": [
             [one, other, sum(map(str.__eq__, rows.systems[one].predictions, rows.systems[other].predictions))]
@@ -456,6 +474,8 @@ def print_table(task, result):
         say(f"{len(seeds)} trainings of {name[:16]}: {', '.join(told)}")
     for one, other, count in result.get("equal_predictions", ()):
         say(f"equal predictions of {one[:16]} and {other[:16]}: {count} of {result['examples']}")
+    if note := result.get("rouge_note"):
+        say(note)
     for name, count in result["too_long"].items():
         more = "" if task == SWAPPED else ": wrong answers, and not in its perplexity"
         say(f"{count} of them were too long for the model of {name}{more}")

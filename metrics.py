@@ -15,6 +15,7 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score import rouge_scorer, tokenize
 from sacrebleu.metrics import BLEU
 
+import common
 from common import normalize_answer
 
 # evaluate's evaluators would import transformers, and torch with it; it allows for their absence.
@@ -26,6 +27,7 @@ if hidden is None:
 
 ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")  # nltk's punkt would be a download
+words_of = cache(common.words_of)  # a prediction is compared with every alias
 
 
 class Scores(evaluate.Metric):
@@ -69,9 +71,9 @@ def f1_score(prediction, reference):
 
 
 def contains_score(prediction, reference):
-    """Whether the normalised words of the reference stand in the prediction, whole and in a row (bool)."""
-    words = normalize_answer(reference)
-    return bool(words) and f" {words} " in f" {normalize_answer(prediction)} "
+    """Whether the words of the reference stand in the prediction, whole and in a row (bool), as in common.holds."""
+    words = words_of(reference)
+    return bool(words) and f" {words} " in f" {words_of(prediction)} "
 
 
 def best(score, predictions, references):
@@ -107,6 +109,17 @@ def rouge(predictions, references):
         for name in ROUGES:
             scores[name].append(100 * found[name].fmeasure if found else 0.0)
     return scores
+
+
+def rouge_note(references):
+    """A sentence where rouge_score reads less than half of the letters and digits of references, else ""."""
+
+    def unread(reference):
+        return 2 * len(re.findall("[a-z0-9]", reference.lower())) < max(1, len(re.findall(r"[^\W_]", reference)))
+
+    count = f"{sum(all(map(unread, refs)) for refs in references):,} of {len(references):,} examples"
+    note = f"ROUGE reads only a to z and 0 to 9: it misses most of the reference in {count}"
+    return "" if count.startswith("0 ") else note
 
 
 def bleu(predictions, references, effective_order):

@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+import warnings
 from pathlib import Path
 
 import jinja2
@@ -35,14 +36,17 @@ def draw(caption, xlabel, ylabel, lines, first=0):
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of letters that its font lacks: the browser has them
         figure = Figure(figsize=(4.2, 2.8), layout="constrained")
         axes = figure.subplots()
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        for i, (name, (x, y, style)) in enumerate(lines.items(), first):
-            axes.plot(x, y, label=name, color=f"#0{i % 6}0404", markersize=4, **style)
+        for i, (x, y, style) in enumerate(lines.values(), first):
+            axes.plot(x, y, color=f"#0{i % 6}0404", markersize=4, **style)
         axes.set_ylim(bottom=0)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above: nothing lies under it
+        legend = axes.legend(axes.lines, range(len(lines)), loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above
+        for text, name in zip(legend.get_texts(), lines, strict=True):
+            text.set(text=name, parse_math=False)  # here: the legend leaves out a label that begins with _
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
     svg = file.getvalue()
@@ -96,15 +100,15 @@ def texts_of(rows):
     return {"texts": shared, "predictions": {name: system.predictions for name, system in rows.systems.items()}}
 
 
-def public_name(model):
-    """A hub id as it is, of a folder its name: the whole path is nobody's business."""
-    return Path(model).name if Path(model).is_absolute() else model
+def public_name(value):
+    """Of a path its name, since where it is on this machine is nobody's business; anything else as it is."""
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "./", "../", "~")) else value
 
 
 def page(report, tasks):
     """The text of evaluation.html: the numbers of `report` and the texts of `tasks`, in evaluation.html.jinja."""
     folder = jinja2.FileSystemLoader(Path(__file__).resolve().parent)
-    environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True)
+    environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, finalize=public_name)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # jinja2 sorts keys: the first system is first
     figures = {}
     try:

@@ -6,10 +6,9 @@ from collections import Counter
 import numpy as np
 
 import significance
-from common import fail, holds, normalized, say
+from common import WORDS, fail, holds, say, words_of
 
 NUMBER = r"\S*\d.*|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|hundred|thousand|million"
-GAP = r"[\W_]+(?:(?:a|an|the)[\W_]+)*"  # between two words of an answer, by the official rules
 SHARES = ("follows_context", "from_memory", "neither_or_both")
 
 
@@ -42,21 +41,31 @@ def swap_row(row, own, others):
     """The row with the first of `others` that fits in the place of `own`, or why there is none (a string)."""
     start, mark, rest = row["prompt"].partition("Context:\n")
     context, end, question = rest.rpartition("\n\nQuestion: ")
-    names = sorted(filter(None, map(normalized, row["references"])), key=len, reverse=True)  # the longest first
+    names = sorted(filter(None, map(words_of, row["references"])), key=len, reverse=True)  # the longest first
     if not holds(context, names):
         return "not there"
     if holds(question, names):
         return "also in the question"
-    forms = "|".join(GAP.join(map(re.escape, name.split())) for name in names)
-    whole = rf"(?<![^\W_])(?:{forms})(?![^\W_]|[\u0300-\u036f])"  # no letter, digit or accent beside it
     kind = kind_of(own)
     for other in (one for one in others if kind_of(one) == kind):
-        words = normalized(other)
+        words = words_of(other)
         if words and not holds(other, names) and not any(holds(text, [words]) for text in (rest, *names)):
-            text = re.sub(whole, other.replace("\\", r"\\"), context, flags=re.IGNORECASE)
+            text = replace(context, names, other)
             known = {"prompt": start + mark + text + end + question, "completion": f" {other}", "swapped": other}
             return "in another form" if holds(text, names) else row | known
     return "without another of their kind"
+
+
+def replace(text, names, other):
+    """The text with `other` in every place of one of the names, the longest first: where `holds` finds them."""
+    letters = "".join(char for char in set(text) if not char.translate(WORDS).startswith(" "))
+    pieces = re.finditer(f"[a{letters}]+|.", text, re.DOTALL)  # of a script without blanks, each character
+    places = [(word, piece) for piece in pieces for word in words_of(piece[0]).split()]
+    line = " ".join(word for word, _ in places)
+    for found in reversed([*re.finditer(rf"(?<!\S)({'|'.join(names)})(?!\S)", line)]):
+        first, last = (places[line.count(" ", 0, end)][1] for end in found.span())
+        text = text[: first.start()] + other + text[last.end() :]
+    return text
 
 
 def score(rows, args):

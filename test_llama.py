@@ -73,6 +73,15 @@ OUTPUT_DIR = "outputs"  # holds dataset/ and adapter/, gets the predictions
 
 # Fixed
 CHOICES = {"CHAT_TEMPLATE": llama.CHAT_TEMPLATES, "SERVER_API": ("auto", "completions", "chat")}
+CHOICES |= dict.fromkeys(("COMPARE_WITH_BASE", "SWAP_ANSWERS", "OVERWRITE"), (bool,)) | {"LOAD_IN_4BIT": (bool, None)}
+CHOICES |= dict.fromkeys(("MAX_BATCH_TOKENS", "SAMSUM_MAX_NEW_TOKENS", "TRIVIA_QA_MAX_NEW_TOKENS"), (int,))
+CHOICES |= {
+    "SERVER_CONCURRENCY": (int,),
+    "SERVER_TIMEOUT": (float,),
+    "SERVER_MAX_EXAMPLES": (0, int),
+    "SERVER_THOUGHT_TOKENS": (0, int),
+}
+CHOICES |= dict.fromkeys(("SERVER_INPUT_PRICE", "SERVER_OUTPUT_PRICE"), (0, float))
 # Settings that are resolved, or without an influence
 UNBOUND = ("adapter", "model", "chat_template", "load_in_4bit", "general_text", "name", "overwrite", "output_dir")
 WINDOW = 1024  # tokens of the general text that are read at once
@@ -82,6 +91,8 @@ def parse_args(argv=None):
     args = common.parse_settings(sys.modules[__name__], argv, CHOICES)
     if not re.fullmatch(r"[\w-]*", args.name):
         fail("--name must be made of letters, digits, dashes and underscores")
+    if re.fullmatch(r"(.*_)?swapped", args.name.lower()):
+        fail("--name must be another one: files whose names end in swapped are those that swap answers")
     if args.server:
         common.check_url("--server", args.server)
     return args

@@ -63,6 +63,14 @@ OUTPUT_DIR = "outputs"  # holds dataset/, gets checkpoints/ and adapter/
 
 # Fixed
 CHOICES = {
+    **dict.fromkeys(("LORA_R", "LORA_ALPHA", "GRADIENT_ACCUMULATION_STEPS", "MAX_LENGTH"), (int,)),
+    **dict.fromkeys(("EVAL_STEPS", "LOGGING_STEPS", "SAVE_STEPS", "SAVE_TOTAL_LIMIT"), (int,)),
+    **dict.fromkeys(("MAX_STEPS", "PER_DEVICE_TRAIN_BATCH_SIZE", "WARMUP_STEPS"), (0, int)),
+    **dict.fromkeys(("EARLY_STOPPING_PATIENCE", "SEED"), (0, int)),
+    **dict.fromkeys(("LORA_DROPOUT", "SAVE_MINUTES", "DRY_RUN_PRICE"), (0, float)),
+    **dict.fromkeys(("LOAD_IN_4BIT", "PACKING", "DRY_RUN", "OVERWRITE"), (bool,)),
+    "TARGET_MODULES": (list,),
+    "NUM_TRAIN_EPOCHS": (float,),
     "CHAT_TEMPLATE": llama.CHAT_TEMPLATES,
     "LEARNING_RATE": ("auto", float),
     "ATTN_IMPLEMENTATION": llama.ATTENTIONS,

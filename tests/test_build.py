@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import FIXTURES, ROOT, SMALL, SOURCES, assert_refused, run, snapshot
 from datasets import load_from_disk
+from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
 from make_fixtures import PLANTED, SAMSUM_ROWS, TRIVIA_QA_ROWS
 
 import build_dataset
@@ -364,8 +365,36 @@ def test_a_near_duplicate_has_four_fifths_of_the_word_5_grams():
     words = [f"w{i}" for i in range(40)]  # 36 5-grams
     key = " ".join(words)
     texts = build_dataset.NearTexts([key])
-    assert texts.near(" ".join([*words, *"abcdefghi"])) == [key]  # 36 of 45: exactly 0.8
-    assert texts.near(" ".join([*words, *"abcdefghij"])) == []  # 36 of 46
+    nine = [f"v{i}" for i in range(9)]
+    assert texts.near(" ".join([*words[:32], *nine, *nine])) == []  # 28 of the shorter one's 36
+    assert texts.near(" ".join([*words[:33], *nine, *nine])) == [key]  # 29 of 36, above 0.8
+    assert texts.near(" ".join(words[4:18])) == [key] and texts.near(" ".join([*words[4:17], "v"])) == [key]
+    short = " ".join(words[4:17])  # 9 5-grams: too few to mean something inside another text
+    assert texts.near(short) == [] and build_dataset.NearTexts([short]).near(" ".join(words[4:18])) == [short]
+
+
+GREETING = "Ann: Hi, how are you doing? Bob: Fine, thanks, and you?"
+
+
+def test_a_text_that_another_one_contains_is_leaked_and_a_greeting_is_not(tmp_path):
+    test = "Amy: " + " ".join(f"told{i}" for i in range(20))
+    chinese = "小明：我昨天和妈妈一起去了北京的长城。小红：真好，你们玩得开心吗？"
+    source = write_samsum(
+        tmp_path / "samsum",
+        test=[("t1", test, "It is."), ("t2", GREETING, "They meet."), ("t3", chinese, "It is.")],
+        train=[
+            ("inside", f"{LONG}\n{test}\n{LONG.upper()}", "It is."),
+            ("part", " ".join(test.split()[3:18]), "It is."),
+            ("chinese", f"小明：你好！\n{chinese}\n小红：再见，小明，明天见。", "It is."),
+            ("greeting", f"{GREETING}\n{LONG.replace('word', 'term')}", "They meet."),
+        ],
+    )
+    done = build(tmp_path / "out", "--samsum", source, "--tasks", "samsum")
+    assert done.returncode == 0, done.stderr
+    train = load_from_disk(tmp_path / "out" / "dataset")["train"]["id"]
+    assert {one for one in train if "train" not in one} == {"samsum:greeting"}
+    counts = json.loads((tmp_path / "out" / "dataset_report.json").read_text())["tasks"]["samsum"]["counts"]
+    assert counts["train"]["nearly in test"] == 3
 
 
 def test_an_id_stands_in_a_split_once():
@@ -386,7 +415,11 @@ def test_near_duplicates_are_those_that_comparing_every_pair_finds():
             words[draw.randrange(len(words))] = "other"
     index, found = build_dataset.NearTexts(texts), 0
     for query in map(" ".join, changed):
-        alike = {text for text in texts if len(grams(text) & grams(query)) >= 0.8 * len(grams(text) | grams(query))}
+        alike = {
+            text
+            for text in texts
+            if len(grams(text) & grams(query)) >= 0.8 * len(min(grams(text), grams(query), key=len))
+        }
         assert set(index.near(query)) == alike
         found += bool(alike)
     assert 10 < found < 60
@@ -424,10 +457,41 @@ def test_a_shard_that_is_missing_or_of_another_copy_is_said(tmp_path):
     shutil.copytree(FIXTURES / "trivia_qa", tmp_path / "trivia_qa")
     path = next((tmp_path / "trivia_qa").rglob("train-*.parquet"))
     shutil.copy(path, path.with_name("train-00000-of-00002.parquet"))
-    error = "2 files rc.wikipedia/train-*.parquet where there should be {}: get it again"
-    assert_refused(build(tmp_path, "--trivia-qa", tmp_path / "trivia_qa"), error.format(2))
+    error = "2 files rc.wikipedia/train-*.parquet where there should be {}"
+    assert_refused(build(tmp_path, "--trivia-qa", tmp_path / "trivia_qa"), error.format(2), "get it again")
     path.unlink()
     assert_refused(build(tmp_path, "--trivia-qa", tmp_path / "trivia_qa"), error.replace("2", "1", 1).format(2))
+
+
+HUB = {  # what the cache has of the hub's files, what the sentence says of it
+    "one file": ("samsum", ["train.csv"], "no validation.csv and no test.csv"),
+    "another shard": (
+        "trivia_qa",
+        ["rc.wikipedia/train-00000-of-00007.parquet", "rc.wikipedia/validation-00000-of-00001.parquet"],
+        "1 files rc.wikipedia/train-*.parquet where there should be 7",
+    ),
+}
+
+
+@pytest.mark.parametrize("listed", [False, True])  # whether the cache has the list of the repository's files
+@pytest.mark.parametrize(("task", "names", "lacks"), HUB.values(), ids=HUB.keys())
+def test_without_a_network_a_part_of_the_files_in_the_hubs_cache_is_said_to_be_one(
+    task, names, lacks, listed, tmp_path
+):
+    repository = getattr(build_dataset, task.upper())
+    folder, commit = tmp_path / "hub" / f"datasets--{repository.replace('/', '--')}", "0123456789" * 4
+    for name in ["refs/main", *(f"snapshots/{commit}/{name}" for name in names)]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(commit)
+    if listed:
+        entries = dict.fromkeys([*names, "validation.csv", "rc.wikipedia/train-00001-of-00007.parquet"], (1, "0" * 40))
+        write_tree_cache(str(folder), commit, {name: TreeCacheEntry(*entry) for name, entry in entries.items()})
+    done = run(
+        "build_dataset.py", "--tasks", task, "--output-dir", tmp_path / "out", HF_HUB_CACHE=str(tmp_path / "hub")
+    )
+    assert_refused(
+        done, f"{lacks} in the cache of {repository}, and the hub could not be reached", f"--{task.replace('_', '-')}"
+    )
 
 
 def edit_trivia_qa(folder, edit, schema="as it was", pattern="train-*.parquet"):

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
 from types import ModuleType
 
 import pytest
@@ -39,19 +40,91 @@ OTHER = 1
 '''
 
 
-@pytest.fixture
-def module(tmp_path):
-    """The script BLOCK as a module."""
-    path = tmp_path / "block.py"
-    path.write_text(BLOCK)
-    module = ModuleType("block")
+CHOICES = {"LIMIT": (int,), "RATE": (float,), "STEPS": (0, int), "SEED": (0, int), "NAMES": (list, "a", "b")}
+CHOICES |= {"FLAG": (bool,), "MODE": (bool, None)}
+
+
+def module_of(path, text):
+    path.write_text(text)
+    module = ModuleType(path.stem)
     module.__file__ = str(path)
-    exec(compile(BLOCK, path, "exec"), vars(module))
+    exec(compile(text, path, "exec"), vars(module))
     return module
 
 
+@pytest.fixture
+def module(tmp_path):
+    """The script BLOCK as a module."""
+    return module_of(tmp_path / "block.py", BLOCK)
+
+
+EDITED = {  # a line of the settings, what it is edited to, a flag, the settings that come of it
+    "a whole number for a number": ("RATE = 0.5", "RATE = 3", "--rate=3.5", {"rate": 3}, {"rate": 3.5}),
+    "a number for a whole one": ("LIMIT = 3", "LIMIT = 1e3", "--limit=7", {"limit": 1000}, {"limit": 7}),
+    "0 with another comment": (
+        "STEPS = 10  # of warming up; 0 = none",
+        "STEPS = 0  # no",
+        "--steps=0",
+        {"steps": 0},
+        {},
+    ),
+    "0 without a comment": (
+        "STEPS = 10  # of warming up; 0 = none",
+        "STEPS = 0",
+        "--steps=2",
+        {"steps": 0},
+        {"steps": 2},
+    ),
+    "a number in quotes": ("LIMIT = 3", 'LIMIT = "4"', "--limit=5", {"limit": 4}, {"limit": 5}),
+    "a tuple for a list": (
+        'NAMES = ["a"]',
+        'NAMES = ("a", "b")',
+        "--names=b",
+        {"names": ("a", "b")},
+        {"names": ["b"]},
+    ),
+    "several lines": (
+        '["a"]',
+        '[  # one\n    "a",\n    "b",\n]',
+        "--names=a",
+        {"names": ["a", "b"]},
+        {"names": ["a"]},
+    ),
+    "an annotation": ("RATE = 0.5", "RATE: float = 0.25", "--rate=2", {"rate": 0.25}, {"rate": 2}),
+    "other blanks": ("SEED = 0", "SEED=7 #%s of 100 %", "--seed=0", {"seed": 7}, {"seed": 0}),
+    "a # in a text": ("SEED = 0", 'SEED = 0\nDIR = "a  # b"', "--dir=# 1", {"dir": "a  # b"}, {"dir": "# 1"}),
+    "a path": ("SEED = 0", 'SEED = 0\nDIR = __import__("pathlib").Path("a")', "--dir=2", {"dir": "a"}, {"dir": "2"}),
+}
+
+
+@pytest.mark.parametrize(("line", "edited", "flag", "then", "given"), EDITED.values(), ids=EDITED.keys())
+def test_a_setting_edited_in_any_way_python_allows_is_meant_as_it_was(
+    line, edited, flag, then, given, tmp_path, capsys
+):
+    assert line in BLOCK
+    module = module_of(tmp_path / "edited.py", BLOCK.replace(line, edited))
+    plain = parse(module)
+    assert {name: plain[name] for name in then} == then
+    assert plain | then | given == parse(module, flag)
+    with pytest.raises(SystemExit, match="0"):
+        parse(module, "--help")
+
+
+WRONG = ["LIMIT = 2.5", "LIMIT = True", "LIMIT = None", "LIMIT = 0  # 0 = none", 'LIMIT = "many"', 'FLAG = "False"']
+WRONG += ["RATE = [1]", 'NAMES = "a"', "NAMES = None", "MODE = 3", "SEED = -1", "STEPS = []", "STEPS = False"]
+
+
+@pytest.mark.parametrize("edited", WRONG)
+def test_a_setting_edited_to_what_it_cannot_be_is_refused_in_one_sentence(edited, tmp_path, capsys):
+    name = edited.split(" =")[0]
+    text = "".join(f"{edited}\n" if line.startswith(f"{name} =") else f"{line}\n" for line in BLOCK.splitlines())
+    with pytest.raises(SystemExit, match="2"):
+        parse(module_of(tmp_path / "edited.py", text))
+    assert f"error: --{name.lower()} must be " in capsys.readouterr().err
+
+
 def parse(module, *argv):
-    return vars(common.parse_settings(module, argv, choices={"NAMES": ("a", "b")}))
+    return vars(common.parse_settings(module, argv, choices=CHOICES))
 
 
 def test_flags_come_from_the_settings_block_and_nothing_else(module, capsys):
@@ -104,12 +177,12 @@ def test_a_constant_edited_to_none_is_refused_where_none_means_nothing(module, c
     module.RATE = None
     with pytest.raises(SystemExit) as stopped:
         parse(module)
-    assert stopped.value.code == 2 and "RATE is None in the settings: give it a value" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "--rate must be a number above 0, not None" in capsys.readouterr().err
 
 
 def test_a_setting_may_be_a_word_or_a_number(module, capsys):
     def parse(*argv):
-        return common.parse_settings(module, argv, choices={"SIZE": ("auto", float)}).size
+        return common.parse_settings(module, argv, choices=CHOICES | {"SIZE": ("auto", float)}).size
 
     path, module.SIZE = module.__file__, "auto"
     with open(path) as file:
@@ -122,7 +195,7 @@ def test_a_setting_may_be_a_word_or_a_number(module, capsys):
     module.SIZE = 0.0
     with pytest.raises(SystemExit):
         parse()
-    assert "--size must be above 0" in capsys.readouterr().err
+    assert "--size must be auto or a number above 0, not 0.0" in capsys.readouterr().err
     for wrong in ("fast", "0", "-1", "nan", "inf"):
         with pytest.raises(SystemExit):
             parse("--size", wrong)
@@ -130,7 +203,7 @@ def test_a_setting_may_be_a_word_or_a_number(module, capsys):
     module.SIZE = "fast"
     with pytest.raises(SystemExit):
         parse()
-    assert "--size must be one of auto, a number" in capsys.readouterr().err
+    assert "--size must be auto or a number above 0, not 'fast'" in capsys.readouterr().err
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -483,3 +556,63 @@ OFFICIAL = {  # worked out by hand from the official script's five steps
 @pytest.mark.parametrize("text", OFFICIAL)
 def test_answers_are_normalised_by_the_official_rules(text):
     assert common.normalize_answer(text) == OFFICIAL[text]
+
+
+HELD = {  # a text and an answer that stands in it
+    "between dashes": ("Jochi (1185–1226), nine", "1185"),
+    "before a dash": ("in 1986—when", "1986"),
+    "in quotation marks": ("„Paris“, «Paris», “Paris”", "Paris"),
+    "before an ellipsis": ("Paris…", "Paris"),
+    "before a footnote": ("Paris[3]", "Paris"),
+    "an arrow and a degree": ("→20°", "20"),
+    "an answer in quotation marks": ("She said yes.", "“Yes”"),
+    "an answer with a dash": ("AC/DC, the band", "AC–DC"),
+    "marks of money": ("It costs $5 or 5€.", "£5"),
+    "an apostrophe": ("O’Neill’s", "O'Neill"),
+    "points": ("in the U.S.", "U. S."),
+    "an underscore": ("New_York", "New York"),
+    "an accent in two characters": ("a cafe\u0301", "café"),
+    "an accent in one character": ("a café", "cafe\u0301"),
+    "full-width digits": ("は１９８６年に", "1986"),
+    "capitals of sharp s": ("STRASSE", "Straße"),
+    "a soft hyphen": ("Pa\u00adris", "Paris"),
+    "Hindi": ("यह पूर्व प्रधान मंत्री थे।", "पूर्व प्रधान"),
+    "Hindi with a joiner": ("क्\u200dष", "क्ष"),
+    "Arabic punctuation": ("باريس، لندن", "باريس"),
+    "Chinese in a sentence": ("小明今天去了北京。", "北京"),
+    "Japanese beside Latin": ("東京はNHKの", "NHK"),
+    "Japanese of two characters": ("カ\u3099ラス", "ガラス"),
+    "Thai in a sentence": ("ฉันไปกรุงเทพวันนี้", "กรุงเทพ"),
+}
+NOT_HELD = {  # a text and an answer that does not stand in it
+    "inside a word": ("The party", "art"),
+    "inside a number": ("119860", "1986"),
+    "before a mark": ("कि", "क"),
+    "another letter": ("cafe", "café"),
+    "a power": ("10²", "102"),
+    "a fraction": ("2½", "21"),
+    "half of a Korean word": ("서울대학교", "서울"),
+    "no word": ("— … !", "—"),
+    "an article": ("the a", "the"),
+    "nothing": ("", ""),
+    "an emoji": ("a ☀️ day", "❤️"),
+}
+
+
+@pytest.mark.parametrize(("text", "answer"), HELD.values(), ids=HELD.keys())
+def test_an_answer_in_any_script_is_found_between_whatever_is_no_letter_digit_or_mark(text, answer):
+    assert common.holds(text, ["nothing of it", answer]) and common.holds(text, [common.words_of(answer)])
+
+
+@pytest.mark.parametrize(("text", "answer"), NOT_HELD.values(), ids=NOT_HELD.keys())
+def test_an_answer_inside_a_word_or_without_a_word_is_found_nowhere(text, answer):
+    assert not common.holds(text, [answer])
+
+
+def test_of_all_characters_those_that_end_a_word_are_no_letters_digits_or_marks():
+    for char in map(chr, range(0x20, 0x3000)):
+        kind, word = unicodedata.category(char), unicodedata.name(char, "").startswith(common.WITHOUT_BLANKS)
+        invisible = kind in ("Cf", "Me") and char != "\u200b"  # soft hyphens and joiners, the frames of keycaps
+        if not word and unicodedata.is_normalized("NFC", char):
+            inside = kind[0] in "LNM" or invisible
+            assert common.holds(f"is{char}1986{char}b", ["1986"]) != inside, hex(ord(char))

@@ -128,6 +128,10 @@ CONTAINS = [
     ("Paris", "Paris, France", False),
     ("the the who", "The Who", True),
     ("", "Paris", False),
+    ("It was Paris—the capital", "Paris", True),
+    ("«Paris»", "“Paris”", True),
+    ("in １９８６", "1986", True),
+    ("—", "–", False),
 ]
 SUMMARIES = ["Ann eats an apple. Bob drinks tea.", "Bob will call Ann tomorrow at noon.", "They went running!"]
 GOLD = [
@@ -318,6 +322,19 @@ MALFORMED = {
     "a broken line": ('{"references": ["a"], "prediction": "a"}\n{"references": ["a"]\n', "not valid JSON"),
     "lines of no task": ('{"references": ["a"], "prediction": "a"}\n' * 2, "task: Input should be"),
     "lines of words": ('"a"\n"b"\n', "not valid JSON"),
+    "a third task": (
+        "".join(json.dumps({"task": task, "references": ["a"], "prediction": "a"}) + "\n" for task in ("samsum", "x")),
+        "its rows of task x: task: Input should be 'samsum' or 'trivia_qa'",
+    ),
+    "rows of no task beside others": (
+        '{"references": ["a"], "prediction": "a"}\n{"references": ["a"], "prediction": "a", "task": "samsum"}',
+        "its rows of task none: task: Input should be 'samsum' or 'trivia_qa'",
+    ),
+    "a broken row of one task": (
+        '{"references": ["a"], "prediction": "a", "task": "trivia_qa"}\n{"references": ["a"], "task": "samsum"}',
+        "its rows of task samsum: examples.0.prediction: Field required",
+    ),
+    "a list of words": ('["a", "b"]', "not valid JSON"),
     "no task": ({"task": None}, "task: Input should be 'samsum' or 'trivia_qa'"),
     "unknown task": ({"task": "squad"}, "task: Input should be 'samsum' or 'trivia_qa'"),
     "task is a list": ({"task": ["samsum"]}, "task: Input should be 'samsum' or 'trivia_qa'"),
@@ -402,6 +419,29 @@ def test_predictions_are_read_in_the_forms_that_other_tools_leave(tmp_path, form
         return
     assert rows.ids == ["7", "8"] and rows.references == [["Paris"], ["Madrid\u2028"]]
     assert rows.systems["x"].predictions == ["Paris", "Lisbon"]
+
+
+def test_rows_of_both_tasks_in_one_file_are_scored_each_as_its_own(tmp_path):
+    question = {"prompt": "Question: ?\nAnswer:", "references": ["Paris", "City"], "prediction": "It is Paris"}
+    dialogue = {"prompt": "Ann: Hi.\n\nSummary:", "references": ["Ann greets."], "prediction": "Ann greets."}
+    named = [question | {"id": "1", "task": "Trivia_QA"}, dialogue | {"id": "2", "task": "samsum"}]
+    named += [
+        question | {"id": "3"},
+        dialogue | {"id": "4", "task": None},
+        question | {"id": "5", "task": "trivia_qa"},
+    ]
+    lines = "\r\n\r\n".join(json.dumps(row) for row in named)
+    for content in (lines, "\ufeff" + lines, json.dumps(named)):
+        (tmp_path / "rows").write_text(content, encoding="utf-8", newline="")
+        tasks = evaluations.read_all(evaluations.parse_args(["--predictions", f"x={tmp_path / 'rows'}"]))
+        assert {task: rows.ids for task, rows in tasks.items()} == {"samsum": ["2", "4"], "trivia_qa": ["1", "3", "5"]}
+    done = run(tmp_path, "--predictions", tmp_path / "rows", "--output-dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    report = result(tmp_path / "out" / "evaluation.json")
+    assert report["trivia_qa"]["tuned"]["contains"] == 100 and report["trivia_qa"]["tuned"]["exact_match"] == 0
+    assert report["samsum"]["tuned"]["exact_match"] == 100
+    upper = prediction_file(tmp_path / "upper.json", "TRIVIA_QA")
+    assert list(evaluations.read_all(evaluations.parse_args(["--predictions", str(upper)]))) == ["trivia_qa"]
 
 
 def test_a_file_of_our_own_is_told_to_be_made_again(tmp_path):
@@ -987,3 +1027,31 @@ def test_the_perplexity_of_the_general_text_is_in_the_report_and_on_the_page(tmp
     assert part["general_text"] == told | {"merged": alone["tuned"]}
     page = (tmp_path / "outputs" / "evaluation.html").read_text()
     assert "none of the tasks: base 18.25, tuned 18.75, merged 23.5." in page
+
+
+OTHER_LETTERS = {  # references of an example, whether ROUGE misses most of each
+    "Chinese": (["小明今天去了北京。"], True),
+    "Russian": (["Анна позвонит Тому."], True),
+    "Hindi": (["पूर्व प्रधान"], True),
+    "a number in Russian": (["Анна позвонит Тому в 10."], True),
+    "no letters": (["…"], True),
+    "German": (["Über Öl"], False),
+    "English": (["Ann calls Tom."], False),
+    "an alias in English": (["北京", "Beijing"], False),
+}
+
+
+def test_page_and_terminal_say_where_rouge_misses_most_letters_and_the_scores_stay(tmp_path):
+    for name, (references, missed) in OTHER_LETTERS.items():
+        assert bool(metrics.rouge_note([references])) == missed, name
+    texts = [references for references, _ in OTHER_LETTERS.values()]
+    examples = [{"references": refs, "prediction": refs[0]} for refs in texts]
+    done = run(tmp_path, "--predictions", prediction_file(tmp_path / "p.json", "samsum", examples=examples))
+    note = "ROUGE reads only a to z and 0 to 9: it misses most of the reference in 5 of 8 examples"
+    assert f"\n{note}\n" in done.stdout and done.stderr == ""
+    report = result(tmp_path / "outputs" / "evaluation.json")["samsum"]
+    assert report["rouge_note"] == note and report["tuned"]["exact_match"] == 100
+    assert f"<p>{note}" in (tmp_path / "outputs" / "evaluation.html").read_text(encoding="utf-8")
+    done = run(tmp_path, "--predictions", prediction_file(tmp_path / "english.json"))
+    assert "misses" not in done.stdout
+    assert "misses" not in (tmp_path / "outputs" / "evaluation.html").read_text(encoding="utf-8")

@@ -1,6 +1,8 @@
 """evaluation.html promises: one file that works in a browser without the network, and never runs what it shows."""
 
+import html
 import json
+import re
 import shutil
 
 import pytest
@@ -311,3 +313,40 @@ def test_a_page_whose_figures_cannot_be_drawn_is_written_without_them(folder, tm
 
 def test_the_template_stands_beside_the_script():
     assert (ROOT / "evaluation.html.jinja").is_file()
+
+
+def predictions_of(path, prediction, **changes):
+    examples = [{"references": ["the cat sat on the mat"], "prediction": prediction}] * 5
+    path.write_text(json.dumps({"task": "samsum", "examples": examples} | changes))
+    return path
+
+
+@pytest.mark.parametrize("name", ["_mine", "__", "模型", "モデル", "نموذج", "मॉडल", "a+b-c.d_e", "$x_1$", "<b>&"])
+def test_every_system_is_in_the_legend_by_its_name_and_no_library_warns(name, tmp_path):
+    base, other = predictions_of(tmp_path / "a.json", "a cat"), predictions_of(tmp_path / "b.json", "a dog")
+    result = run("evaluations.py", "--resamples", 20, "--predictions", f"base={base}", f"{name}={other}", cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == ""
+    page = (tmp_path / "outputs" / "evaluation.html").read_text(encoding="utf-8")
+    assert re.findall(r"<text[^>]*>([^<]*)</text>", page).count(html.escape(name, quote=False)) == 1
+
+
+def test_no_path_of_this_machine_is_on_the_page(folder, tmp_path):
+    output = tmp_path / "nobodys-business"
+    shutil.copytree(folder, output)
+    secret = f"{tmp_path}/nobodys-business/llama"
+    run_json = json.loads((output / "adapter" / "run.json").read_text())
+    run_json |= {"base_model": secret, "settings": {"model": secret, "output_dir": "../nobodys-business/out"}}
+    (output / "adapter" / "run.json").write_text(json.dumps(run_json))
+    for path in output.glob("*_predictions.json"):
+        content = json.loads(path.read_text())
+        content["settings"]["model"] = secret
+        path.write_text(json.dumps(content))
+    (output / "evaluation.html").unlink()
+    given = [[], ["--predictions", output / "samsum_predictions.json", output / "trivia_qa_predictions.json"]]
+    for arguments in given:
+        result = run("evaluations.py", "--output-dir", output, "--resamples", 20, *arguments)
+        assert result.returncode == 0 and result.stderr == ""
+        page = (output / "evaluation.html").read_text(encoding="utf-8")
+        assert "nobodys-business" not in page and str(tmp_path) not in page
+        assert "<dd>llama</dd>" in page and "<code>samsum_predictions.json</code>" in page
+        assert "model llama" in page and "<code>out</code>" in page

@@ -22,6 +22,48 @@ def test_every_setting_has_its_flag_with_that_default(name):
         assert args[setting.lower()] == getattr(module, setting)
 
 
+ZERO = {  # settings that may be 0
+    "build_dataset": "TRAIN_EXAMPLES_PER_TASK VALIDATION_EXAMPLES_PER_TASK TEST_EXAMPLES_PER_TASK SEED NUM_PROC",
+    "train_llama": "LORA_DROPOUT MAX_STEPS PER_DEVICE_TRAIN_BATCH_SIZE WARMUP_STEPS EARLY_STOPPING_PATIENCE "
+    "SAVE_MINUTES SEED DRY_RUN_PRICE",
+    "test_llama": "SERVER_MAX_EXAMPLES SERVER_INPUT_PRICE SERVER_OUTPUT_PRICE",
+    "evaluations": "SEED JUDGE_MAX_EXAMPLES",
+    "merge_llama": "",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_number_may_be_0_where_that_means_something_and_may_be_written_in_any_way(name, monkeypatch, capsys):
+    module = importlib.import_module(name)
+    args = vars(module.parse_args([]))
+    numbers = [key.upper() for key, value in args.items() if type(value) in (int, float)]
+    assert set(ZERO[name].split()) <= set(numbers)
+    for number in numbers:
+        allowed = number in ZERO[name].split()
+        for value in ("0", 0, 0.0):
+            monkeypatch.setattr(module, number, value)
+            if allowed:
+                assert vars(module.parse_args([]))[number.lower()] == 0
+            else:
+                with pytest.raises(SystemExit, match="2"):
+                    module.parse_args([])
+                assert f"--{number.lower().replace('_', '-')} must be " in capsys.readouterr().err
+        monkeypatch.undo()
+        for value in ("1", 1, 1.0):
+            monkeypatch.setattr(module, number, value)
+            if number != "LORA_DROPOUT":
+                assert type(vars(module.parse_args([]))[number.lower()]) is type(args[number.lower()])
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", ["swapped", "x_swapped", "Swapped", "a.b", "a/b", "a b"])
+def test_no_name_of_predictions_leads_to_another_commands_files(name, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module("test_llama").parse_args(["--name", name])
+    assert "error: --name must be" in capsys.readouterr().err
+    assert importlib.import_module("test_llama").parse_args(["--name", "swapped-2"]).name == "swapped-2"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_unknown_flag_and_an_abbreviated_one_are_refused(name):
     assert_refused(run(f"{name}.py", "--no-such-flag"), "--no-such-flag")

@@ -55,6 +55,13 @@ SWAPS = {  # context, answer and aliases, the answer that is lent, what the cont
     "a decomposed accent is another word": ("Jose and Jose\u0301", ["Jose"], "Anna", "Anna and Jose\u0301"),
     "other scripts": ("東京 is 東京.", ["東京"], "京都", "京都 is 京都."),
     "a dash parts words": ("1914–1918, in 1918", ["1918"], "1850", "1914–1850, in 1850"),
+    "other dashes and quotation marks": ("1185–1226, «1185», 1185…", ["1185"], "1190", "1190–1226, «1190», 1190…"),
+    "an answer with a dash": ("AC–DC, AC/DC and ac-dc", ["AC–DC"], "Ozzy", "Ozzy, Ozzy and Ozzy"),
+    "both forms of an accent": ("café, cafe\u0301, cafe", ["café"], "école", "école, école, cafe"),
+    "full-width digits": ("in １９８６, 1986", ["1986"], "1850", "in 1850, 1850"),
+    "capitals of sharp s": ("Straße, STRASSE", ["Straße"], "Rome", "Rome, Rome"),
+    "not before a mark": ("क, कि", ["क"], "ख", "ख, कि"),
+    "inside a Chinese sentence": ("我去北京。北京大", ["北京"], "上海", "我去上海。上海大"),
     "what looks like a pattern": (r"C++ (C++)", ["C++"], r"\g", r"\g++ (\g++)"),
 }
 
