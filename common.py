@@ -6,7 +6,6 @@ normaliser of answers. Imports nothing heavy.
 """
 
 import argparse
-import ast
 import errno
 import fcntl
 import functools
@@ -24,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tokenize
 import unicodedata
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -45,18 +43,9 @@ PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " ")
 
 
 def settings_of(module):
-    """{name: comment} of the constants between the lines `# Settings` and `# Fixed` of a script, however written."""
-    source = inspect.getsource(module)
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
-    first, last = (source[: source.index(f"\n# {mark}")].count("\n") + 2 for mark in ("Settings", "Fixed"))
-    settings = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign | ast.AnnAssign) and first < node.lineno < last:
-            name = next(part.id for part in ast.walk(node) if isinstance(part, ast.Name))
-            lines = range(node.lineno, node.end_lineno + 1)
-            settings[name] = " ".join(comments[line].lstrip("# ") for line in lines if line in comments)
-    return settings
+    """{name: comment, or ""} of the constants between `# Settings` and `# Fixed` of a script."""
+    block = inspect.getsource(module).split("\n# Settings", 1)[1].split("\n# Fixed", 1)[0]
+    return dict(re.findall(r"^([A-Z]\w+)\b[^=\n]*=(?:.*?  # (.*))?", block, re.MULTILINE))
 
 
 def parse_settings(module, argv=None, choices=None):

@@ -388,10 +388,7 @@ def score_task(task, rows, args):
         "seeds": whole["seeds"],
         "rouge_note": rouge_note(rows.references),
         "comparisons": significance.compare(by_sums, tables, tested, whole["differences"], args),
-        "equal_predictions": [
-            [one, other, sum(map(str.__eq__, rows.systems[one].predictions, rows.systems[other].predictions))]
-            for one, other in combinations(rows.systems, 2)
-        ],
+        "equal_predictions": equal_predictions(rows),
         "groups": measure_groups(by_sums, tables, rows.inside, args),
     }
     for name, seeds in significance.by_system(rows.systems).items():
@@ -407,6 +404,13 @@ def score_task(task, rows, args):
         for name, table in tables.items()
     }
     return result
+
+
+def equal_predictions(rows):
+    """[[system, other system, how many predictions are equal]] of any two systems of one training each."""
+    systems = significance.by_system(rows.systems).items()
+    texts = {name: [*seeds.values()][0].predictions for name, seeds in systems if len(seeds) == 1}
+    return [[one, other, sum(map(str.__eq__, texts[one], texts[other]))] for one, other in combinations(texts, 2)]
 
 
 def made_from(tasks, name):
