@@ -20,6 +20,7 @@ from common import fail, first_line, progress, say
 WAITS = (1, 2, 4, 8, 16)  # seconds before a request is sent again to a busy server that names no time
 LONGEST_WAIT = 600  # seconds that a server may ask to be left alone; a longer time ends the request
 CONNECT = 30  # seconds to reach it
+OF_ONE_REQUEST = (400, 413, 422)  # statuses of a refusal that says nothing of other requests
 GATEWAY_TIMEOUTS = (504, 524)  # somebody before the server has stopped waiting
 LIMITS = ("max_tokens", "max_completion_tokens")  # names of the limit of an answer: one is always sent
 FOUND_OUT = ("response_format", "stop_token_ids", "stop")  # left out in turn where a refusal names no option
@@ -46,7 +47,6 @@ class NoAnswer(Exception):
 
 
 ERRORS = (openai.APIError, NoAnswer)  # why a request has no answer
-OF_ONE_REQUEST = (NoAnswer, openai.BadRequestError, openai.UnprocessableEntityError)  # says nothing of the others
 
 
 class Answer(NamedTuple):
@@ -68,9 +68,11 @@ def read_answer(reply, hide=str):
     choices = as_dict(reply).get("choices")
     choice = as_dict(choices[0] if isinstance(choices, list) and choices else None)
     message = as_dict(choice.get("message"))
-    text = message.get("content") if message else choice.get("text")
-    if isinstance(text, list):  # of parts
-        text = "".join(str(as_dict(part).get("text", "")) for part in text)
+    text, refusal = message.get("content") if message else choice.get("text"), message.get("refusal")
+    if isinstance(text, list):  # of parts, some of which are thoughts or a refusal
+        parts = [as_dict(part) for part in text]
+        refusal = refusal or next((part["refusal"] for part in parts if part.get("refusal")), None)
+        text = "".join(part["text"] for part in parts if isinstance(part.get("text"), str)) or None
     if not choice or not isinstance(text, str | None):
         raise NoAnswer(f"its answer is not of OpenAI's protocol: {hide(str(reply))[:60]!r}")
     answer, thoughts = without_thoughts(hide(text or ""))
@@ -79,8 +81,8 @@ def read_answer(reply, hide=str):
     problem = ""
     if error := reply.get("error") or choice.get("error"):
         problem = f"it reports an error: {hide(str(error))[:100]}"
-    elif message.get("refusal"):
-        problem = f"it refuses: {hide(str(message['refusal']))[:100]}"
+    elif refusal:
+        problem = f"it refuses: {hide(str(refusal))[:100]}"
     elif reason not in (*WHOLE, *CUT_OFF):
         problem = f"its answer ended by {hide(str(choice.get('finish_reason')))[:40]}"
     elif (thoughts and not answer.strip()) or (reason in CUT_OFF and not answer):
@@ -251,7 +253,7 @@ class Server:
             try:
                 for number, error in enumerate(bar, 1):
                     errors += [error] if error else []
-                    of_one = isinstance(error, OF_ONE_REQUEST)
+                    of_one = isinstance(error, NoAnswer) or getattr(error, "status_code", 0) in OF_ONE_REQUEST
                     # replies without an answer end a run only where there is nothing else from its start
                     in_row = in_row + 1 if error and (not of_one or len(errors) == number) else 0
                     if in_row > most or (error and not of_one and number <= alone):

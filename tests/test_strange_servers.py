@@ -39,7 +39,7 @@ def reply(rng, text, chat, tokens, cut):
         lambda: choice(text, chat, rng.choice(CUT_OFF)),
         lambda: choice(f"\n {text}", chat),
         lambda: choice(f"<think>So it {text[:3]}</think>\n\n{text}", chat),
-        lambda: choice([{"type": "text", "text": text}], chat),
+        lambda: choice([{"type": "thinking", "thinking": ["Hm."]}, {"type": "text", "text": text}], chat),
         lambda: choice(text, chat, error=None, refusal=None, reasoning_content="I see."),
     ]
     none = [
@@ -53,6 +53,9 @@ def reply(rng, text, chat, tokens, cut):
         lambda: {"message": {"content": "", "reasoning_content": "Hm."}, "finish_reason": "stop"},
         lambda: {"finish_reason": "stop"},
         lambda: choice(5, chat),
+        lambda: choice([{"type": "refusal", "refusal": "I cannot."}], chat),
+        lambda: choice([{"type": "thinking", "thinking": []}, "x"], chat, rng.choice(["stop", "length"])),
+        lambda: choice(None, chat, tool_calls=[{"id": "1"}]),
         lambda: "text",
         lambda: None,
     ]
@@ -73,6 +76,7 @@ def reply(rng, text, chat, tokens, cut):
         (400, {"error": {"message": f"max_tokens={tokens} cannot be greater than 7, which is not supported"}}),
         (422, {"detail": [{"type": "too_long", "loc": ["body", "prompt"], "msg": "too long", "input": "stop"}]}),
         (400, b"no"),
+        (413, b"too large"),
         (500, b"oops"),
         (429, {"error": {"message": "slow down"}}, {"Retry-After": "0.01"}),
         (429, {"error": {"message": "slow down"}}, {"retry-after-ms": "20"}),
