@@ -164,11 +164,10 @@ def logits_of(model, prompts, wholes):
         return torch.cat([model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1] for prompt, ids in pairs])
 
 
-@pytest.mark.parametrize("into, other", [("16bit", "4bit"), ("4bit", "16bit")])
-def test_the_figures_are_those_of_the_whole_models(into, other, out, tmp_path, capsys):
+@pytest.mark.parametrize("into", ["16bit", "4bit"])
+def test_the_figures_are_those_of_the_whole_models(into, out, tmp_path, capsys):
     make_adapter(out / "adapter", tmp_path / "base", trained_in_4bit=True)
-    asked = ["--merge-base", into, "--merge-dtype", "bfloat16", "--check-rows", 5, "--compare-types"]
-    assert merge(out, *asked) == 0
+    assert merge(out, "--merge-base", into, "--merge-dtype", "bfloat16", "--check-rows", 5) == 0
     lines = capsys.readouterr().out.split("\n")
     with_paths = ("merging ", "wrote ", "it is ")
     assert all(len(line) <= 80 for line in lines if not line.startswith(with_paths))
@@ -193,11 +192,9 @@ def test_the_figures_are_those_of_the_whole_models(into, other, out, tmp_path, c
     adapter = logits_of(PeftModel.from_pretrained(base, out / "adapter"), prompts, wholes)
     entropy = torch.nn.functional.cross_entropy
     assert content["adapter_perplexity"] == pytest.approx(entropy(adapter, gold).exp().item(), rel=1e-3)
-    asked = {"float32": (into, torch.float32), "float16": (into, torch.float16), "bfloat16": (into, torch.bfloat16)}
-    asked |= {f"into {other}": (other, torch.bfloat16)}
-    assert content["comparison"].keys() == asked.keys()
-    for name, what in asked.items():
-        logits = merged(*what)
+    assert content["comparison"].keys() == {"float32", "bfloat16"} and "largest_activation" not in content
+    for name in content["comparison"]:
+        logits = merged(into, getattr(torch, name))
         difference = (adapter - logits).abs()
         expected = {
             "largest_logit_difference": difference.max(),
@@ -213,7 +210,7 @@ def test_the_figures_are_those_of_the_whole_models(into, other, out, tmp_path, c
         assert f"{content['comparison'][name]['merged_perplexity']:.4g}" in line
         assert (" (written)" in line) == (name == "bfloat16")
     off = {name: figures["relative_difference"] for name, figures in content["comparison"].items()}
-    assert off["float32"] < 1e-5 < off["float16"] < off["bfloat16"] < off[f"into {other}"]
+    assert off["float32"] < 1e-5 < off["bfloat16"]
 
 
 def test_layers_that_have_no_room_stay_on_the_disk_with_the_same_logits(out, tmp_path, monkeypatch):
@@ -494,25 +491,6 @@ def test_auto_takes_float16_where_it_holds_every_weight_and_else_bfloat16(out, t
     assert "warning" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("warns", [False, True])
-def test_activations_beyond_float16_are_told(warns, out, tmp_path, capsys):
-    base, seen = make_base(tmp_path / "model", "tiny_llama2"), []
-    if warns:  # weights within its range, and products beyond
-        change_file(base / "model.safetensors", lambda c: [c[name].mul_(1e4) for name in c if "_proj" in name[-20:]])
-    make_adapter(out / "adapter", base, target_modules=["q_proj"])
-    assert merge(out, "--merge-dtype", "auto") == 0
-    output = capsys.readouterr().out
-    model = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
-    for layer in model.model.layers:
-        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].abs().max().item()))
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    for row in llama.load_rows(out, "validation"):
-        model(torch.tensor([tokenizer(row["prompt"] + row["completion"]).input_ids]))
-    assert (max(seen) > 65504) == warns and report(out / "merged")["dtype"] == "float16"
-    assert ("warning: activations reach " in output and "--merge-dtype bfloat16" in output) == warns
-    assert report(out / "merged")["largest_activation"] >= 0.99 * max(seen)
-
-
 REFUSED = {
     "use_dora": True,
     "modules_to_save": ["lm_head"],
@@ -576,9 +554,9 @@ BROKEN = {
     "a cut-off shard": (lambda b, a: os.truncate(shards(b)[1], 5000), "cannot load the model in "),
     "only pickles": (pickled, "a pickle: convert"),
     "8-bit weights": (retyped, "take its 16-bit weights"),
-    "other names": (renamed, "name their tensors otherwise"),
+    "other names": (renamed, "names its weights as AutoModel saves them"),
     "a quantised base": (change_config(quantization_config={"quant_method": "gptq"}), "is quantised"),
-    "a config of another shape": (change_config(intermediate_size=9), "cannot load the model in "),
+    "a config of another shape": (change_config(intermediate_size=9), "its config.json asks for [64, 9]"),
     "more layers": (change_config(num_hidden_layers=3), "lacks weights"),
     "another model": (change_config(model_type="gpt2"), "is a gpt2 model"),
     "a tensor of another shape": (change_adapter(lambda c: c.update({UP: c[UP][:, :9].clone()})), "does not load"),
