@@ -26,8 +26,6 @@ MODELS = {
     "llama3.2-3b": "meta-llama/Llama-3.2-3B",
 }
 SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "README.md")  # what is fetched of a hub repository first
-# Of config.json: no switch of another tool's session is obeyed, those of PreTrainedConfig neither.
-SWITCHES = {"use_cache", "attention_dropout", "pretraining_tp"}
 FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights, as safetensors calls them
 COMPUTED = "rotary_emb.inv_freq"  # in the files of early Llamas, and no longer read
 END_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "</s>")  # Llama 3 has more than one
@@ -114,19 +112,15 @@ def fetch(model, weights=True):
         fail(f"cannot load {model} ({first_line(error)}): check the name and the network, or give a local folder")
 
 
-def refuse_pickles(model, folder):
-    pickles = [*folder.glob("*.bin"), *folder.glob("*.pth")]
-    if pickles and not any(folder.glob("*.safetensors")):
-        fail(f"{model} has no model.safetensors, only {pickles[0].name}, a pickle: convert it to safetensors")
-
-
 def weight_files(model):
     """The safetensors files that transformers loads of a model, sorted: a whole one goes before an index."""
     folder = fetch(model)
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
         return [whole]
-    refuse_pickles(model, folder)
+    pickles = [*folder.glob("*.bin"), *folder.glob("*.pth")]
+    if pickles and not any(folder.glob("*.safetensors")):
+        fail(f"{model} has no model.safetensors, only {pickles[0].name}, a pickle: convert it to safetensors")
     if not index.is_file():
         fail(f"{model} has no model.safetensors: get the missing file")
     try:
@@ -158,17 +152,16 @@ def load_config(model):
     """The model's config, of a Llama's own settings alone; exits 2 where it is no Llama's, or of quantised weights."""
     from transformers import LlamaConfig
 
-    folder = fetch(model, weights=False)
-    if Path(model).is_dir():  # what a hub repository has beside pickles is not known yet
-        refuse_pickles(model, folder)
-    own = {*LlamaConfig.__annotations__, "rope_theta", "rope_scaling", "tokenizer_class"} - SWITCHES
+    # a Llama's own settings alone: what other tools' sessions left there, such as output_attentions, is not obeyed
+    names = {*LlamaConfig.__annotations__, "rope_theta", "rope_scaling", "tokenizer_class"}
+    names -= {"use_cache", "attention_dropout", "pretraining_tp"}
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = json.loads((fetch(model, weights=False) / "config.json").read_text(encoding="utf-8"))
         if content.get("model_type") != "llama":
             fail(f"{model} is a {content.get('model_type')} model: these scripts train Llamas")
         if content.get("quantization_config") or content.get("compression_config"):
             fail(f"{model} is quantised: take the 16-bit model it was made from")
-        return LlamaConfig(**{name: content[name] for name in own & content.keys()}, name_or_path=model)
+        return LlamaConfig(**{name: content[name] for name in names & content.keys()}, name_or_path=model)
     except Exception as error:
         load_failed(model, error)
 
@@ -325,6 +318,8 @@ def load_model(model, load_in_4bit, **options):
     except Exception as error:
         load_failed(model, error)
     loaded.name_or_path = loaded.config.name_or_path = model  # not its place in the hub's cache
+    # transformers keeps a head apart that differs from the embeddings, whatever the config says
+    loaded.config.tie_word_embeddings = loaded.lm_head.weight is loaded.model.embed_tokens.weight
     for module in loaded.modules():
         # bitsandbytes 0.50.2 repacks the weights in a CPU's first evaluation, for a bf16 kernel without a backward:
         # what is trained after that gets no gradient through the base. Keep the float32 path, which has one.
@@ -355,10 +350,6 @@ def read_run(folder):
     if not run:
         run = {"settings": checkpoint.get("run"), "run": checkpoint.get("run")}
     return run | {name: run[name] if isinstance(run.get(name), dict) else {} for name in ("settings", "run")}
-
-
-def has_tied_head(model):
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def load_adapter(model, folder):

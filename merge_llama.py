@@ -98,7 +98,7 @@ def scales_of(model, folder):
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, layer in layers.items():
-        tied = name == "lm_head" and llama.has_tied_head(model)
+        tied = name == "lm_head" and model.config.tie_word_embeddings
         if tied or not hasattr(layer.get_base_layer(), "in_features"):
             fail(f"the adapter in {folder} trains {name}, no linear layer of its own: use PEFT's merge_and_unload")
     return {f"{name}.weight": layer.scaling["default"] for name, layer in layers.items()}

@@ -50,8 +50,8 @@ def config_of(model, dtype):
     rope = content["rope_parameters"].copy()
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": dtype, "torch_dtype": dtype}
     config |= {name: content[name] for name in (*type(model.config).__annotations__, "transformers_version")}
-    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": None if rope["rope_type"] == "default" else rope}
-    return config | {"tie_word_embeddings": llama.has_tied_head(model)}
+    theta = rope.pop("rope_theta")
+    return config | {"rope_theta": theta, "rope_scaling": None if rope["rope_type"] == "default" else rope}
 
 
 def licence_of(base):

@@ -99,8 +99,8 @@ def choose_system(args):
     if in_4bit is None:
         in_4bit = bool(trained.get("load_in_4bit", True))  # most are QLoRA's
     if not trained:
-        assumed = f"{4 if in_4bit else 16} bits, and its chat template if it has one"
-        say(f"{folder} does not say how it was trained: it is tested with {assumed}")
+        how = f"in {4 if in_4bit else 16} bits, with --chat-template {args.chat_template}"
+        say(f"{folder} does not say how it was trained: it is tested {how}")
     if args.chat_template == "auto":
         args.chat_template = trained.get("chat_template", "auto")
     return base, None if alone else folder, in_4bit, folder  # the base alone gets the adapter's prompts

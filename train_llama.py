@@ -174,15 +174,14 @@ def tokenize(rows, tokenizer, max_length, what):
     except ValueError as error:
         fail(f"cannot train on {what}: {first_line(error)}")
     lengths = [len(ids) for ids in tokens.with_format(columns=["input_ids"])["input_ids"]]
-    limit = min(max_length, tokenizer.model_max_length)
-    remedy = f"--max-length {max(lengths)} keeps all of them"
-    if max(lengths) > tokenizer.model_max_length:
-        remedy = f"the model has {tokenizer.model_max_length} positions"
+    longest, positions = max(lengths), tokenizer.model_max_length
+    limit = min(max_length, positions)
+    more = f"the model has {positions} positions" if longest > positions else f"--max-length {longest} keeps them all"
     kept = tokens.select([i for i, length in enumerate(lengths) if length <= limit])
     if dropped := len(tokens) - len(kept):
-        say(f"{what}: {dropped} of {len(tokens)} rows are longer than {limit} tokens and were dropped ({remedy})")
+        say(f"{what}: {dropped} of {len(tokens)} rows are longer than {limit} tokens and were dropped ({more})")
     if not len(kept):
-        fail(f"{what}: every row is longer than {limit} tokens ({remedy})")
+        fail(f"{what}: every row is longer than {limit} tokens ({more})")
     return kept
 
 
@@ -391,7 +390,8 @@ def save_adapter(args, tokenizer, trainer, run):
 def read_base(args, base):
     """Sizes and tokenizer of the base; exits 2 where it cannot be trained, tested or merged."""
     config = llama.load_config(base)
-    if not args.dry_run or any(Path(base).glob("*.safetensors*")):  # which does without weights
+    weights = (".safetensors", ".bin", ".pth")
+    if not args.dry_run or any(path.suffix in weights for path in Path(base).glob("*")):  # it does without any
         llama.check_weights(base, config)
     shape = model_shape(base, config, lora_config(args))
     choose_learning_rate(args, shape)

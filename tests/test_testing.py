@@ -503,9 +503,7 @@ def peft_adapter(folder, targets, **options):
 def test_an_adapter_of_another_tool_is_tested_as_peft_loads_it(layer, out, tmp_path, capsys):
     folder = peft_adapter(tmp_path / "adapter", ["q_proj", layer])  # config and weights: the base's tokenizer serves
     assert tester.choose_system(tester.parse_args(["--adapter", str(folder)]))[2] is True  # most are QLoRA's
-    assumed = (
-        f"{folder} does not say how it was trained: it is tested with 4 bits, and its chat template if it has one"
-    )
+    assumed = f"{folder} does not say how it was trained: it is tested in 4 bits, with --chat-template auto"
     assert assumed in capsys.readouterr().out
     assert test(out, "--samsum-max-new-tokens", 2, "--adapter", folder, "--no-load-in-4bit") == 0
     base = llama.load_model(str(FIXTURES / "tiny_llama2"), load_in_4bit=False)
