@@ -142,11 +142,8 @@ def finite(tensor):
 def merged_tensors(path, changes):
     """(name, the base's tensor in `path`, what the adapter makes of it) in turn; see merge_tensor."""
     for name, stored in verify.tensors_in(path):
-        if not finite(stored):
-            reason = f"{path.name} of the base has numbers in {name} that are not finite"
-            if name != "model.embed_tokens.weight":
-                fail(f"{reason}: get it again")
-            say(f"warning: {reason}: they are left as they are")  # rows of tokens that never occur
+        if name != "model.embed_tokens.weight" and not finite(stored):  # there it may be rows of unused tokens
+            fail(f"{path.name} of the base has numbers in {name} that are not finite: get it again")
         yield name, stored, merge_tensor(name, stored, *changes)
 
 
@@ -159,14 +156,15 @@ def rounded_away(stored, weight, rounded):
 
     limits = torch.finfo(rounded.dtype)
     smallest = limits.smallest_normal * limits.eps
-    changed = 0
-    if weight is stored:  # NaN is no change
-        changed = count(rounded.to(stored.dtype) != stored) - count(stored != stored)
+    beyond = count(~rounded.isfinite())
+    not_finite = count(~weight.isfinite()) if beyond else 0
+    changed = (rounded.to(stored.dtype) != stored) & (stored == stored) if weight is stored else stored[:0]
     return {
         "weights": weight.numel(),
-        "too_large": count(rounded.isinf()) - count(weight.isinf()),
-        "too_small": count(weight.abs() < smallest) - count(weight == 0),
-        "not_adapted_yet_changed": changed,
+        "not_finite": not_finite,
+        "too_large": beyond - not_finite,
+        "too_small": count(weight.abs() < smallest) - weight.numel() + count(weight),
+        "not_adapted_yet_changed": count(changed),
     }
 
 
@@ -206,6 +204,8 @@ def merge_in_its_type(args, model, base, changes, fresh):
         counts = merge(base, changes, fresh, dtype)
     if counts["too_large"]:
         fail(f"{counts['too_large']} merged weights are beyond the range of {dtype}: give --merge-dtype bfloat16")
+    if counts["not_finite"]:
+        say(f"warning: {counts['not_finite']} numbers in the embeddings of the base are not finite: they stay so")
     return dtype, counts
 
 
