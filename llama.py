@@ -158,7 +158,7 @@ def load_config(model):
     try:
         content = json.loads((fetch(model, weights=False) / "config.json").read_text(encoding="utf-8"))
         if content.get("model_type") != "llama":
-            fail(f"{model} is a {content.get('model_type')} model: these scripts train Llamas")
+            fail(f"{model} is a {content.get('model_type', 'nameless')} model: these scripts train Llamas")
         if content.get("quantization_config") or content.get("compression_config"):
             fail(f"{model} is quantised: take the 16-bit model it was made from")
         return LlamaConfig(**{name: content[name] for name in names & content.keys()}, name_or_path=model)

@@ -63,9 +63,10 @@ def licence_of(base):
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     named = re.match(r"---\s*\n(?:(?!---).*\n)*?license:[ \t]*[\"']?([\w.-]+)", text)
     metas = re.search(r"^meta-llama/.*llama-?(2|3(\.\d)?)(?!\d)", base.lower())
+    if named and named[1] != "other":
+        return named[1]
     free = base.lower().startswith(("huggingfacetb/smollm2", "tinyllama/tinyllama"))
-    known = f"llama{metas[1]}" if metas else "apache-2.0" if free else "other"
-    return named[1] if named and named[1] != "other" else known
+    return f"llama{metas[1]}" if metas else "apache-2.0" if free else "other"
 
 
 def modelfile(tokenizer, ends):

@@ -390,8 +390,8 @@ def save_adapter(args, tokenizer, trainer, run):
 def read_base(args, base):
     """Sizes and tokenizer of the base; exits 2 where it cannot be trained, tested or merged."""
     config = llama.load_config(base)
-    weights = (".safetensors", ".bin", ".pth")
-    if not args.dry_run or any(path.suffix in weights for path in Path(base).glob("*")):  # it does without any
+    # a dry run does without weights
+    if not args.dry_run or any(path.suffix in (".safetensors", ".bin", ".pth") for path in Path(base).glob("*")):
         llama.check_weights(base, config)
     shape = model_shape(base, config, lora_config(args))
     choose_learning_rate(args, shape)
