@@ -67,6 +67,7 @@ RESERVED = (*KEYS, "rouge_note", "comparisons", "groups", "per_example", "judge"
 PROMPT_ENDS = {"samsum": "Summary:", "trivia_qa": "Answer:"}  # build_dataset.py's, for examples without a task
 SWAPPED = "swapped"  # column and part of the report of test_llama.py --swap-answers
 NAME = re.compile(r"([^\s/@=]+(?:@[^\s/@=]+)?)=(.+)", re.DOTALL)  # --predictions NAME=FILE or NAME@SEED=FILE
+OTHER_ADAPTER = "these scores are of another adapter than adapter/ has now: run test_llama.py --overwrite for its own"
 SAME_RUN = ("adapter", "weights", "rows", "4_bit")  # what the predictions of two tasks must have in common
 
 
@@ -528,8 +529,11 @@ def main(argv=None):
     if swapped:
         report[SWAPPED] = swap.score(swapped, args)
     adjust(report)
-    training = read_training(folder, made_from(tasks, "adapter"))
+    tested = made_from(tasks, "adapter")
+    training = read_training(folder, tested)
+    stale = (folder / "adapter" / "run.json").is_file() and not (args.predictions or training or tested == "unknown")
     report |= {
+        "other_adapter": OTHER_ADAPTER if stale else None,
         "training": training,
         "data": read_data(folder, made_from(tasks, "rows"), training),
         "versions": common.versions("evaluate", "matplotlib", "numpy", "rouge_score", "sacrebleu"),
@@ -547,6 +551,8 @@ def main(argv=None):
     if swapped:
         print_table(SWAPPED, report[SWAPPED])
         say("% of answers: follows_context, the one in the context; from_memory, the true one")
+    if stale:
+        say(f"\nwarning: {OTHER_ADAPTER}")
     say(f"\nwrote {folder / 'evaluation.html'} and {folder / 'evaluation.json'}")
 
 

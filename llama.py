@@ -9,7 +9,7 @@ import resource
 import warnings
 from pathlib import Path
 
-from common import TASKS, fail, first_line, out_of_memory, say, sha256
+from common import MANIFEST, TASKS, fail, first_line, out_of_memory, read_json, say, sha256
 
 MODELS = {
     # free to download; Apache 2.0
@@ -25,7 +25,9 @@ MODELS = {
     "llama3.2-1b": "meta-llama/Llama-3.2-1B",
     "llama3.2-3b": "meta-llama/Llama-3.2-3B",
 }
-SMALL_FILES = ("*.json", "tokenizer*", "*.jinja")  # what is fetched of a hub repository before its weights
+SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "README.md")  # what is fetched of a hub repository first
+FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights, as safetensors calls them
+COMPUTED = "rotary_emb.inv_freq"  # in the files of early Llamas, and no longer read
 END_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "</s>")  # Llama 3 has more than one
 # in front of a chat template: the prompt of a template that asks for today's date would be another one every day
 DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
@@ -110,19 +112,15 @@ def fetch(model, weights=True):
         fail(f"cannot load {model} ({first_line(error)}): check the name and the network, or give a local folder")
 
 
-def refuse_pickles(model, folder):
-    pickles = [*folder.glob("*.bin"), *folder.glob("*.pth")]
-    if pickles and not any(folder.glob("*.safetensors")):
-        fail(f"{model} has no model.safetensors, only {pickles[0].name}, a pickle: convert it to safetensors")
-
-
 def weight_files(model):
     """The safetensors files that transformers loads of a model, sorted: a whole one goes before an index."""
     folder = fetch(model)
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
         return [whole]
-    refuse_pickles(model, folder)
+    pickles = [*folder.glob("*.bin"), *folder.glob("*.pth")]
+    if pickles and not any(folder.glob("*.safetensors")):
+        fail(f"{model} has no model.safetensors, only {pickles[0].name}, a pickle: convert it to safetensors")
     if not index.is_file():
         fail(f"{model} has no model.safetensors: get the missing file")
     try:
@@ -136,11 +134,11 @@ def weight_files(model):
 
 
 def weights_identity(model):
-    """What a model's weights are, by content: the commit of a hub model, one digest of a local folder's files."""
-    files = weight_files(model)
-    if not Path(model).is_dir():
-        return files[0].parent.name  # the hub's cache names a snapshot by its commit
-    return "+".join(sha256(path)[:16] for path in files)
+    """What a model's weights are, by content: the first digits of the SHA-256 of each file, joined by +."""
+    files = [path.resolve() for path in weight_files(model)]
+    # the hub's cache names a file by its SHA-256
+    digests = [path.name if re.search("/blobs/[0-9a-f]{64}$", str(path)) else sha256(path) for path in files]
+    return "+".join(digest[:16] for digest in digests)
 
 
 def load_failed(model, error):
@@ -151,19 +149,53 @@ def load_failed(model, error):
 
 
 def load_config(model):
-    """The model's config; exits 2 where it is no Llama's, or one of weights that are quantised already."""
-    from transformers import AutoConfig
+    """The model's config, of a Llama's own settings alone; exits 2 where it is no Llama's, or of quantised weights."""
+    from transformers import LlamaConfig
 
-    refuse_pickles(model, fetch(model, weights=False))
+    # a Llama's own settings alone: what other tools' sessions left there, such as output_attentions, is not obeyed
+    names = {*LlamaConfig.__annotations__, "rope_theta", "rope_scaling", "tokenizer_class"}
+    names -= {"use_cache", "attention_dropout", "pretraining_tp"}
     try:
-        config = AutoConfig.from_pretrained(model)
+        content = json.loads((fetch(model, weights=False) / "config.json").read_text(encoding="utf-8"))
+        if content.get("model_type") != "llama":
+            fail(f"{model} is a {content.get('model_type', 'nameless')} model: these scripts train Llamas")
+        if content.get("quantization_config") or content.get("compression_config"):
+            fail(f"{model} is quantised: take the 16-bit model it was made from")
+        return LlamaConfig(**{name: content[name] for name in names & content.keys()}, name_or_path=model)
     except Exception as error:
         load_failed(model, error)
-    if config.model_type != "llama":
-        fail(f"{model} is a {config.model_type} model: these scripts train Llamas")
-    if getattr(config, "quantization_config", None):
-        fail(f"{model} is quantised: take the 16-bit model it was made from")
-    return config
+
+
+def check_weights(model, config):
+    """Exit 2 unless the weight files have what the config asks for and nothing else; reads their headers alone."""
+    import torch
+    from safetensors import safe_open
+    from transformers import LlamaForCausalLM
+
+    found = {}
+    try:
+        for path in weight_files(model):
+            with safe_open(path, "pt") as file:
+                parts = {name: file.get_slice(name) for name in set(file.keys()) if not name.endswith(COMPUTED)}
+                found |= {name: (part.get_shape(), part.get_dtype()) for name, part in parts.items()}
+        with torch.device("meta"):
+            expected = {name: list(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+        if config.tie_word_embeddings:  # then it need not be there
+            found.setdefault("lm_head.weight", (expected["lm_head.weight"], FLOATS[0]))
+    except Exception as error:
+        load_failed(model, error)
+    again = "load it by AutoModelForCausalLM, and save that"
+    if {"embed_tokens.weight", "lm_head.weight"} <= found.keys():
+        fail(f"{model} names its weights as AutoModel saves them, without model. in front: {again}")
+    if missing := expected.keys() - found.keys():
+        fail(f"{model} lacks weights ({min(missing)}, {len(missing)} in all): get it again, or mend its config.json")
+    for name, (shape, kind) in sorted(found.items()):
+        if name not in expected:
+            fail(f"{model} has {name}, for which its config.json has no place: mend that file, or {again}")
+        if shape != expected[name]:
+            fail(f"{model} has {name} as {shape}, its config.json asks for {expected[name]}: mend that file")
+        if kind not in FLOATS:
+            fail(f"{model} has {name} as {kind}: take its 16-bit weights")
 
 
 def load_tokenizer(model, chat_template="auto"):
@@ -177,10 +209,15 @@ def load_tokenizer(model, chat_template="auto"):
     if not any(folder.glob("tokenizer*.json")) and (folder / "tokenizer.model").is_file():
         # transformers makes another tokenizer of it, without BOS and without the blank in front
         fail(f"{model} has tokenizer.model but no tokenizer_config.json, which says how to use it: get that file, too")
+    config = load_config(model) if (folder / "config.json").is_file() else None  # an adapter's folder has none
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
     except Exception as error:
         load_failed(model, error)
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        setattr(tokenizer, name, getattr(tokenizer, name) or None)  # the first Llamas have ""
+    if not tokenizer.eos_token:
+        fail(f"the tokenizer of {model} names no end token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token is None:  # labels and attention are masked by length, so EOS is still learned
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer("a").input_ids[:2].count(tokenizer.bos_token_id) > 1:
@@ -212,7 +249,11 @@ def tokenizer_of(base, folder, chat_template="auto"):
     """The tokenizer of an adapter's folder where that holds one, else the base's; exits 2 where it has more tokens."""
     source = folder if folder and (Path(folder) / "tokenizer_config.json").is_file() else base
     tokenizer = load_tokenizer(str(source), chat_template)
-    size = load_config(base).vocab_size
+    config = load_config(base)
+    size, tokenizer.model_max_length = config.vocab_size, config.max_position_embeddings  # many have another one
+    trained_with = folder and source == base and read_run(folder)["run"].get("tokenizer")
+    if trained_with and trained_with != tokenizer_identity(tokenizer):
+        say(f"warning: {folder} was trained with other prompts: another tokenizer, or another --chat-template")
     added = [token for token, number in tokenizer.get_vocab().items() if number >= size]
     if added:
         reason = f"the tokenizer in {source} has tokens beyond the {size} of {base} ({min(added)})"
@@ -254,13 +295,13 @@ def under_fsdp():
 def load_model(model, load_in_4bit, **options):
     """The base model: NF4 with double quantisation, or unquantised; by default in compute_dtype on the own device.
 
-    options go to from_pretrained. Exits 2 unless every weight comes from the model's files.
+    options go to from_pretrained. Exits 2 where check_weights does.
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    load_config(model)
-    weight_files(model)
+    config = load_config(model)
+    check_weights(model, config)
     dtype = options.get("dtype") or compute_dtype()
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -273,11 +314,12 @@ def load_model(model, load_in_4bit, **options):
     options = {"dtype": dtype, "device_map": None if under_fsdp() else device} | options
     options["quantization_config"] = nf4 if load_in_4bit else None
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(fetch(model), config=config, **options)
     except Exception as error:
         load_failed(model, error)
-    if info["missing_keys"]:  # transformers only warns, and draws them at random
-        fail(f"{model} lacks weights ({min(info['missing_keys'])}, {len(info['missing_keys'])} in all): get it again")
+    loaded.name_or_path = loaded.config.name_or_path = model  # not its place in the hub's cache
+    # transformers keeps a head apart that differs from the embeddings, whatever the config says
+    loaded.config.tie_word_embeddings = loaded.lm_head.weight is loaded.model.embed_tokens.weight
     for module in loaded.modules():
         # bitsandbytes 0.50.2 repacks the weights in a CPU's first evaluation, for a bf16 kernel without a backward:
         # what is trained after that gets no gradient through the base. Keep the float32 path, which has one.
@@ -300,6 +342,14 @@ def read_adapter(folder):
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         fail(f"no adapter_model.safetensors in {folder}: run train_llama.py again")
     return base
+
+
+def read_run(folder):
+    """What train_llama.py noted of an adapter, as in run.json; "settings" and "run" are {} where it did not."""
+    run, checkpoint = read_json(Path(folder) / "run.json"), read_json(Path(folder) / MANIFEST)
+    if not run:
+        run = {"settings": checkpoint.get("run"), "run": checkpoint.get("run")}
+    return run | {name: run[name] if isinstance(run.get(name), dict) else {} for name in ("settings", "run")}
 
 
 def load_adapter(model, folder):

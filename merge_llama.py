@@ -17,7 +17,6 @@ Writes: OUTPUT_DIR/merged/ (safetensors, tokenizer, generation config, model car
 
 import gc
 import json
-import math
 import shutil
 import sys
 import time
@@ -32,15 +31,14 @@ import verify
 from common import fail, first_line, say
 
 # Settings: edit here, or override for one run on the command line.
+MODEL = "auto"  # a folder or hub id with the same weights; auto: the base that the adapter names
 MERGE_BASE = "auto"  # 16bit: weights as stored; 4bit: those quantised to NF4 and back; auto: 16bit
 MERGE_DTYPE = "auto"  # float16, bfloat16, float32; auto: float16 where it holds every weight, else bfloat16
 CHECK_ROWS = 4  # validation rows, in equal shares of the tasks, on which the models are compared
-COMPARE_TYPES = False  # also tell what the types that are not written, and the other base, would cost
 OUTPUT_DIR = "outputs"  # holds adapter/ and dataset/, gets merged/
 
 # Fixed
 DTYPES = ("float32", "float16", "bfloat16")
-FLOAT16_MAX = 65504
 TRACE = 1e-4  # share of the weights that may be smaller than float16's smallest number, 6e-8
 SMALL_FILES = 2**26  # bytes of room for all that is not weights
 QUANTISED = "_proj.weight"  # how the names of the weights end that llama.load_model quantises
@@ -54,7 +52,7 @@ FOLLOWED = (
 
 def parse_args(argv=None):
     choices = {"MERGE_BASE": ("auto", "16bit", "4bit"), "MERGE_DTYPE": ("auto", *DTYPES)}
-    choices |= {"CHECK_ROWS": (int,), "COMPARE_TYPES": (bool,)}
+    choices |= {"CHECK_ROWS": (int,)}
     return common.parse_settings(sys.modules[__name__], argv, choices)
 
 
@@ -73,12 +71,12 @@ def refuse_more_than_lora(folder):
 
 def read_run(folder, base):
     """run.json of the adapter with "adapter_sha256" and the base's "weights"; exits 2 where it names others."""
-    run = common.read_json(folder / "run.json")
+    run = llama.read_run(folder)
     found = {"adapter_sha256": common.sha256(folder / "adapter_model.safetensors")}
     found["weights"] = llama.weights_identity(base)
-    named = {"adapter_sha256": run.get("adapter_sha256"), "weights": run.get("run", {}).get("weights")}
+    named = {"adapter_sha256": run.get("adapter_sha256"), "weights": run["run"].get("weights")}
     named = {name: value or found[name] for name, value in named.items()}  # an adapter from elsewhere names nothing
-    remedy = f"put back what {folder}/run.json names, or run train_llama.py again"
+    remedy = f"put back what {folder}/run.json names, give --model where it is now, or run train_llama.py again"
     common.refuse_another(f"the adapter in {folder}, or its base {base},", named, found, remedy)
     return run | found
 
@@ -146,9 +144,7 @@ def finite(tensor):
 def merged_tensors(path, changes):
     """(name, the base's tensor in `path`, what the adapter makes of it) in turn; see merge_tensor."""
     for name, stored in verify.tensors_in(path):
-        if stored.dtype.itemsize < 2:
-            fail(f"{path.name} of the base has {name} as {stored.dtype}: take its 16-bit weights")
-        if not finite(stored):
+        if name != "model.embed_tokens.weight" and not finite(stored):  # there it may be rows of unused tokens
             fail(f"{path.name} of the base has numbers in {name} that are not finite: get it again")
         yield name, stored, merge_tensor(name, stored, *changes)
 
@@ -162,11 +158,15 @@ def rounded_away(stored, weight, rounded):
 
     limits = torch.finfo(rounded.dtype)
     smallest = limits.smallest_normal * limits.eps
+    beyond = count(~rounded.isfinite())
+    not_finite = count(~weight.isfinite()) if beyond else 0
+    changed = (rounded.to(stored.dtype) != stored) & (stored == stored) if weight is stored else stored[:0]
     return {
         "weights": weight.numel(),
-        "too_large": count(~rounded.isfinite()),
-        "too_small": count(weight) - count(weight.abs() >= smallest),
-        "not_adapted_yet_changed": count(rounded.to(stored.dtype) != stored) if weight is stored else 0,
+        "not_finite": not_finite,
+        "too_large": beyond - not_finite,
+        "too_small": count(weight.abs() < smallest) - weight.numel() + count(weight),
+        "not_adapted_yet_changed": count(changed),
     }
 
 
@@ -176,22 +176,19 @@ def merge(base, changes, fresh, dtype):
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    names, counts = set(), Counter()
+    counts = Counter()
     # the base's own names and shards: its index holds for the merged folder too
     for path in common.progress(llama.weight_files(base), "merging", unit="shard"):
         tensors, target = {}, fresh / path.name
         for name, stored, weight in merged_tensors(path, changes):
             tensors[name] = weight.to(getattr(torch, dtype))
             counts.update(rounded_away(stored, weight, tensors[name]))
-        names |= tensors.keys()
         try:
             save_file(tensors, target, metadata={"format": "pt"})
         except SafetensorError as error:  # how a full disk reaches us
             fail(f"cannot write {target} ({first_line(error)}): make room, then give the same command again")
         with suppress(OSError):  # some mounts have no permissions
             target.chmod(0o644)  # a server may be another user
-    if lost := changes[1].keys() - names:
-        fail(f"the weight files of {base} name their tensors otherwise: no {min(lost)}; save it with transformers")
     return dict(counts)
 
 
@@ -210,17 +207,9 @@ def merge_in_its_type(args, model, base, changes, fresh):
         counts = merge(base, changes, fresh, dtype)
     if counts["too_large"]:
         fail(f"{counts['too_large']} merged weights are beyond the range of {dtype}: give --merge-dtype bfloat16")
+    if counts["not_finite"]:
+        say(f"warning: {counts['not_finite']} numbers in the embeddings of the base are not finite: they stay so")
     return dtype, counts
-
-
-def weights_to_try(args, into, dtype, base, changes):
-    """{row of the table: (names and merged weights in turn, the type to round them to)} beside what was written."""
-    lora, scales, in_4bit = changes
-    found = {name: (changes, name) for name in DTYPES if name != dtype and (args.compare_types or name == "float32")}
-    if args.compare_types:
-        other = {"16bit": "4bit", "4bit": "16bit"}[into]
-        found[f"into {other}"] = ((lora, scales, not in_4bit), dtype)
-    return {name: (merged_weights(base, changes), dtype) for name, (changes, dtype) in found.items()}
 
 
 def merged_weights(base, changes):
@@ -233,7 +222,7 @@ def merge_and_check(args, base, run, fresh):
     """Merge into the folder `fresh` and compare it with base and adapter. Returns what merge.json says of that."""
     folder = Path(args.output_dir) / "adapter"
     into = "16bit" if args.merge_base == "auto" else args.merge_base
-    tokenizer = llama.tokenizer_of(base, folder)
+    tokenizer = llama.tokenizer_of(base, folder, run["settings"].get("chat_template", "auto"))
     rows, ids = check_rows(args, tokenizer)
     begun, place = time.time(), verify.roomy_place(base)
     exact = place[1] == "float32"
@@ -245,15 +234,15 @@ def merge_and_check(args, base, run, fresh):
     dtype, counts = merge_in_its_type(args, model, base, changes, fresh)
     merged_folder.write_small_files(base, model, tokenizer, fresh, dtype, counts["weights"])
     merged_at = time.time()
-    problems, comparison, largest = [], {}, None
+    problems, comparison = [], {}
     try:
         if llama.encode(llama.load_tokenizer(str(fresh)), rows) != ids:
             problems.append("the base's tokenizer makes other tokens than the adapter's")
         problems += verify.wrong_tensors(model, base, fresh, dtype)
         model = None  # one in memory at a time; torch's modules and PEFT's refer to one another
         gc.collect()
-        others = weights_to_try(args, into, dtype, base, changes) if exact else {}
-        comparison, largest = verify.compare_folder(fresh, dtype, others, ids, tuned, golds, place)
+        weights = merged_weights(base, changes) if exact and dtype != "float32" else None
+        comparison = verify.compare_folder(fresh, dtype, weights, ids, tuned, golds, place)
         problems += verify.problems_of(comparison, dtype, exact)
     except Exception as error:  # whatever the libraries raise, it is no whole folder
         if common.out_of_memory(error):
@@ -264,7 +253,7 @@ def merge_and_check(args, base, run, fresh):
         "problems": problems,
         "merge_base": into,
         # an adapter from elsewhere says nothing: most are QLoRA's
-        "trained_on": "4bit" if run.get("settings", {}).get("load_in_4bit", True) else "16bit",
+        "trained_on": "4bit" if run["settings"].get("load_in_4bit", True) else "16bit",
         "dtype": dtype,
         "rounding": counts,
         "chat_template": bool(tokenizer.chat_template),
@@ -272,7 +261,6 @@ def merge_and_check(args, base, run, fresh):
         "answer_tokens": len(golds),
         "adapter_perplexity": verify.perplexity(tuned, golds),
         "comparison": comparison,
-        "largest_activation": largest,
         "seconds_merging": merged_at - ready,
         "seconds_verifying": time.time() - merged_at + ready - begun,
     }
@@ -284,22 +272,11 @@ def show(report):
     say(f"{report['merge_base'] + ' base + adapter':<28}{report['adapter_perplexity']:>11.4g}")
     line = "{:<28}{merged_perplexity:>11.4g}{mean_logit_difference:>12.3g}"
     line += "{largest_logit_difference:>9.3g}{equal_greedy_tokens:>13.1%}"
-    for name in (*DTYPES, "into 16bit", "into 4bit"):
-        if name in report["comparison"]:
-            more = f", {report['dtype']}" if name not in DTYPES else " (written)" if name == report["dtype"] else ""
-            say(line.format(f"merged {name}{more}", **report["comparison"][name]))
+    for name, figures in report["comparison"].items():
+        written = " (written)" if name == report["dtype"] else ""
+        say(line.format(f"merged {name}{written}", **figures))
     took = "{check_rows} validation rows, merged in {seconds_merging:.1f} s, checked in {seconds_verifying:.1f} s"
     say(f"{took.format(**report)}, peak memory {llama.peak_memory():.2f} GB")
-    if report["dtype"] == "float16" and (largest := report["largest_activation"] or 0) > FLOAT16_MAX:
-        reason = f"activations reach {largest:,.0f}, beyond float16's range"
-        say(f"warning: {reason}: have servers compute in bfloat16 or float32, or give --merge-dtype bfloat16")
-
-
-def without_nan(value):
-    """What JSON can say of it: None for the figures of a type that does not hold the weights."""
-    if isinstance(value, dict):
-        return {name: without_nan(part) for name, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def finish(args, base, run, report, fresh):
@@ -308,21 +285,21 @@ def finish(args, base, run, report, fresh):
         "base_model": Path(base).name if Path(base).is_dir() else base,
         "base_weights": run["weights"],
         "adapter_sha256": run["adapter_sha256"],
-        "dataset": {name: value for name, value in run.get("run", {}).items() if name.endswith(" rows")},
+        "dataset": {name: value for name, value in run["run"].items() if name.endswith(" rows")},
         "versions": common.versions("torch", "transformers", "peft", "bitsandbytes", "safetensors"),
         "git_commit": common.git_commit(),
     }
     (fresh / "README.md").write_text(merged_folder.model_card(args.output_dir, base, run, report), encoding="utf-8")
     report["sha256"] = {path.name: common.sha256(path) for path in sorted(fresh.iterdir())}
-    content = without_nan(report)
-    (fresh / "merge.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (fresh / "merge.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 @common.script
 def main(argv=None):
     args = parse_args(argv)
     folder, target = Path(args.output_dir) / "adapter", Path(args.output_dir) / "merged"
-    base = llama.find_model(llama.read_adapter(folder))
+    named = llama.read_adapter(folder)
+    base = llama.find_model(named if args.model == "auto" else args.model)
     with common.only_run_in(args.output_dir):
         llama.quiet()
         refuse_more_than_lora(folder)

@@ -35,16 +35,38 @@ def write_small_files(base, model, tokenizer, target, dtype, weights):
         index = common.read_json(source / INDEX)
         index["metadata"] = {"total_size": weights * getattr(torch, dtype).itemsize}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    config = common.read_json(source / "config.json")
-    config.pop("auto_map", None)  # names code, which is not copied
-    config |= {"dtype": dtype, "torch_dtype": dtype}  # the second is how transformers 4 and servers call it
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (target / "config.json").write_text(json.dumps(config_of(model, dtype), indent=2) + "\n", encoding="utf-8")
     ends = sorted(llama.end_tokens(model, tokenizer))
     # of the base's own the limits alone: no samplers' settings, no repetition penalty
     own = {name: getattr(model.generation_config, name) for name in ("max_length", "max_new_tokens")}
     own |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
     GenerationConfig(do_sample=False, **own).save_pretrained(target)
     (target / "Modelfile").write_text(modelfile(tokenizer, ends), encoding="utf-8")
+
+
+def config_of(model, dtype):
+    """config.json of the merged model; transformers 4, vLLM and llama.cpp have other names for dtype and RoPE."""
+    content = model.config.to_dict()
+    rope = content["rope_parameters"].copy()
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": dtype, "torch_dtype": dtype}
+    config |= {name: content[name] for name in (*type(model.config).__annotations__, "transformers_version")}
+    theta = rope.pop("rope_theta")
+    return config | {"rope_theta": theta, "rope_scaling": None if rope["rope_type"] == "default" else rope}
+
+
+def licence_of(base):
+    """The licence that the base's README.md names at its top, or that is known of its hub id; else "other"."""
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = None if Path(base).is_dir() else try_to_load_from_cache(base, "README.md")
+    card = Path(cached) if isinstance(cached, str) else Path(base, "README.md")
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    named = re.match(r"---\s*\n(?:(?!---).*\n)*?license:[ \t]*[\"']?([\w.-]+)", text)
+    metas = re.search(r"^meta-llama/.*llama-?(2|3(\.\d)?)(?!\d)", base.lower())
+    if named and named[1] != "other":
+        return named[1]
+    free = base.lower().startswith(("huggingfacetb/smollm2", "tinyllama/tinyllama"))
+    return f"llama{metas[1]}" if metas else "apache-2.0" if free else "other"
 
 
 def modelfile(tokenizer, ends):
@@ -71,12 +93,11 @@ def model_card(output_dir, base, run, report):
     adapter = common.read_json(output / "adapter" / "adapter_config.json")
     built = common.read_json(output / "dataset_report.json")
     rows = built.get("splits", {}).get("train", {}).get("sha256", "")[:32]
-    metas = re.search(r"^meta-llama/.*llama-?(2|3(\.\d)?)(?!\d)", base.lower())
     template = Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")
     options = {"trim_blocks": True, "keep_trailing_newline": True, "undefined": jinja2.ChainableUndefined}
     return jinja2.Template(template, **options).render(
         hub_id=hub_id,
-        licence=f"llama{metas[1]}" if metas else "other",
+        licence=licence_of(base),
         report=report,
         rank=max([adapter.get("r", 8), *(adapter.get("rank_pattern") or {}).values()]),
         run=run,

@@ -22,6 +22,7 @@ Writes: OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json; with 
 import contextlib
 import functools
 import hashlib
+import json
 import math
 import os
 import re
@@ -107,9 +108,14 @@ def choose_system(args):
     folder = Path(args.output_dir, "adapter") if args.adapter in ("auto", "none") else Path(args.adapter)
     base = llama.read_adapter(folder)
     base = llama.find_model(args.model if given else base)
-    in_4bit = args.load_in_4bit
-    if in_4bit is None:  # an adapter from elsewhere does not say: QLoRA
-        in_4bit = bool(common.read_json(folder / "run.json").get("settings", {}).get("load_in_4bit", True))
+    trained, in_4bit = llama.read_run(folder)["settings"], args.load_in_4bit
+    if in_4bit is None:
+        in_4bit = bool(trained.get("load_in_4bit", True))  # most are QLoRA's
+    if not trained:
+        how = f"in {4 if in_4bit else 16} bits, with --chat-template {args.chat_template}"
+        say(f"{folder} does not say how it was trained: it is tested {how}")
+    if args.chat_template == "auto":
+        args.chat_template = trained.get("chat_template", "auto")
     return base, None if alone else folder, in_4bit, folder  # the base alone gets the adapter's prompts
 
 
@@ -132,10 +138,14 @@ def run_identity(args, base, folder, in_4bit, rows, tokenizer, text):
     """What has to be the same for a run to go on where it was, `settings` in the files: weights, rows, settings."""
     import torch
 
+    lora = common.read_json(folder / "adapter_config.json") if folder else {}
+    for name in ("base_model_name_or_path", "peft_version", "lora_dropout"):  # change no number
+        lora.pop(name, None)
     run = {
         "model": base,
         "weights": llama.weights_identity(base),
         "adapter": common.sha256(folder / "adapter_model.safetensors")[:16] if folder else "none",
+        "adapter_config": hashlib.sha256(json.dumps(lora, sort_keys=True).encode()).hexdigest()[:16],
         "4_bit": in_4bit,
         "chat_template": template_of(tokenizer),
         "rows": rows._fingerprint,
@@ -169,7 +179,8 @@ def load_system(base, folder, in_4bit, compare):
         return model, None
     from lora import fuse_lora  # and PEFT
 
-    ids = torch.arange(0, model.config.vocab_size, model.config.vocab_size // 64 + 1, device=model.device)[None]
+    # each alone: a row of NaN in the embeddings, of a token that never occurs, spoils no other
+    ids = torch.arange(0, model.config.vocab_size, model.config.vocab_size // 64 + 1, device=model.device)[:, None]
     with torch.no_grad():
         before = model(input_ids=ids).logits
         tuned = llama.load_adapter(model, folder)
@@ -178,7 +189,7 @@ def load_system(base, folder, in_4bit, compare):
                 parameter.data = parameter.data.to(model.dtype)
         fuse_lora(tuned)
         with tuned.disable_adapter():
-            change = (model(input_ids=ids).logits - before).abs().max() / before.abs().max()
+            change = (model(input_ids=ids).logits - before).nan_to_num().abs().max() / before.nan_to_num().abs().max()
     # PiSSA and its kin take a part out of the base; others bring a matrix or biases of their own
     if compare and not change < 0.01:
         reason = f"the adapter in {folder} changes its base when it is loaded, as PiSSA does"
@@ -334,7 +345,7 @@ def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
     text = read_general_text(args)
     run = run_identity(args, base, folder, in_4bit, rows, tokenizer, text)
     if folder and args.model == "auto":  # an adapter from elsewhere names no weights
-        trained_on = common.read_json(folder / "run.json").get("run", {}).get("weights", run["weights"])
+        trained_on = llama.read_run(folder)["run"].get("weights", run["weights"])
         remedy = f"put back what {folder}/run.json names, or give --model {base} to test on this one all the same"
         what = f"{base}, the base of {folder},"
         common.refuse_another(what, {"weights": trained_on}, {"weights": run["weights"]}, remedy)

@@ -160,7 +160,7 @@ def where_to_start(args, run):
 
 
 def tokenize(rows, tokenizer, max_length, what):
-    """The rows with `input_ids` and `labels` (-100 on the prompt); those longer than max_length tokens are dropped."""
+    """The rows with `input_ids` and `labels` (-100 on the prompt); those longer than max_length or the model drop."""
 
     def batch(examples):
         ids = llama.encode(tokenizer, examples)
@@ -172,14 +172,14 @@ def tokenize(rows, tokenizer, max_length, what):
     except ValueError as error:
         fail(f"cannot train on {what}: {first_line(error)}")
     lengths = [len(ids) for ids in tokens.with_format(columns=["input_ids"])["input_ids"]]
-    kept = tokens.select([i for i, length in enumerate(lengths) if length <= max_length])
-    if len(kept) < len(tokens):
-        say(
-            f"{what}: {len(tokens) - len(kept)} of {len(tokens)} rows are longer than {max_length} tokens and were "
-            f"dropped (--max-length {max(lengths)} keeps all of them)"
-        )
+    longest, positions = max(lengths), tokenizer.model_max_length
+    limit = min(max_length, positions)
+    more = f"the model has {positions} positions" if longest > positions else f"--max-length {longest} keeps them all"
+    kept = tokens.select([i for i, length in enumerate(lengths) if length <= limit])
+    if dropped := len(tokens) - len(kept):
+        say(f"{what}: {dropped} of {len(tokens)} rows are longer than {limit} tokens and were dropped ({more})")
     if not len(kept):
-        fail(f"{what}: every row is longer than --max-length {max_length}")
+        fail(f"{what}: every row is longer than {limit} tokens ({more})")
     return kept
 
 
@@ -390,12 +390,21 @@ def save_adapter(args, tokenizer, trainer, run):
         (fresh / "run.json").write_text(json.dumps(run, indent=2) + "\n")
 
 
+def read_base(args, base):
+    """Sizes and tokenizer of the base; exits 2 where it cannot be trained, tested or merged."""
+    config = llama.load_config(base)
+    # a dry run does without weights
+    if not args.dry_run or any(path.suffix in (".safetensors", ".bin", ".pth") for path in Path(base).glob("*")):
+        llama.check_weights(base, config)
+    shape = model_shape(base, config, lora_config(args))
+    choose_learning_rate(args, shape)
+    return shape, llama.tokenizer_of(base, None, args.chat_template)
+
+
 def train(args, base, rows):
     """Train on {split: rows} from wherever this run was, and write the adapter."""
     say(f"training {base} on {len(rows['train']):,} rows, validating on {len(rows['validation']):,}")
-    shape = model_shape(base, llama.load_config(base), lora_config(args))
-    choose_learning_rate(args, shape)
-    tokenizer = llama.tokenizer_of(base, None, args.chat_template)
+    shape, tokenizer = read_base(args, base)
     run = run_identity(args, base, tokenizer, rows)
     start, checkpoint = where_to_start(args, run)
     adapter = Path(args.output_dir) / "adapter"
@@ -433,9 +442,9 @@ def train(args, base, rows):
 
 def tell_costs(args, base, rows):
     """The dry run."""
-    shape = model_shape(base, llama.load_config(base), lora_config(args))
-    choose_learning_rate(args, shape)
-    tokens = tokenize(rows, llama.tokenizer_of(base, None, args.chat_template), args.max_length, "train")
+    shape, tokenizer = read_base(args, base)
+    tokens = tokenize(rows["train"], tokenizer, args.max_length, "train")
+    validation_sets(rows["validation"], tokenizer, args)  # says what is dropped of them
     choose_kernels(args)
     dry_run(shape, tokens, pack(tokens, args), args)
 
@@ -448,7 +457,7 @@ def main(argv=None):
     llama.own_gpu("train_llama.py")
     llama.quiet()
     if args.dry_run:
-        tell_costs(args, base, rows["train"])
+        tell_costs(args, base, rows)
         return
     with common.only_run_in(args.output_dir):
         train(args, base, rows)

@@ -1,12 +1,12 @@
 """Is a merged folder what base and adapter are? Every tensor against PEFT's merge, then the models' logits."""
 
-import contextlib
 import math
 import tempfile
 
 import common
 import estimate
 import llama
+from predictions import MAX_NLL
 
 # Mean logit difference over the logits' standard deviation, nothing rounded: a real model's is 1e-6. Beside it the
 # limit where memory allows 16 bit alone, in which rounding costs 0.025: that finds another model altogether.
@@ -98,10 +98,7 @@ def load_merged(folder, offload, **places):
     from transformers import AutoModelForCausalLM
 
     places = {"dtype": llama.compute_dtype(), "device_map": "auto", "offload_folder": offload} | places
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **places)
-    if info["missing_keys"]:  # transformers only warns, and draws them at random
-        raise ValueError(f"no {min(info['missing_keys'])}")
-    return model
+    return AutoModelForCausalLM.from_pretrained(folder, **places)
 
 
 def logits_of(model, ids):
@@ -123,7 +120,7 @@ def logits_of(model, ids):
 def perplexity(logits, golds):
     from torch.nn.functional import cross_entropy
 
-    return cross_entropy(logits, golds).exp().item()
+    return cross_entropy(logits, golds).double().clamp(max=MAX_NLL).exp().item()  # JSON has no infinity
 
 
 def compare(tuned, merged, golds):
@@ -138,47 +135,22 @@ def compare(tuned, merged, golds):
     }
 
 
-def put_weights(model, weights, dtype):
-    """Give a loaded model the weights, (name, tensor) in turn, rounded to `dtype`."""
-    import torch
+def compare_folder(fresh, dtype, weights, ids, tuned, golds, place):
+    """{type: figures} of the merged folder beside base + adapter, in `place`: as stored, and by `weights` if any.
 
-    parameters = dict(model.named_parameters())
-    for name, weight in weights:
-        if name in parameters:  # a tied head has none of its own
-            parameters[name].data.copy_(weight.to(getattr(torch, dtype)))
-
-
-@contextlib.contextmanager
-def activations_seen(model):
-    """A list that gets the largest number that went into a layer of the model, or came out."""
-    import torch
-
-    def look(module, inputs, output):
-        for tensor in (*inputs, output):
-            if torch.is_tensor(tensor) and tensor.is_floating_point():
-                largest[0] = max(largest[0], tensor.abs().max().item())
-
-    largest = [0.0]
-    hooks = [module.register_forward_hook(look) for module in model.modules() if not [*module.children()]]
-    yield largest
-    for hook in hooks:
-        hook.remove()
-
-
-def compare_folder(fresh, dtype, others, ids, tuned, golds, place):
-    """{what is compared: figures} of the merged folder beside base + adapter, and its largest activation.
-
-    dtype: as stored. place: where it is compared, and in which type; then with the weights of `others`.
+    dtype: as stored. weights: the merged ones before they were rounded.
     """
     places = {"dtype": place[1]} | ({"device_map": {"": place[0]}} if place[0] else {})
     with tempfile.TemporaryDirectory() as offload:
         model = load_merged(fresh, offload, **places)
-        with activations_seen(model) as largest:
-            comparison = {dtype: compare(tuned, logits_of(model, ids)[0], golds)}
-        for name, (weights, rounded) in others.items():
-            put_weights(model, weights, rounded)
-            comparison[name] = compare(tuned, logits_of(model, ids)[0], golds)
-    return comparison, largest[0]
+        comparison = {dtype: compare(tuned, logits_of(model, ids)[0], golds)}
+        if weights:
+            parameters = dict(model.named_parameters())
+            for name, weight in weights:
+                if name in parameters:  # a tied head has none of its own
+                    parameters[name].data.copy_(weight)
+            comparison["float32"] = compare(tuned, logits_of(model, ids)[0], golds)
+    return comparison
 
 
 def problems_of(comparison, dtype, exact):

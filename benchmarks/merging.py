@@ -8,6 +8,7 @@ which runs base and adapter, reads every tensor again and runs the merged model.
 
     python benchmarks/merging.py
     python benchmarks/merging.py --layers 4 --no-deeper --folder /tmp/merging_benchmark
+    python benchmarks/merging.py --types-of outputs --check-rows 16  # what each base and type would cost that adapter
 """
 
 import argparse
@@ -120,6 +121,34 @@ def ours(folder, args):
     return seconds - report["seconds_verifying"], report["seconds_verifying"], peak
 
 
+def compare_types(output, check_rows):
+    """Print how far a merge into each base and type would be from base + adapter, on validation rows in float32."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    import llama
+    import merge_llama
+    import verify
+
+    args = merge_llama.parse_args(["--output-dir", output, "--check-rows", str(check_rows)])
+    folder = Path(output) / "adapter"
+    base = llama.find_model(llama.read_adapter(folder))
+    _, ids = merge_llama.check_rows(args, llama.tokenizer_of(base, folder))
+    model = verify.load_tuned(base, folder, "16bit", "cpu", "float32")
+    tuned, golds = verify.logits_of(model, ids)
+    print(f"base + adapter: perplexity {verify.perplexity(tuned, golds):.5g}")
+    merged = llama.load_model(base, load_in_4bit=False, device_map="cpu", dtype=torch.float32)
+    parameters = dict(merged.named_parameters())
+    for into in ("16bit", "4bit"):
+        for dtype in merge_llama.DTYPES:
+            for name, weight in merge_llama.merged_weights(base, merge_llama.changes_of(model, folder, into)):
+                if name in parameters:
+                    parameters[name].data.copy_(weight.to(getattr(torch, dtype)))
+            figures = verify.compare(tuned, verify.logits_of(merged, ids)[0], golds)
+            told = ", ".join(f"{name.replace('_', ' ')} {value:.5g}" for name, value in figures.items())
+            print(f"into {into}, {dtype}: {told}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, default=LAYERS)
@@ -128,7 +157,11 @@ def main():
     parser.add_argument("--deeper", action=argparse.BooleanOptionalAction, default=True, help="three times, too")
     parser.add_argument("--merge-base", choices=["16bit", "4bit"], default="16bit")
     parser.add_argument("--folder", default=FOLDER, help="some 8 GB at a time; is removed")
+    parser.add_argument("--types-of", help="an output folder: compare the types for its adapter, and measure nothing")
     args = parser.parse_args()
+    if args.types_of:
+        compare_types(args.types_of, args.check_rows)
+        return
     root = Path(args.folder)
     shutil.rmtree(root, ignore_errors=True)
     sources = ["--samsum", ROOT / "tests/fixtures/samsum", "--trivia-qa", ROOT / "tests/fixtures/trivia_qa"]

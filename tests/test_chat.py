@@ -224,6 +224,28 @@ def test_base_alone_and_merged_are_asked_as_the_adapter_was(runs, tmp_path):
     assert_refused(run("test_llama.py", *SHORT, "--chat-template", "off", "--output-dir", out), "chat template")
 
 
+@pytest.mark.parametrize("setting", ["off", "auto"])
+def test_a_checkpoint_is_tested_as_it_was_trained_like_the_adapter(setting, runs, tmp_path, capsys):
+    out, base = tmp_path / "out", tmp_path / "base"
+    shutil.copytree(runs / setting, out)
+    best = json.loads((out / "adapter" / "run.json").read_text())["best_step"]
+    checkpoint_folder = out / "checkpoints" / f"checkpoint-{best}"
+    ask = ["--adapter", checkpoint_folder, "--name", "checkpoint", "--output-dir", out]
+    result = run("test_llama.py", *SHORT, *ask)
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stdout and "does not say how it was trained" not in result.stdout
+    for task in TASKS:
+        adapter, checkpoint = examples(out, task), examples(out, task, "_checkpoint")
+        assert adapter["settings"] == checkpoint["settings"] and adapter["examples"] == checkpoint["examples"]
+        assert adapter["perplexity"] == checkpoint["perplexity"]
+    shutil.copytree(runs / "base", base)
+    (base / "chat_template.jinja").write_text(LINES)
+    tokenizer = llama.tokenizer_of(str(base), checkpoint_folder, setting)
+    assert bool(tokenizer.chat_template) == (setting == "auto")
+    warned = "was trained with other prompts: another tokenizer, or another --chat-template" in capsys.readouterr().out
+    assert warned == (setting == "auto")
+
+
 def test_the_cards_example_of_a_chat_model_runs(runs, monkeypatch, capsys):
     card = (runs / "auto" / "merged" / "README.md").read_text()
     assert "/v1/chat/completions" in card and "/v1/chat/completions" not in (runs / "off/merged/README.md").read_text()

@@ -82,6 +82,7 @@ def test_the_chain_says_what_each_artifact_was_made_from(two_runs):
     assert merged["adapter_sha256"] == adapter["adapter_sha256"]
     assert merged["base_weights"] == adapter["run"]["weights"]
     assert "ot measured" not in card_of(output) and "12" in card_of(output)
+    assert report["other_adapter"] is None
     assert "Summarize the dialogue" in (output / "evaluation.html").read_text(encoding="utf-8")
 
 
@@ -101,8 +102,13 @@ def test_another_data_set_is_refused_by_training_and_testing_and_gives_the_card_
 def test_another_adapter_is_refused_beside_the_old_predictions_and_gets_none_of_their_scores(mixed, two_runs):
     output = mixed("adapter")
     assert_refused(run("test_llama.py", *TEST, "--output-dir", output), "adapter", "another run")
-    succeed("evaluations.py", output, *EVALUATE)
-    assert json.loads((output / "evaluation.json").read_text())["training"] is None
+    old = "these scores are of another adapter than adapter/ has now: run test_llama.py --overwrite"
+    assert old in succeed("evaluations.py", output, *EVALUATE).stdout
+    assert old in (output / "evaluation.html").read_text(encoding="utf-8")
+    report = json.loads((output / "evaluation.json").read_text())
+    assert report["training"] is None and report["other_adapter"].startswith(old)
+    named = ["--predictions", output / "samsum_predictions.json", output / "trivia_qa_predictions.json"]
+    assert old not in succeed("evaluations.py", output, *EVALUATE, *named).stdout  # asked for as they are
     succeed("merge_llama.py", output, *MERGE)
     assert "ot measured" in card_of(output)
     train(output, two_runs / "base", "1")  # its own checkpoints still stand there: it puts its own adapter back
@@ -161,7 +167,9 @@ def test_other_base_weights_are_refused_by_training_testing_and_merging(two_runs
         (tmp_path / "out" / f"{task}_predictions.json").unlink()
     before = snapshot(tmp_path / "out")
     assert_refused(run("test_llama.py", *TEST, "--output-dir", tmp_path / "out"), "weights", "run.json names")
-    assert_refused(run("merge_llama.py", *MERGE, "--output-dir", tmp_path / "out"), "weights", "run.json names")
+    for more in ([], ["--model", tmp_path / "base"]):  # named or not, it is another model
+        result = run("merge_llama.py", *MERGE, *more, "--output-dir", tmp_path / "out")
+        assert_refused(result, "weights", "run.json names")
     assert snapshot(tmp_path / "out") == before
 
 

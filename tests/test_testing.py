@@ -387,6 +387,13 @@ def test_a_finished_run_is_not_repeated_and_another_one_needs_overwrite(chain, t
     assert "nothing to do" in capsys.readouterr().out and snapshot(out) == before
     assert "samsum max new tokens 8 there, 9 now" in refused(out, "--samsum-max-new-tokens", "9")
     assert snapshot(out) == before
+    path = out / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"peft_version": "9", "lora_dropout": 0.3}))  # change no number
+    assert test(out, *SHORT) == 0
+    path.write_text(json.dumps(config | {"lora_alpha": 5}))
+    assert "adapter config" in refused(out, *SHORT)
+    path.write_text(json.dumps(config))
     path = out / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({name: tensor * 0.5 for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
@@ -551,9 +558,11 @@ def peft_adapter(folder, targets, **options):
 
 @ONE
 @pytest.mark.parametrize("layer", ["lm_head", "embed_tokens", "v_proj"])
-def test_an_adapter_of_another_tool_is_tested_as_peft_loads_it(layer, out, tmp_path):
+def test_an_adapter_of_another_tool_is_tested_as_peft_loads_it(layer, out, tmp_path, capsys):
     folder = peft_adapter(tmp_path / "adapter", ["q_proj", layer])  # config and weights: the base's tokenizer serves
     assert tester.choose_system(tester.parse_args(["--adapter", str(folder)]))[2] is True  # most are QLoRA's
+    assumed = f"{folder} does not say how it was trained: it is tested in 4 bits, with --chat-template auto"
+    assert assumed in capsys.readouterr().out
     assert test(out, "--samsum-max-new-tokens", 2, "--adapter", folder, "--no-load-in-4bit") == 0
     base = llama.load_model(str(FIXTURES / "tiny_llama2"), load_in_4bit=False)
     tokenizer, data = prompts_of(FIXTURES / "tiny_llama2", out)
@@ -655,3 +664,17 @@ def test_the_general_text_is_whatever_file_is_given_or_none(chain, tmp_path, ref
     capsys.readouterr()
     assert test(out, *keep, "--general-text", "", "--no-compare-with-base") == 0
     assert read(out, "samsum")["general_text"] == {} and "general text" not in capsys.readouterr().out
+
+
+@ONE
+def test_a_row_of_nan_in_the_embedding_of_a_token_that_never_occurs_changes_no_figure(chain, tmp_path):
+    out = copied(chain, tmp_path)
+    base = tmp_path / "base"
+    shutil.copytree(FIXTURES / "tiny_llama3", base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.embed_tokens.weight"][2046] = math.nan  # one of the tokens that are looked at beforehand
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    assert test(out, *SHORT, "--model", base, "--adapter", out / "adapter") == 0
+    same_columns(out, chain, "prediction", "base_prediction")
+    same_columns(out, chain, "nll", "base_nll", rel=1e-5)
