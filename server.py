@@ -31,14 +31,12 @@ UNKNOWN = re.compile(
     re.IGNORECASE,
 )
 # Servers' names for an answer that is whole, and for one that its limit cut off, without case and `_`.
-WHOLE = ("stop", "eos", "eostoken", "endturn", "endofturn", "stopsequence", "stoptoken", "complete", "completed")
+WHOLE = ("stop", "eos", "eostoken", "endturn", "endofturn", "stopsequence", "stoptoken", "complete", "done")
 CUT_OFF = ("length", "maxtokens", "maxnewtokens", "maxlength", "maxoutputtokens", "modellength", "tokenlimit")
 THINK = r"(?:seed:)?(?:think|thinking|thoughts?|reasoning)"  # in <> or [], around a model's thoughts
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")
 HEADERS = ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS")
-
-
 NO_ROOM = "its tokens went into thoughts, and none into an answer"
 
 
@@ -73,13 +71,14 @@ def read_answer(reply, hide=str):
         parts = [as_dict(part) for part in text]
         refusal = refusal or next((part["refusal"] for part in parts if part.get("refusal")), None)
         text = "".join(part["text"] for part in parts if isinstance(part.get("text"), str)) or None
-    if not choice or not isinstance(text, str | None):
+    error = as_dict(reply).get("error") or choice.get("error")
+    if not (choice or error) or not isinstance(text, str | None):
         raise NoAnswer(f"its answer is not of OpenAI's protocol: {hide(str(reply))[:60]!r}")
     answer, thoughts = without_thoughts(hide(text or ""))
     thoughts = thoughts or message.get("reasoning_content") or message.get("reasoning")
     reason = re.sub("[^a-z]", "", str(choice.get("finish_reason")).rpartition(".")[2].lower())
     problem = ""
-    if error := reply.get("error") or choice.get("error"):
+    if error:
         problem = f"it reports an error: {hide(str(error))[:100]}"
     elif refusal:
         problem = f"it refuses: {hide(str(refusal))[:100]}"
@@ -234,6 +233,7 @@ class Server:
         The very first goes alone: a wrong key or address costs one request. Exits 2 where no more answers come.
         """
         errors, in_row, most, alone = [], 0, 2 * self.at_once, 0 if self.answered else 1
+        self.answered_at = time.monotonic()
 
         def outcome(item):
             try:
@@ -281,10 +281,10 @@ class Server:
 
     def why(self, error):
         """What went wrong, for a person: one line without the key (a 401's text has parts of it)."""
-        name, text = type(error).__name__, said_by(error).split("\n")[0][:300]
+        name, text = type(error).__name__, self.hide(said_by(error)).split("\n")[0][:300]
         if isinstance(error, openai.AuthenticationError):
             return name
-        return self.hide(f"{name}: {text}" if isinstance(error, openai.APIError) else text)
+        return f"{name}: {text}" if isinstance(error, openai.APIError) else text
 
 
 def with_a_limit(options, dropped):
@@ -323,7 +323,8 @@ def refusal_of(error):
 def said_by(error):
     """What the server said of an error; the client's text has only what is of OpenAI's form, not FastAPI's detail."""
     if isinstance(error, openai.APIConnectionError) and error.__cause__:
-        return f"{error} ({error.__cause__})"
+        given = [name for name in CERTIFICATES if name in os.environ and "CERTIFICATE" in str(error.__cause__)]
+        return f"{error} ({', by '.join([str(error.__cause__), *given])})"
     unsaid = isinstance(error, openai.APIStatusError) and str(error) == f"Error code: {error.status_code}"
     return f"{error} - {error.response.text}" if unsaid else str(error)
 

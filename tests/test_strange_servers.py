@@ -75,6 +75,9 @@ def reply(rng, text, chat, tokens, cut):
         (400, {"error": {"message": f"'max_tokens' is too large: {tokens}"}}),
         (400, {"error": {"message": f"max_tokens={tokens} cannot be greater than 7, which is not supported"}}),
         (422, {"detail": [{"type": "too_long", "loc": ["body", "prompt"], "msg": "too long", "input": "stop"}]}),
+        (200, b"no gzip", {"Content-Encoding": "gzip"}),
+        (200, b"short", {"Content-Length": "900"}),
+        (302, b"", {"Location": "/v1/elsewhere"}),
         (400, b"no"),
         (413, b"too large"),
         (500, b"oops"),
@@ -132,6 +135,9 @@ class Strange(Fake):
 
 
 class StrangeHandler(Handler):
+    def do_GET(self):
+        self.reply(*(self.server.answer(self.path, {}) if self.path == "/v1/models" else (404, {})))
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
@@ -142,9 +148,9 @@ class StrangeHandler(Handler):
         status, content, *headers = sent
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in ({"Content-Type": "application/json"} | dict(*headers)).items():
+        plain = {"Content-Type": "application/json", "Content-Length": str(len(content))}
+        for name, value in (plain | dict(*headers)).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
 
