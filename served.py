@@ -248,6 +248,7 @@ def ask_server(args, base, tokenizer, rows):
     run["chat_template"] = predictions.template_of(tokenizer)
     run |= {name: value for name, value in vars(args).items() if name in OF_SERVER}
     name = args.name or re.sub(r"[^\w-]+", "-", Path(served.model).name)
+    name += "-model" if name.endswith("swapped") else ""  # a file of that name is one of --swap-answers
     paths = predictions.paths_of(args.output_dir, name, args.swap_answers)
     parts = {task: llama.rows_of(rows, task) for task in paths}
     asked = {}

@@ -520,6 +520,11 @@ def test_what_the_server_reads_otherwise_is_said_before_the_rows_are_asked(more,
     assert "is asked by token ids" in output
 
 
+def test_a_model_called_swapped_is_not_taken_for_swapped_answers(fake, ask, tmp_path):
+    assert ask(fake.url, "--server-model", "my/swapped")[0] == 0
+    assert read(tmp_path, "trivia_qa", "swapped-model")["model"] == "my/swapped"
+
+
 def test_ids_are_never_sent_to_another_tokenizer(fake, ask, tmp_path):
     fake.tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tiny_llama2")
     fake.logprobs = "vllm"
