@@ -118,11 +118,13 @@ class Ended(StoppingCriteria):
         return torch.tensor([self.end_of(row) is not None for row in written], device=ids.device)
 
 
-def test_rows(model, prompts, completions, ends, end_of, new, attention):
+def test_rows(model, prompts, completions, ends, new, attention, end_of=None):
     """nll (nats) and greedy prediction (list of at most `new` ids, an ending one included) of each row.
 
-    ends: ids that end any text. end_of: how many of a prediction's ids go to its end, or None.
+    ends: ids that end any text. end_of: of a prediction's ids how many go to its end, or None; by default the first
+    of `ends`.
     """
+    end_of = end_of or (lambda ids: next((i for i, token in enumerate(ids, 1) if token in ends), None))
     nll, cache = read_rows(model, prompts, completions, attention)
     model.set_attn_implementation("sdpa")
     width = max(map(len, prompts))

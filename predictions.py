@@ -84,7 +84,7 @@ def perplexity(examples, prefix, texts):
     """Corpus figures of a system on the completions `texts`; bits_per_byte compares models of other tokenizers."""
     counts = {"examples": len(examples)}
     counts["hit_max_new_tokens"] = sum(example[prefix + "hit_max_new_tokens"] for example in examples)
-    counts["empty_predictions"] = sum(not example[prefix + "prediction"] for example in examples)
+    counts["empty_predictions"] = sum(example.get(prefix + "prediction") == "" for example in examples)
     if not all(prefix + "nll" in example for example in examples):  # a server that does not give it
         return counts
     nll = math.fsum(example[prefix + "nll"] for example in examples)

@@ -264,7 +264,7 @@ def test_batch(model, tokenizer, rows, ends, one_line, new, attention):
 
     prompts, completions = ([row[key] for row in rows] for key in ("prompt_ids", "completion_ids"))
     results, end_of = [], answer_end(tokenizer, ends, one_line)
-    tested = in_halves(model, prompts, completions, ends, end_of, new, attention)
+    tested = in_halves(model, prompts, completions, ends, new, attention, end_of)
     for row, (nll, ids) in zip(rows, tested, strict=True):
         if not nll < MAX_NLL * len(row["completion_ids"]):  # NaN too
             reason = f"{row['id']} has a log-likelihood of {-nll}: the model diverged"
