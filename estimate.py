@@ -7,7 +7,6 @@ import importlib.util
 import math
 import os
 import resource
-import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -35,26 +34,23 @@ def model_shape(base, config, lora):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         head = model.get_output_embeddings()
-        linear = {
-            name: module.weight.numel()
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and module is not head
-        }
+        modules = [(name, module) for name, module in model.named_modules() if module is not head]
+        linear = {name: module.weight.numel() for name, module in modules if isinstance(module, torch.nn.Linear)}
         check_target_modules(base, lora.target_modules, linear)
         model = get_peft_model(model, lora, low_cpu_mem_usage=True)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
+    trainable, parameters = model.get_nb_trainable_parameters()
     return {
-        "parameters": sum(p.numel() for p in model.parameters() if not p.requires_grad),
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": parameters - trainable,
+        "trainable": trainable,
         "linear": sum(linear.values()),  # what 4 bits are for; embeddings and head stay in 16
         "largest": max(linear.values()),
         "lora_inputs": sum(module.in_features for module in adapted) / config.num_hidden_layers,
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
         "mlp": config.intermediate_size,
-        "query": config.num_attention_heads * head_dim,
-        "key_value": config.num_key_value_heads * head_dim,
+        "query": config.num_attention_heads * config.head_dim,
+        "key_value": config.num_key_value_heads * config.head_dim,
         "vocabulary": config.vocab_size,
     }
 
@@ -158,8 +154,7 @@ def host_memory(root="/"):
 
 def fits(shape, packed, args, batch, checkpointing):
     room, width = machine(args)
-    parts = memory(shape, args, *pass_size(packed, batch), checkpointing, width)
-    return sum(parts.values()) <= USABLE * room
+    return sum(memory(shape, args, *pass_size(packed, batch), checkpointing, width).values()) <= USABLE * room
 
 
 def rows_of_a_pass(shape, packed, args, checkpointing):
@@ -205,15 +200,13 @@ def settle(shape, packed, args):
 def matrix_rate():
     """FLOP/s of a large matrix product here, in half a second."""
     import torch
+    from torch.utils.benchmark import Timer
 
     cuda = torch.cuda.is_available()
     size, kind = (8192, {"device": "cuda", "dtype": llama.compute_dtype()}) if cuda else (1024, {})
-    a = torch.randn(size, size, **kind)
-    done, start = 0, time.perf_counter()
-    while time.perf_counter() - start < 0.5:
-        (a @ a)[0, 0].item()  # waits for it
-        done += 1
-    return 2 * done * size**3 / (time.perf_counter() - start)
+    matrix = torch.randn(size, size, **kind)
+    timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / timer.blocked_autorange(min_run_time=0.5).median
 
 
 def optimizer_steps(packed, args):
@@ -230,32 +223,27 @@ def line(name, cells, form=""):
 
 def dry_run(shape, tokens, packed, args):
     """Print what the run would cost: tokens, steps, memory, operations and the time they take at a stated rate."""
-    tasks = sorted(set(tokens["task"]))
-    lengths = {task: [] for task in tasks}
-    labels = dict.fromkeys(tasks, 0)
+    sizes = {task: [] for task in (*sorted(set(tokens["task"])), "together")}  # a row's tokens, those with a loss
     for row in tokens:
-        lengths[row["task"]].append(len(row["labels"]))
-        labels[row["task"]] += labelled(row["labels"])
-    counts = {
-        "rows": [len(lengths[task]) for task in tasks],
-        "tokens": [sum(lengths[task]) for task in tasks],
-        "completion tokens": [labels[task] for task in tasks],
-    }
-    line("", (*tasks, "together"))
-    for name, values in counts.items():
-        line(name, (*values, sum(values)), ",")
-    steps, total = optimizer_steps(packed, args), sum(counts["tokens"])
-    filled = total / len(packed) / args.max_length
+        size = len(row["labels"]), labelled(row["labels"])
+        sizes[row["task"]].append(size)
+        sizes["together"].append(size)
+    lengths, labels = zip(*sizes["together"], strict=True)
+    line("", sizes)
+    line("rows", map(len, sizes.values()), ",")
+    line("tokens", [sum(length for length, _ in rows) for rows in sizes.values()], ",")
+    line("completion tokens", [sum(labels for _, labels in rows) for rows in sizes.values()], ",")
+    steps = optimizer_steps(packed, args)
+    filled = sum(lengths) / len(packed) / args.max_length
     say(f"\n{'sequences':<26}{len(packed):>14,}, {filled:.1%} of {args.max_length} tokens filled")
     line("optimizer steps", [steps], ",")
     line("parameters", [shape["parameters"]], ",")
     say(f"{'trainable':<26}{shape['trainable']:>14,}, {shape['trainable'] / shape['parameters']:.2%}")
     room, width = machine(args)
-    batches = [rows_of_a_pass(shape, packed, args, checkpointing) for checkpointing in (True, False)]
-    parts = [
-        memory(shape, args, *pass_size(packed, batch), checkpointing, width)
-        for batch, checkpointing in zip(batches, (True, False), strict=True)
-    ]
+    ways = (True, False)  # with checkpointing and without
+    batches = [rows_of_a_pass(shape, packed, args, way) for way in ways]
+    largest = [pass_size(packed, batch) for batch in batches]
+    parts = [memory(shape, args, *size, way, width) for size, way in zip(largest, ways, strict=True)]
     say()
     line(f"peak memory of a {'GPU' if width == 2 else 'CPU'}, GB", ("checkpointing", "without"))
     line("packed rows in a pass", batches)
@@ -263,8 +251,7 @@ def dry_run(shape, tokens, packed, args):
         line(name, [part[name] / 1e9 for part in parts], ".2f")
     line("estimate", [sum(part.values()) / 1e9 for part in parts], ".2f")
     passes = steps * args.gradient_accumulation_steps * (args.per_device_train_batch_size or 1) / len(packed)
-    rows = [length for some in lengths.values() for length in some]
-    work = [passes * operations(shape, rows, sum(labels.values()), checkpointing) for checkpointing in (True, False)]
+    work = [passes * operations(shape, lengths, sum(labels), way) for way in ways]
     line("petaflop", [flop / 1e15 for flop in work], ",.3g")
     rate = GPUS[args.dry_run_gpu][1] if args.dry_run_gpu in GPUS else matrix_rate() / 2e12
     seconds = [flop / rate / 1e12 for flop in work]

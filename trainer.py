@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTTrainer
 
 from common import fail, first_line, is_main, say, write_manifest, write_whole
+from estimate import labelled
 from llama import peak_memory
 
 
@@ -87,7 +88,7 @@ class QLoRATrainer(SFTTrainer):
 
         Their gradients are thrown away. Returns the seconds of the slower one.
         """
-        sizes = [(len(row), sum(label != -100 for label in row)) for row in self.train_dataset["labels"]]
+        sizes = [(len(row), labelled(row)) for row in self.train_dataset["labels"]]
         orders = [sorted(range(len(sizes)), key=key) for key in (lambda i: sizes[i], lambda i: sizes[i][::-1])]
         batches = {tuple(sorted(order[-self.args.per_device_train_batch_size :])) for order in orders}
         return max(self.pass_over([self.train_dataset[i] for i in batch]) for batch in sorted(batches))
@@ -119,10 +120,8 @@ class QLoRATrainer(SFTTrainer):
         self.mark = time.time()
         super().log(logs, start_time)
         self.watch(logs)
-        self.say_step(
-            f"loss {logs['loss']:.4f}  grad {logs['grad_norm']:.2f}  lr {logs['learning_rate']:.1e}  "
-            f"{speed:,.0f} tokens/s "
-        )
+        loss, norm, rate = (logs[name] for name in ("loss", "grad_norm", "learning_rate"))
+        self.say_step(f"loss {loss:.4f}  grad {norm:.2f}  lr {rate:.1e}  {speed:,.0f} tokens/s ")
 
     def say_step(self, more=""):
         """The step that has ended, and the time left by those of this session."""
@@ -138,16 +137,13 @@ class QLoRATrainer(SFTTrainer):
             self.diverged(f"loss {logs['loss']:g}, gradient norm {logs['grad_norm']:g}")
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry][-3:]
         if losses == [0, 0, 0]:
-            fail(
-                f"the loss was exactly 0 three times up to step {self.state.global_step}: nothing is learned; look at "
-                "the completions of the data set, or try --no-load-in-4bit"
-            )
+            remedy = "nothing is learned; look at the completions of the data set, or try --no-load-in-4bit"
+            fail(f"the loss was exactly 0 three times up to step {self.state.global_step}: {remedy}")
 
     def diverged(self, what):
-        fail(
-            f"training diverged at step {self.state.global_step} ({what}): lower --learning-rate or raise "
-            "--warmup-steps and start again with --overwrite; older checkpoints and adapter stay"
-        )
+        remedy = "lower --learning-rate or raise --warmup-steps and start again with --overwrite"
+        kept = "older checkpoints and adapter stay"
+        fail(f"training diverged at step {self.state.global_step} ({what}): {remedy}; {kept}")
 
     def is_save_due(self):
         return 0 < self.save_minutes <= (time.time() - self.saved) / 60
@@ -176,11 +172,8 @@ class QLoRATrainer(SFTTrainer):
             if is_main():
                 write_manifest(folder, {"run": self.run, "seconds": self.seconds + started - self.started})
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' for a full disk
-            fail(
-                f"cannot write {folder} ({first_line(error)}): make room, then give the same command again; the "
-                "checkpoints before it are whole",
-                in_any_process=True,
-            )
+            remedy = "make room, then give the same command again; the checkpoints before it are whole"
+            fail(f"cannot write {folder} ({first_line(error)}): {remedy}", in_any_process=True)
         self.saved = time.time()
         self.mark += self.saved - started
 
