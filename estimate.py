@@ -1,7 +1,4 @@
-"""What a training run costs, told before it starts: tokens, steps, memory, operations and time.
-
-Sizes are counted on the meta device, where tensors have shapes and no numbers: an 8B model takes two seconds.
-"""
+"""What a training run costs, told before it starts: tokens, steps, memory, operations and time."""
 
 import importlib.util
 import math
@@ -31,7 +28,7 @@ def model_shape(base, config, lora):
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with torch.device("meta"):  # tensors have shapes and no numbers there: an 8B model takes two seconds
         model = AutoModelForCausalLM.from_config(config)
         head = model.get_output_embeddings()
         modules = [(name, module) for name, module in model.named_modules() if module is not head]
@@ -59,10 +56,9 @@ def check_target_modules(base, targets, linear):
     """Exit 2 unless every target names a linear layer: PEFT says nothing as long as one of them does."""
     names = sorted({name.split(".")[-1] for name in linear})
     for target in [] if isinstance(targets, str) else targets:
-        if target == "all-linear":
-            fail("--target-modules: all-linear already means every linear layer, give it alone")
         if not any(name == target or name.endswith(f".{target}") for name in linear):
-            fail(f"--target-modules {target}: no layer to adapt in {base}; take all-linear, or of {' '.join(names)}")
+            remedy = f"take all-linear alone, or of {' '.join(names)}"
+            fail(f"--target-modules {target}: no layer to adapt in {base}; {remedy}")
 
 
 def memory(shape, args, tokens, labels, checkpointing, width=2):
@@ -158,7 +154,7 @@ def fits(shape, packed, args, batch, checkpointing):
 
 
 def rows_of_a_pass(shape, packed, args, checkpointing):
-    """As many of an optimizer step's packed rows as fit a GPU at once; a CPU gains nothing by more than one."""
+    """As many of an optimizer step's packed rows as fit a GPU, faster so; a CPU gains nothing by more than one."""
     if args.per_device_train_batch_size:
         return args.per_device_train_batch_size
     if machine(args)[1] == 4:
@@ -178,11 +174,7 @@ def choose_kernels(args):
 
 
 def settle(shape, packed, args):
-    """Put into `args` what "auto" and 0 come to here: fused kernels, checkpointing where need be, rows of a pass.
-
-    A GPU is faster the more tokens it gets at once, and the tokens of an optimizer step stay the same. Of a short run
-    the warm-up is at most half: it would never reach the learning rate.
-    """
+    """Put into `args` what "auto" and 0 come to here: fused kernels, checkpointing where need be, rows of a pass."""
     choose_kernels(args)
     if args.activation_checkpointing == "auto":
         alone = args.per_device_train_batch_size or 1
@@ -190,9 +182,9 @@ def settle(shape, packed, args):
     if not args.per_device_train_batch_size:
         batch = rows_of_a_pass(shape, packed, args, args.activation_checkpointing == "on")
         args.per_device_train_batch_size = batch
-        args.gradient_accumulation_steps //= batch
+        args.gradient_accumulation_steps //= batch  # an optimizer step has as many tokens as before
     steps = optimizer_steps(packed, args)
-    if args.warmup_steps > steps // 2:
+    if args.warmup_steps > steps // 2:  # a short run would never reach the learning rate
         say(f"warm-up of {steps // 2} optimizer steps instead of {args.warmup_steps}: this run has only {steps}")
         args.warmup_steps = steps // 2
 
@@ -232,7 +224,7 @@ def dry_run(shape, tokens, packed, args):
     line("", sizes)
     line("rows", map(len, sizes.values()), ",")
     line("tokens", [sum(length for length, _ in rows) for rows in sizes.values()], ",")
-    line("completion tokens", [sum(labels for _, labels in rows) for rows in sizes.values()], ",")
+    line("completion tokens", [sum(completion for _, completion in rows) for rows in sizes.values()], ",")
     steps = optimizer_steps(packed, args)
     filled = sum(lengths) / len(packed) / args.max_length
     say(f"\n{'sequences':<26}{len(packed):>14,}, {filled:.1%} of {args.max_length} tokens filled")

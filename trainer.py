@@ -1,8 +1,4 @@
-"""The training step: TRL's SFTTrainer with this project's loss, validation, log and checkpoints.
-
-What the libraries do is left to them: the loop, gradient accumulation, mixed precision, DDP and FSDP, optimizer,
-schedule, and resuming from a checkpoint.
-"""
+"""The training step: TRL's SFTTrainer with this project's loss, validation, log and checkpoints; all else is TRL's."""
 
 import json
 import math
@@ -84,26 +80,22 @@ class QLoRATrainer(SFTTrainer):
         return total / count
 
     def probe(self):
-        """A pass over the longest sequences and one over those with most labels: memory fails now or not at all.
-
-        Their gradients are thrown away. Returns the seconds of the slower one.
-        """
+        """Pass over the longest rows and those with most labels: memory fails now or never. Seconds of the slower."""
+        size, seconds = self.args.per_device_train_batch_size, []
         sizes = [(len(row), labelled(row)) for row in self.train_dataset["labels"]]
-        orders = [sorted(range(len(sizes)), key=key) for key in (lambda i: sizes[i], lambda i: sizes[i][::-1])]
-        batches = {tuple(sorted(order[-self.args.per_device_train_batch_size :])) for order in orders}
-        return max(self.pass_over([self.train_dataset[i] for i in batch]) for batch in sorted(batches))
-
-    def pass_over(self, rows):
-        """The seconds of a forward and backward pass that leaves nothing behind."""
-        before, began = self.tokens, time.time()
+        longest = sorted(range(len(sizes)), key=lambda i: sizes[i])[-size:]
+        most_labels = sorted(range(len(sizes)), key=lambda i: sizes[i][::-1])[-size:]
         own = [self.args.device] if self.args.device.type == "cuda" else []  # by default those of all GPUs
-        with torch.random.fork_rng(own), self.compute_loss_context_manager():
-            self.model_wrapped.train()
-            inputs = self._prepare_inputs(self.data_collator(rows))
-            self.accelerator.backward(self.compute_loss(self.model_wrapped, inputs))
-        self.model_wrapped.zero_grad()
-        self.tokens = before
-        return time.time() - began
+        self.model_wrapped.train()
+        for batch in {tuple(sorted(longest)), tuple(sorted(most_labels))}:
+            began = time.time()
+            inputs = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in batch]))
+            with torch.random.fork_rng(own), self.compute_loss_context_manager():
+                self.accelerator.backward(self.compute_loss(self.model_wrapped, inputs))
+            self.model_wrapped.zero_grad()
+            seconds.append(time.time() - began)
+        self.tokens = 0  # these do not count
+        return max(seconds)
 
     def all_tokens(self):
         """Tokens trained on so far, by all processes and sessions."""
