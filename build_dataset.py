@@ -94,14 +94,11 @@ class NearTexts:
                 self.holders[gram].append(key)
 
     def near(self, key):
-        """The texts that share NEAR of the shorter one's 5-grams with this one, itself among them.
-
-        A text below LONG may stand in others by chance: of that, the share of both texts' 5-grams counts (Jaccard).
-        """
+        """The texts that share NEAR of the shorter one's 5-grams with this one, itself among them."""
         grams, near = word_5_grams(key), []
         shared = Counter(other for gram in grams for other in self.holders.get(gram, ()))
         for other, n in shared.items():
-            sizes = len(grams), self.sizes[other]
+            sizes = len(grams), self.sizes[other]  # a text below LONG may be in others by chance: Jaccard
             if n / (min(sizes) if min(sizes) >= LONG else sum(sizes) - n) >= NEAR:
                 near.append(other)
         return near

@@ -1,7 +1,4 @@
-"""What every script does the same way: settings, errors, whole files and folders, the words of a text.
-
-Imports nothing heavy.
-"""
+"""What every script does the same way: settings, errors, whole files, words of a text. Imports nothing heavy."""
 
 import argparse
 import errno
@@ -283,11 +280,8 @@ def put_back(path):
 
 @contextmanager
 def whole_folder(path):
-    """A new folder beside `path` that takes its place when the block ends well, and goes when it does not.
-
-    Of a link, the target is replaced. What a kill between the last two renames leaves beside, the next call puts back.
-    """
-    path = Path(path).resolve()
+    """A new folder beside `path` that takes its place when the block ends well, and goes when it does not."""
+    path = Path(path).resolve()  # of a link, the target is replaced
     fresh, old = path.with_name(f".{path.name}.new"), put_back(path)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -296,7 +290,7 @@ def whole_folder(path):
         for file in filter(Path.is_file, fresh.rglob("*")):  # on the disk before the folder gets its name
             sync(file)
         if path.exists():
-            path.rename(old)
+            path.rename(old)  # a kill here leaves it beside its place: the next call puts it back
         fresh.rename(path)
         shutil.rmtree(old, ignore_errors=True)
     finally:
@@ -390,19 +384,16 @@ normalized = normalize_answer.__wrapped__  # past its cache, which would keep ev
 
 
 class WordTable(dict):
-    """For str.translate: what is no letter, digit or mark ends a word; full-width forms become the plain ones.
-
-    What is invisible inside a word goes. Where a script has no blanks between words, every character is a word.
-    """
+    """For str.translate: what is no letter, digit or mark ends a word; full-width forms become the plain ones."""
 
     def __missing__(self, code):
         char = unicodedata.normalize("NFKC", chr(code)) if 0xFF00 < code < 0xFFA0 else chr(code)
         kind, name = unicodedata.category(char), unicodedata.name(char, "")
         if kind == "Me" or (kind == "Cf" and name != "ZERO WIDTH SPACE") or name.startswith("VARIATION SELECTOR"):
-            self[code] = ""
+            self[code] = ""  # invisible inside a word
         elif kind[0] not in "LNM":
             self[code] = " "
-        else:
+        else:  # where a script has no blanks between words, every character is a word
             self[code] = f" {char} " if kind[0] != "N" and name.startswith(WITHOUT_BLANKS) else char
         return self[code]
 

@@ -128,10 +128,7 @@ def machine(args):
 
 
 def host_memory(root="/"):
-    """Bytes that this process can have: what is free and what it has, within ulimit's and its control groups' limits.
-
-    A group is limited by those above it, too. In a container its path may be missing: there the mount's root is it.
-    """
+    """Bytes that this process can have: what is free and what it has, within ulimit's and control groups' limits."""
     import psutil
 
     mine = psutil.Process().memory_info()
@@ -142,7 +139,7 @@ def host_memory(root="/"):
     for line in Path(root, "proc/self/cgroup").read_text().splitlines():
         _, kinds, group = line.split(":", 2)
         file = "sys/fs/cgroup/memory/{}/memory.limit_in_bytes" if kinds == "memory" else "sys/fs/cgroup/{}/memory.max"
-        for place in (Path(group), *Path(group).parents):
+        for place in (Path(group), *Path(group).parents):  # each limits it; in a container the root alone may exist
             with suppress(OSError, ValueError):  # no such group, or "max"
                 rooms.append(int(Path(root, file.format(place)).read_text()))
     return min(rooms)

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTTrainer
 
 from common import fail, first_line, is_main, say, write_manifest, write_whole
@@ -141,11 +140,8 @@ class QLoRATrainer(SFTTrainer):
         return 0 < self.save_minutes <= (time.time() - self.saved) / 60
 
     def _save(self, output_dir=None, state_dict=None):
-        """Of a model save the adapter alone: the Trainer would add the tokenizer and a pickle of its arguments.
-
-        save_embedding_layers: PEFT's default asks the hub at every save whether the vocabulary has grown.
-        """
-        if self.args.should_save:
+        """Of a model save the adapter alone: the Trainer would add the tokenizer and a pickle of its arguments."""
+        if self.args.should_save:  # for embeddings, PEFT's default asks the hub whether the vocabulary has grown
             self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
 
     def _save_checkpoint(self, model, trial):
@@ -171,13 +167,11 @@ class QLoRATrainer(SFTTrainer):
 
 
 def summed_loss(model, inputs):
-    """Negative log likelihood (nats) of the labelled tokens of a flattened batch, and how many those are.
-
-    Only their logits are computed: they are a tenth of the tokens, and TRL's loss makes those of all on a CPU.
-    """
+    """Negative log likelihood (nats) of the labelled tokens of a flattened batch, and how many those are."""
     labels = inputs["labels"][0, 1:]
     kept = (labels != -100).nonzero()[:, 0]
     inputs = {key: value for key, value in inputs.items() if key != "labels"}
+    # those of a tenth of the tokens: TRL's loss makes all of them on a CPU
     logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits[0]
     return cross_entropy(logits.float(), labels[kept], reduction="sum"), len(kept)
 
