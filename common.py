@@ -220,8 +220,7 @@ def script(main):
                 fail(f"{reason}: end what else runs there, or {remedy}", in_any_process=True)
             if not isinstance(error, OSError):
                 raise
-            where = error.filename2 or error.filename
-            where = f"{where}: " if where else ""
+            where = f"{error.filename2 or error.filename}: " if error.filename else ""
             remedy = "make room" if error.errno in FULL else "see to that, or give another --output-dir"
             reason = f"{where}{error.strerror or first_line(error)}"
             fail(f"cannot go on ({reason}): {remedy}, then give the same command again", in_any_process=True)
