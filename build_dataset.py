@@ -1,8 +1,7 @@
 """Build one data set for two tasks: samsum (dialogue summarisation) and trivia_qa (answering from a context).
 
 Cleans the rows, renders each with its task's prompt template, drops what cannot be learned from and what train and
-validation share with test, combines and shuffles the tasks, and reports all of it. The context of a question is chosen
-by the question alone: nothing about the answer touches a test prompt.
+validation share with test, and shuffles the tasks. The context of a question is chosen by the question alone.
 
 Reads:  samsum and trivia_qa, each a hub id or a local folder laid out like the hub repository.
 Writes: OUTPUT_DIR/dataset/ (a DatasetDict: train, validation, test) and OUTPUT_DIR/dataset_report.json.
@@ -52,9 +51,9 @@ NUM_PROC = 0  # processes that choose contexts; 0 = one per CPU
 OUTPUT_DIR = "outputs"  # gets dataset/ and dataset_report.json
 
 # Fixed
-EXAMPLES = ("TRAIN_EXAMPLES_PER_TASK", "VALIDATION_EXAMPLES_PER_TASK", "TEST_EXAMPLES_PER_TASK")
 CHOICES = {"TASKS": (list, *common.TASKS), "CONTEXT": ("question", "first", "none"), "MAX_CONTEXT_WORDS": (int,)}
-CHOICES |= dict.fromkeys((*EXAMPLES, "SEED", "NUM_PROC"), (0, int))
+CHOICES |= dict.fromkeys(("TRAIN_EXAMPLES_PER_TASK", "VALIDATION_EXAMPLES_PER_TASK"), (0, int))
+CHOICES |= dict.fromkeys(("TEST_EXAMPLES_PER_TASK", "SEED", "NUM_PROC"), (0, int))
 PROMPTS = {  # the prompt ends without a blank and the completion begins with one, so both tokenizers split there
     "samsum": "Summarize the dialogue.\n\nDialogue:\n{dialogue}\n\nSummary:",
     "trivia_qa": "Answer the question from the context.\n\nContext:\n{context}\n\nQuestion: {question}\nAnswer:",
@@ -95,14 +94,11 @@ class NearTexts:
                 self.holders[gram].append(key)
 
     def near(self, key):
-        """The texts that share NEAR of the shorter one's 5-grams with this one, itself among them.
-
-        A text below LONG may stand in others by chance: of that, the share of both texts' 5-grams counts (Jaccard).
-        """
+        """The texts that share NEAR of the shorter one's 5-grams with this one, itself among them."""
         grams, near = word_5_grams(key), []
         shared = Counter(other for gram in grams for other in self.holders.get(gram, ()))
         for other, n in shared.items():
-            sizes = len(grams), self.sizes[other]
+            sizes = len(grams), self.sizes[other]  # a text below LONG may be in others by chance: Jaccard
             if n / (min(sizes) if min(sizes) >= LONG else sum(sizes) - n) >= NEAR:
                 near.append(other)
         return near
@@ -115,8 +111,6 @@ def word_5_grams(key):
 
 def parse_args(argv=None):
     args = common.parse_settings(sys.modules[__name__], argv, CHOICES)
-    if not args.tasks:
-        fail(f"--tasks must be one or both of {', '.join(common.TASKS)}")
     if not re.fullmatch(r"[\w.-]+", args.trivia_qa_config):
         fail("--trivia-qa-config must be the name of a folder")
     args.tasks = sorted(set(args.tasks))
@@ -125,7 +119,7 @@ def parse_args(argv=None):
 
 def find_files(task, args):
     """{split: sorted paths} of a task's source, and what the report says of it."""
-    source, revision, faults = getattr(args, task), None, []
+    source, revision = getattr(args, task), None
     patterns = {split: f"{split}.csv" for split in SPLITS}
     if task == "trivia_qa":  # the hub's test has no answers: its validation is our test, ours is carved out of train
         folder = args.trivia_qa_config
@@ -143,9 +137,10 @@ def find_files(task, args):
         revision = Path(root).name  # the hub's cache names a folder by its commit
         if not reached:
             place, remedy = f"the cache of {source}, and the hub could not be reached", network
-    files = {split: sorted(Path(root).glob(pattern)) for split, pattern in patterns.items()}
+    files, faults = {}, []
     for split, pattern in patterns.items():
-        parts = {int(named[1]) for path in files[split] if (named := re.search(r"-of-(\d+)\.", path.name))}
+        files[split] = sorted(Path(root).glob(pattern))
+        parts = {int(number) for path in files[split] for number in re.findall(r"-of-(\d+)\.", path.name)}
         if not files[split]:
             faults.append(f"no {pattern}")
         elif parts - {len(files[split])}:
@@ -160,8 +155,7 @@ def clean(text):
     """Text without control characters, zero-width ones (not the joiners of emoji) and stray blanks; None if empty."""
     text = "\n".join((text or "").splitlines())
     text = INVISIBLE.sub("", text.replace("\t", " ").replace("\xa0", " "))
-    text = re.sub("  +", " ", text)
-    text = "\n".join(line.strip(" ") for line in text.split("\n"))
+    text = re.sub(" *\n *", "\n", re.sub("  +", " ", text))
     return re.sub("\n\n\n+", "\n\n", text).strip() or None
 
 
@@ -225,14 +219,10 @@ def draw_rows(task, files, args, counts):
     read = {"samsum": read_samsum, "trivia_qa": read_trivia_qa}[task]
     rows = {split: [row for path in paths for row in read(path, counts[split])] for split, paths in files.items()}
     if task == "trivia_qa":  # a tenth of train becomes validation, or as many rows as can be needed
-        drawn = shuffled(rows["train"], args.seed)
+        drawn = random.Random(args.seed).sample(rows["train"], len(rows["train"]))
         size = min(max(1, len(drawn) // 10), with_spares(args.validation_examples_per_task) or len(drawn))
         rows["validation"], rows["train"] = drawn[:size], drawn[size:]
-    return {split: shuffled(rows[split], args.seed) for split in SPLITS}
-
-
-def shuffled(rows, seed):
-    return random.Random(seed).sample(rows, len(rows))
+    return {split: random.Random(args.seed).sample(rows[split], len(rows[split])) for split in SPLITS}
 
 
 def with_spares(limit):
@@ -272,14 +262,11 @@ def passages(pages):
     """Split pages into passages of about PASSAGE_WORDS words that end at a sentence or line end."""
     result = []
     for page in pages:
-        current, words = [], 0
+        result.append("")
         for part in SENTENCE_END.split(page.replace("\n", "\n ")):
-            current.append(part)
-            words += part.count(" ")
-            if words >= PASSAGE_WORDS and part.endswith((" ", "\n")):
-                result.append("".join(current))
-                current, words = [], 0
-        result.append("".join(current))
+            result[-1] += part
+            if part.endswith((" ", "\n")) and result[-1].count(" ") >= PASSAGE_WORDS:
+                result.append("")
     return [text for passage in result if (text := passage.replace("\n ", "\n").strip())]
 
 
@@ -291,12 +278,11 @@ def nearest_first(question, texts):
     mean = sum(map(len, texts)) / max(len(texts), 1)
     in_passages = Counter(word for count in counts for word in count)
     idf = {word: math.log(1 + (len(texts) - n + 0.5) / (n + 0.5)) for word, n in in_passages.items()}
-
-    def score(i):
-        norm = BM25_K1 * (1 - BM25_B + BM25_B * len(texts[i]) / mean)
-        return sum(idf[word] * tf * (BM25_K1 + 1) / (tf + norm) for word, tf in sorted(counts[i].items()))
-
-    return sorted(range(len(texts)), key=lambda i: (-score(i), i))
+    scores = []
+    for text, count in zip(texts, counts, strict=True):
+        norm = BM25_K1 * (1 - BM25_B + BM25_B * len(text) / mean)
+        scores.append(sum(idf[word] * tf * (BM25_K1 + 1) / (tf + norm) for word, tf in sorted(count.items())))
+    return sorted(range(len(texts)), key=scores.__getitem__, reverse=True)
 
 
 def choose_context(question, pages, max_words):
@@ -421,8 +407,9 @@ def build_task(task, files, args, each):
     drawn, others = draw_rows(task, files, args, counts), {}
     for split in ("test", "train", "validation"):  # test goes before train, and train before validation
         rows, limit = iter(drawn[split]), getattr(args, f"{split}_examples_per_task")
-        renders = {"samsum": partial(map, render_dialogue), "trivia_qa": partial(render_trivia_qa, split, args, each)}
-        usable = take(rows, limit, others, renders[task], counts[split])
+        question = partial(render_trivia_qa, split, args, each)
+        render = partial(map, render_dialogue) if task == "samsum" else question
+        usable = take(rows, limit, others, render, counts[split])
         kept = dict(islice(usable.items(), limit or None))
         result[split] = list(kept.values())
         found = sum(row["answer_in_context"] for row in usable.values())

@@ -1,9 +1,4 @@
-"""What every script does the same way.
-
-Settings become flags, bad input ends in one sentence, files and folders appear whole or not at all, two runs never
-write into one folder, and an artifact of another run is refused with each difference named. Also the one official
-normaliser of answers. Imports nothing heavy.
-"""
+"""What every script does the same way: settings, errors, whole files, words of a text. Imports nothing heavy."""
 
 import argparse
 import errno
@@ -52,8 +47,7 @@ def parse_settings(module, argv=None, choices=None):
     """A script's settings as a namespace; each is a flag, its value the default, its comment the help.
 
     choices: {setting: what it may be}: words, int or float (above 0, or from 0 where 0 is among them), bool, None,
-    list (of the words); a setting that is not there is a text. Exits 2 on anything else, on the command line or in
-    the block.
+    list (of the words); a setting that is not there is a text. Exits 2 on anything else, in the block as well.
     """
     parser = argparse.ArgumentParser(
         description=module.__doc__.split("\n")[0],
@@ -62,22 +56,22 @@ def parse_settings(module, argv=None, choices=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     settings = settings_of(module)
-    kinds = {name: (choices or {}).get(name, (str,)) for name in settings}
+    choices = dict.fromkeys(settings, (str,)) | (choices or {})
     for name, comment in settings.items():
         value = getattr(module, name)
         options = {"default": value, "help": (comment or " ").replace("%", "%%")}
         if value in ("", (), []):
             options["help"] += "%(default).0s"  # else argparse tells an empty default
-        if bool in kinds[name]:
+        if bool in choices[name]:
             options["action"] = argparse.BooleanOptionalAction
-        elif list in kinds[name]:
+        elif list in choices[name]:
             options["nargs"] = "+"
         parser.add_argument(flag_of(name), **options)
     args = parser.parse_args(argv)
-    for name, allowed in kinds.items():
-        value = getattr(args, name.lower())
+    for name, value in vars(args).items():
+        allowed = choices[name.upper()]
         try:
-            setattr(args, name.lower(), checked(value, allowed))
+            setattr(args, name, checked(value, allowed))
         except (TypeError, ValueError):  # also what Python cannot convert
             zero = "from 0" if 0 in allowed else "above 0"
             words = {int: f"a whole number {zero}", float: f"a number {zero}", bool: "True, False", list: "a list"}
@@ -89,14 +83,14 @@ def parse_settings(module, argv=None, choices=None):
 def checked(value, allowed):
     """What a flag's text or a constant of the settings means, as `choices` of parse_settings allow, or ValueError."""
     if list in allowed:
-        good = isinstance(value, list | tuple) and (len(allowed) == 1 or set(value) <= set(allowed))
+        good = isinstance(value, list | tuple) and (len(allowed) == 1 or set() < set(value) <= set(allowed))
         value = type(value)(map(str, value))
-    elif value is None or isinstance(value, bool):
-        good = (None if value is None else bool) in allowed
+    elif isinstance(value, bool):
+        good = bool in allowed
+    elif isinstance(value, str | None) and value in allowed:
+        good = True
     elif str in allowed:
         good, value = isinstance(value, str | int | Path), str(value)
-    elif isinstance(value, str) and value in allowed:
-        good = True
     else:
         number = float(value)
         value = int(number) if int in allowed and number.is_integer() else number
@@ -123,37 +117,28 @@ def flag_of(name):
 
 
 def settle_environment(script):
-    """Make sound what libraries read of the shell; exits 2 where that names processes that no launcher started.
-
-    Types and devices the scripts choose themselves, whatever `accelerate config` was given.
-    """
+    """Make sound what libraries read of the shell; exits 2 where that names processes that no launcher started."""
     os.environ["MPLBACKEND"] = "agg"  # no window; a notebook's shell names a backend that is not installed here
     found = {name: value for name, value in os.environ.items() if LAUNCHER.fullmatch(name)}
     sizes = [name for name, value in found.items() if "SIZE" in name and value.strip() not in ("", "-1", "1")]
-    launched = is_launched()
+    try:  # whether all is there that torchrun and its like set, and makes sense
+        numbers = {"LOCAL_WORLD_SIZE": 1} | os.environ
+        rank, local_rank, size, _, _ = (int(numbers[name]) for name in LAUNCHED)
+        launched = "MASTER_ADDR" in os.environ and 0 <= rank < size and 0 <= local_rank < size
+    except (KeyError, ValueError):
+        launched = False
     if sizes and not launched:
         remedy = f"unset {' '.join(found)}, or start the script with torchrun or accelerate launch"
         reason = f"the environment speaks of several processes ({', '.join(sizes)}), but not as a launcher does"
         fail(f"{reason}: {remedy}", in_any_process=True)
-    if launched and int(found["WORLD_SIZE"]) > 1:
-        if script not in SEVERAL:
-            fail(f"{script} is one process: start it with python, not with torchrun or accelerate launch")
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # set by hand: left in a shell, they make it wait without a word
-            waiting = "process {RANK} of {WORLD_SIZE} waits for the others at {MASTER_ADDR}:{MASTER_PORT}"
-            print(waiting.format_map(os.environ), file=sys.stderr)
+    if "WORLD_SIZE" in sizes and script not in SEVERAL:
+        fail(f"{script} is one process: start it with python, not with torchrun or accelerate launch")
+    if "WORLD_SIZE" in sizes and "TORCHELASTIC_RUN_ID" not in os.environ:  # by hand: it may wait without a word
+        waiting = "process {RANK} of {WORLD_SIZE} waits for the others at {MASTER_ADDR}:{MASTER_PORT}"
+        print(waiting.format_map(os.environ), file=sys.stderr)
     for name in [name for name in os.environ if name.startswith("ACCELERATE_") or name in found]:
         if not launched or name not in (*found, "ACCELERATE_USE_FSDP"):
-            del os.environ[name]
-
-
-def is_launched():
-    """Whether all is there that torchrun and its like set, and makes sense."""
-    try:
-        numbers = {"LOCAL_WORLD_SIZE": 1} | os.environ
-        rank, local_rank, size, _, _ = (int(numbers[name]) for name in LAUNCHED)
-    except (KeyError, ValueError):
-        return False
-    return "MASTER_ADDR" in os.environ and 0 <= rank < size and 0 <= local_rank < size
+            del os.environ[name]  # the scripts choose types and devices, whatever `accelerate config` was given
 
 
 def is_main():
@@ -171,12 +156,9 @@ def say(message=""):
 
 
 class Lines(tqdm):
-    """A progress bar for a file that nobody watches: a line, at most every minute."""
+    """A progress bar that prints lines: for a file, which nobody watches."""
 
     monitor_interval = 0  # no thread that would draw in between
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, file=io.StringIO(), mininterval=60, delay=60, miniters=1, **kwargs)
 
     def display(self, msg=None, pos=None):
         if msg is None:  # else tqdm wipes the bar away
@@ -185,16 +167,15 @@ class Lines(tqdm):
 
 
 def progress(*args, **kwargs):
-    """tqdm of the main process: a bar on a terminal, else lines."""
-    bar = tqdm if sys.stderr.isatty() else Lines
-    return bar(*args, disable=not is_main(), leave=False, **kwargs)
+    """tqdm of the main process: a bar on a terminal, else a line, at most every minute."""
+    kwargs |= {"disable": not is_main(), "leave": False}
+    if sys.stderr.isatty():
+        return tqdm(*args, **kwargs)
+    return Lines(*args, file=io.StringIO(), mininterval=60, delay=60, miniters=1, **kwargs)
 
 
 def fail(message, in_any_process=False):
-    """Print one sentence on stderr and exit with code 2.
-
-    in_any_process: for what only one of several processes may have met.
-    """
+    """Print one sentence on stderr and exit with code 2. in_any_process: one of several may be alone in it."""
     error = sys.exc_info()[1]
     if out_of_memory(error) and "memory" not in message:  # the caller took it for something else
         raise error
@@ -239,8 +220,7 @@ def script(main):
                 fail(f"{reason}: end what else runs there, or {remedy}", in_any_process=True)
             if not isinstance(error, OSError):
                 raise
-            where = error.filename2 or error.filename
-            where = f"{where}: " if where else ""
+            where = f"{error.filename2 or error.filename}: " if error.filename else ""
             remedy = "make room" if error.errno in FULL else "see to that, or give another --output-dir"
             reason = f"{where}{error.strerror or first_line(error)}"
             fail(f"cannot go on ({reason}): {remedy}, then give the same command again", in_any_process=True)
@@ -263,15 +243,16 @@ def read_json(path):
     return value if isinstance(value, dict) else {}
 
 
-def sync(file):
-    """Have an open file on the disk before it counts; returns whether its mount knows how."""
-    try:
-        os.fsync(file.fileno())
-        return True
-    except OSError as error:
-        if error.errno in (*FULL, errno.EIO):
-            raise
-        return False
+def sync(path):
+    """Have a file on the disk before it counts; returns whether its mount knows how."""
+    with path.open("rb") as file:
+        try:
+            os.fsync(file.fileno())
+            return True
+        except OSError as error:
+            if error.errno in (*FULL, errno.EIO):
+                raise
+            return False
 
 
 def write_whole(path, text):
@@ -279,10 +260,8 @@ def write_whole(path, text):
     path = Path(path).resolve()
     beside = path.with_name(f".{path.name}.new")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            sync(file)
+        beside.write_text(text, encoding="utf-8")
+        sync(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -300,22 +279,17 @@ def put_back(path):
 
 @contextmanager
 def whole_folder(path):
-    """A new folder beside `path` that takes its place when the block ends well, and goes when it does not.
-
-    Where `path` is a link to another disk, what it points to is replaced. A kill leaves the old folder in its place,
-    or, between the last two renames, beside it: the next call puts it back.
-    """
-    path = Path(path).resolve()
+    """A new folder beside `path` that takes its place when the block ends well, and goes when it does not."""
+    path = Path(path).resolve()  # of a link, the target is replaced
     fresh, old = path.with_name(f".{path.name}.new"), put_back(path)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
         yield fresh
         for file in filter(Path.is_file, fresh.rglob("*")):  # on the disk before the folder gets its name
-            with file.open("rb") as opened:
-                sync(opened)
+            sync(file)
         if path.exists():
-            path.rename(old)
+            path.rename(old)  # a kill here leaves it beside its place: the next call puts it back
         fresh.rename(path)
         shutil.rmtree(old, ignore_errors=True)
     finally:
@@ -324,10 +298,7 @@ def whole_folder(path):
 
 @contextmanager
 def only_run_in(folder):
-    """Make `folder` if need be and lock it for this run; exits 2 where another run has locked it.
-
-    The lock is the operating system's, on the folder itself: nothing is left behind, even by a kill.
-    """
+    """Make `folder` if need be and lock it for this run; exits 2 where another run has it. A kill leaves no lock."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     handle, missing = os.open(folder, os.O_RDONLY), []
@@ -339,13 +310,10 @@ def only_run_in(folder):
             fail(f"{folder} is in use by {holder_of(handle)}: wait for it, or give another --output-dir")
         except OSError:  # a mount that has none; which number it gives differs
             missing.append("locks")
-        with tempfile.TemporaryDirectory(dir=folder) as place:  # what cannot be done fails now, not after the work
-            fresh = Path(place, "fresh")
-            fresh.mkdir()
-            with (fresh / "file").open("w") as file:
-                if not sync(file):
-                    missing.append("fsync")
-            fresh.rename(Path(place, "whole"))
+        with tempfile.TemporaryDirectory(dir=folder) as place, whole_folder(Path(place, "whole")) as fresh:
+            (fresh / "file").touch()  # what cannot be done fails now, not after the work
+            if not sync(fresh / "file"):
+                missing.append("fsync")
         if missing:
             risk = "start no second run there, and give a command again that a crash of the machine ended"
             say(f"warning: the file system of {folder} has no {' and no '.join(missing)}: {risk}")
@@ -358,8 +326,8 @@ def holder_of(handle):
     """The command that holds the lock on an open file, as Linux tells it."""
     with suppress(OSError, ValueError):
         for line in Path("/proc/locks").read_text().splitlines():
-            process, inode = line.split()[4], line.split()[5].split(":")[-1]
-            if int(inode) == os.fstat(handle).st_ino:
+            process, inode = line.split()[4:6]
+            if inode.endswith(f":{os.fstat(handle).st_ino}"):
                 command = Path(f"/proc/{process}/cmdline").read_text().split("\0")
                 name = next((Path(word).name for word in command if word.endswith(".py")), command[0])
                 return f"{name} (process {process})"
@@ -383,11 +351,8 @@ def read_manifest(folder):
 
 def refuse_another(what, old, new, remedy):
     """Exit 2 where two identities (flat dicts) differ, with every difference by name."""
-    differences = [
-        f"{name.replace('_', ' ')} {old.get(name, 'unknown')} there, {value} now"
-        for name, value in new.items()
-        if old.get(name) != value
-    ]
+    changed = [name for name in new if old.get(name) != new[name]]
+    differences = [f"{name.replace('_', ' ')} {old.get(name, 'unknown')} there, {new[name]} now" for name in changed]
     if differences:
         fail(f"{what} is of another run ({'; '.join(differences)}): {remedy}")
 
@@ -398,11 +363,9 @@ def versions(*packages):
 
 def git_commit():
     """The commit of the scripts' repository, or None where there is none."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--verify", "HEAD"]
+    with suppress(OSError):  # no git
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 @functools.cache  # every metric asks for the same texts
@@ -420,19 +383,16 @@ normalized = normalize_answer.__wrapped__  # past its cache, which would keep ev
 
 
 class WordTable(dict):
-    """For str.translate: what is no letter, digit or mark ends a word; full-width forms become the plain ones.
-
-    What is invisible inside a word goes. Where a script has no blanks between words, every character is a word.
-    """
+    """For str.translate: what is no letter, digit or mark ends a word; full-width forms become the plain ones."""
 
     def __missing__(self, code):
         char = unicodedata.normalize("NFKC", chr(code)) if 0xFF00 < code < 0xFFA0 else chr(code)
         kind, name = unicodedata.category(char), unicodedata.name(char, "")
         if kind == "Me" or (kind == "Cf" and name != "ZERO WIDTH SPACE") or name.startswith("VARIATION SELECTOR"):
-            self[code] = ""
+            self[code] = ""  # invisible inside a word
         elif kind[0] not in "LNM":
             self[code] = " "
-        else:
+        else:  # where a script has no blanks between words, every character is a word
             self[code] = f" {char} " if kind[0] != "N" and name.startswith(WITHOUT_BLANKS) else char
         return self[code]
 

@@ -1,13 +1,9 @@
-"""What a training run costs, told before it starts: tokens, steps, memory, operations and time.
-
-Sizes are counted on the meta device, where tensors have shapes and no numbers: an 8B model takes two seconds.
-"""
+"""What a training run costs, told before it starts: tokens, steps, memory, operations and time."""
 
 import importlib.util
 import math
 import os
 import resource
-import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -32,29 +28,26 @@ def model_shape(base, config, lora):
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with torch.device("meta"):  # tensors have shapes and no numbers there: an 8B model takes two seconds
         model = AutoModelForCausalLM.from_config(config)
         head = model.get_output_embeddings()
-        linear = {
-            name: module.weight.numel()
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and module is not head
-        }
+        modules = [(name, module) for name, module in model.named_modules() if module is not head]
+        linear = {name: module.weight.numel() for name, module in modules if isinstance(module, torch.nn.Linear)}
         check_target_modules(base, lora.target_modules, linear)
         model = get_peft_model(model, lora, low_cpu_mem_usage=True)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
+    trainable, parameters = model.get_nb_trainable_parameters()
     return {
-        "parameters": sum(p.numel() for p in model.parameters() if not p.requires_grad),
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": parameters - trainable,
+        "trainable": trainable,
         "linear": sum(linear.values()),  # what 4 bits are for; embeddings and head stay in 16
         "largest": max(linear.values()),
         "lora_inputs": sum(module.in_features for module in adapted) / config.num_hidden_layers,
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
         "mlp": config.intermediate_size,
-        "query": config.num_attention_heads * head_dim,
-        "key_value": config.num_key_value_heads * head_dim,
+        "query": config.num_attention_heads * config.head_dim,
+        "key_value": config.num_key_value_heads * config.head_dim,
         "vocabulary": config.vocab_size,
     }
 
@@ -63,10 +56,9 @@ def check_target_modules(base, targets, linear):
     """Exit 2 unless every target names a linear layer: PEFT says nothing as long as one of them does."""
     names = sorted({name.split(".")[-1] for name in linear})
     for target in [] if isinstance(targets, str) else targets:
-        if target == "all-linear":
-            fail("--target-modules: all-linear already means every linear layer, give it alone")
         if not any(name == target or name.endswith(f".{target}") for name in linear):
-            fail(f"--target-modules {target}: no layer to adapt in {base}; take all-linear, or of {' '.join(names)}")
+            remedy = f"take all-linear alone, or of {' '.join(names)}"
+            fail(f"--target-modules {target}: no layer to adapt in {base}; {remedy}")
 
 
 def memory(shape, args, tokens, labels, checkpointing, width=2):
@@ -136,10 +128,7 @@ def machine(args):
 
 
 def host_memory(root="/"):
-    """Bytes that this process can have: what is free and what it has, within ulimit's and its control groups' limits.
-
-    A group is limited by those above it, too. In a container its path may be missing: there the mount's root is it.
-    """
+    """Bytes that this process can have: what is free and what it has, within ulimit's and control groups' limits."""
     import psutil
 
     mine = psutil.Process().memory_info()
@@ -150,7 +139,7 @@ def host_memory(root="/"):
     for line in Path(root, "proc/self/cgroup").read_text().splitlines():
         _, kinds, group = line.split(":", 2)
         file = "sys/fs/cgroup/memory/{}/memory.limit_in_bytes" if kinds == "memory" else "sys/fs/cgroup/{}/memory.max"
-        for place in (Path(group), *Path(group).parents):
+        for place in (Path(group), *Path(group).parents):  # each limits it; in a container the root alone may exist
             with suppress(OSError, ValueError):  # no such group, or "max"
                 rooms.append(int(Path(root, file.format(place)).read_text()))
     return min(rooms)
@@ -158,12 +147,11 @@ def host_memory(root="/"):
 
 def fits(shape, packed, args, batch, checkpointing):
     room, width = machine(args)
-    parts = memory(shape, args, *pass_size(packed, batch), checkpointing, width)
-    return sum(parts.values()) <= USABLE * room
+    return sum(memory(shape, args, *pass_size(packed, batch), checkpointing, width).values()) <= USABLE * room
 
 
 def rows_of_a_pass(shape, packed, args, checkpointing):
-    """As many of an optimizer step's packed rows as fit a GPU at once; a CPU gains nothing by more than one."""
+    """As many of an optimizer step's packed rows as fit a GPU, faster so; a CPU gains nothing by more than one."""
     if args.per_device_train_batch_size:
         return args.per_device_train_batch_size
     if machine(args)[1] == 4:
@@ -183,11 +171,7 @@ def choose_kernels(args):
 
 
 def settle(shape, packed, args):
-    """Put into `args` what "auto" and 0 come to here: fused kernels, checkpointing where need be, rows of a pass.
-
-    A GPU is faster the more tokens it gets at once, and the tokens of an optimizer step stay the same. Of a short run
-    the warm-up is at most half: it would never reach the learning rate.
-    """
+    """Put into `args` what "auto" and 0 come to here: fused kernels, checkpointing where need be, rows of a pass."""
     choose_kernels(args)
     if args.activation_checkpointing == "auto":
         alone = args.per_device_train_batch_size or 1
@@ -195,9 +179,9 @@ def settle(shape, packed, args):
     if not args.per_device_train_batch_size:
         batch = rows_of_a_pass(shape, packed, args, args.activation_checkpointing == "on")
         args.per_device_train_batch_size = batch
-        args.gradient_accumulation_steps //= batch
+        args.gradient_accumulation_steps //= batch  # an optimizer step has as many tokens as before
     steps = optimizer_steps(packed, args)
-    if args.warmup_steps > steps // 2:
+    if args.warmup_steps > steps // 2:  # a short run would never reach the learning rate
         say(f"warm-up of {steps // 2} optimizer steps instead of {args.warmup_steps}: this run has only {steps}")
         args.warmup_steps = steps // 2
 
@@ -205,15 +189,13 @@ def settle(shape, packed, args):
 def matrix_rate():
     """FLOP/s of a large matrix product here, in half a second."""
     import torch
+    from torch.utils.benchmark import Timer
 
     cuda = torch.cuda.is_available()
     size, kind = (8192, {"device": "cuda", "dtype": llama.compute_dtype()}) if cuda else (1024, {})
-    a = torch.randn(size, size, **kind)
-    done, start = 0, time.perf_counter()
-    while time.perf_counter() - start < 0.5:
-        (a @ a)[0, 0].item()  # waits for it
-        done += 1
-    return 2 * done * size**3 / (time.perf_counter() - start)
+    matrix = torch.randn(size, size, **kind)
+    timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / timer.blocked_autorange(min_run_time=0.5).median
 
 
 def optimizer_steps(packed, args):
@@ -230,32 +212,27 @@ def line(name, cells, form=""):
 
 def dry_run(shape, tokens, packed, args):
     """Print what the run would cost: tokens, steps, memory, operations and the time they take at a stated rate."""
-    tasks = sorted(set(tokens["task"]))
-    lengths = {task: [] for task in tasks}
-    labels = dict.fromkeys(tasks, 0)
+    sizes = {task: [] for task in (*sorted(set(tokens["task"])), "together")}  # a row's tokens, those with a loss
     for row in tokens:
-        lengths[row["task"]].append(len(row["labels"]))
-        labels[row["task"]] += labelled(row["labels"])
-    counts = {
-        "rows": [len(lengths[task]) for task in tasks],
-        "tokens": [sum(lengths[task]) for task in tasks],
-        "completion tokens": [labels[task] for task in tasks],
-    }
-    line("", (*tasks, "together"))
-    for name, values in counts.items():
-        line(name, (*values, sum(values)), ",")
-    steps, total = optimizer_steps(packed, args), sum(counts["tokens"])
-    filled = total / len(packed) / args.max_length
+        size = len(row["labels"]), labelled(row["labels"])
+        sizes[row["task"]].append(size)
+        sizes["together"].append(size)
+    lengths, labels = zip(*sizes["together"], strict=True)
+    line("", sizes)
+    line("rows", map(len, sizes.values()), ",")
+    line("tokens", [sum(length for length, _ in rows) for rows in sizes.values()], ",")
+    line("completion tokens", [sum(completion for _, completion in rows) for rows in sizes.values()], ",")
+    steps = optimizer_steps(packed, args)
+    filled = sum(lengths) / len(packed) / args.max_length
     say(f"\n{'sequences':<26}{len(packed):>14,}, {filled:.1%} of {args.max_length} tokens filled")
     line("optimizer steps", [steps], ",")
     line("parameters", [shape["parameters"]], ",")
     say(f"{'trainable':<26}{shape['trainable']:>14,}, {shape['trainable'] / shape['parameters']:.2%}")
     room, width = machine(args)
-    batches = [rows_of_a_pass(shape, packed, args, checkpointing) for checkpointing in (True, False)]
-    parts = [
-        memory(shape, args, *pass_size(packed, batch), checkpointing, width)
-        for batch, checkpointing in zip(batches, (True, False), strict=True)
-    ]
+    ways = (True, False)  # with checkpointing and without
+    batches = [rows_of_a_pass(shape, packed, args, way) for way in ways]
+    largest = [pass_size(packed, batch) for batch in batches]
+    parts = [memory(shape, args, *size, way, width) for size, way in zip(largest, ways, strict=True)]
     say()
     line(f"peak memory of a {'GPU' if width == 2 else 'CPU'}, GB", ("checkpointing", "without"))
     line("packed rows in a pass", batches)
@@ -263,8 +240,7 @@ def dry_run(shape, tokens, packed, args):
         line(name, [part[name] / 1e9 for part in parts], ".2f")
     line("estimate", [sum(part.values()) / 1e9 for part in parts], ".2f")
     passes = steps * args.gradient_accumulation_steps * (args.per_device_train_batch_size or 1) / len(packed)
-    rows = [length for some in lengths.values() for length in some]
-    work = [passes * operations(shape, rows, sum(labels.values()), checkpointing) for checkpointing in (True, False)]
+    work = [passes * operations(shape, lengths, sum(labels), way) for way in ways]
     line("petaflop", [flop / 1e15 for flop in work], ",.3g")
     rate = GPUS[args.dry_run_gpu][1] if args.dry_run_gpu in GPUS else matrix_rate() / 2e12
     seconds = [flop / rate / 1e12 for flop in work]

@@ -1,8 +1,4 @@
-"""The training step: TRL's SFTTrainer with this project's loss, validation, log and checkpoints.
-
-What the libraries do is left to them: the loop, gradient accumulation, mixed precision, DDP and FSDP, optimizer,
-schedule, and resuming from a checkpoint.
-"""
+"""The training step: TRL's SFTTrainer with this project's loss, validation, log and checkpoints; all else is TRL's."""
 
 import json
 import math
@@ -15,11 +11,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTTrainer
 
 from common import fail, first_line, is_main, say, write_manifest, write_whole
+from estimate import labelled
 from llama import peak_memory
 
 
@@ -83,26 +79,22 @@ class QLoRATrainer(SFTTrainer):
         return total / count
 
     def probe(self):
-        """A pass over the longest sequences and one over those with most labels: memory fails now or not at all.
-
-        Their gradients are thrown away. Returns the seconds of the slower one.
-        """
-        sizes = [(len(row), sum(label != -100 for label in row)) for row in self.train_dataset["labels"]]
-        orders = [sorted(range(len(sizes)), key=key) for key in (lambda i: sizes[i], lambda i: sizes[i][::-1])]
-        batches = {tuple(sorted(order[-self.args.per_device_train_batch_size :])) for order in orders}
-        return max(self.pass_over([self.train_dataset[i] for i in batch]) for batch in sorted(batches))
-
-    def pass_over(self, rows):
-        """The seconds of a forward and backward pass that leaves nothing behind."""
-        before, began = self.tokens, time.time()
+        """Pass over the longest rows and those with most labels: memory fails now or never. Seconds of the slower."""
+        size, seconds = self.args.per_device_train_batch_size, []
+        sizes = [(len(row), labelled(row)) for row in self.train_dataset["labels"]]
+        longest = sorted(range(len(sizes)), key=lambda i: sizes[i])[-size:]
+        most_labels = sorted(range(len(sizes)), key=lambda i: sizes[i][::-1])[-size:]
         own = [self.args.device] if self.args.device.type == "cuda" else []  # by default those of all GPUs
-        with torch.random.fork_rng(own), self.compute_loss_context_manager():
-            self.model_wrapped.train()
-            inputs = self._prepare_inputs(self.data_collator(rows))
-            self.accelerator.backward(self.compute_loss(self.model_wrapped, inputs))
-        self.model_wrapped.zero_grad()
-        self.tokens = before
-        return time.time() - began
+        self.model_wrapped.train()
+        for batch in {tuple(sorted(longest)), tuple(sorted(most_labels))}:
+            began = time.time()
+            inputs = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in batch]))
+            with torch.random.fork_rng(own), self.compute_loss_context_manager():
+                self.accelerator.backward(self.compute_loss(self.model_wrapped, inputs))
+            self.model_wrapped.zero_grad()
+            seconds.append(time.time() - began)
+        self.tokens = 0  # these do not count
+        return max(seconds)
 
     def all_tokens(self):
         """Tokens trained on so far, by all processes and sessions."""
@@ -119,10 +111,8 @@ class QLoRATrainer(SFTTrainer):
         self.mark = time.time()
         super().log(logs, start_time)
         self.watch(logs)
-        self.say_step(
-            f"loss {logs['loss']:.4f}  grad {logs['grad_norm']:.2f}  lr {logs['learning_rate']:.1e}  "
-            f"{speed:,.0f} tokens/s "
-        )
+        loss, norm, rate = (logs[name] for name in ("loss", "grad_norm", "learning_rate"))
+        self.say_step(f"loss {loss:.4f}  grad {norm:.2f}  lr {rate:.1e}  {speed:,.0f} tokens/s ")
 
     def say_step(self, more=""):
         """The step that has ended, and the time left by those of this session."""
@@ -138,26 +128,20 @@ class QLoRATrainer(SFTTrainer):
             self.diverged(f"loss {logs['loss']:g}, gradient norm {logs['grad_norm']:g}")
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry][-3:]
         if losses == [0, 0, 0]:
-            fail(
-                f"the loss was exactly 0 three times up to step {self.state.global_step}: nothing is learned; look at "
-                "the completions of the data set, or try --no-load-in-4bit"
-            )
+            remedy = "nothing is learned; look at the completions of the data set, or try --no-load-in-4bit"
+            fail(f"the loss was exactly 0 three times up to step {self.state.global_step}: {remedy}")
 
     def diverged(self, what):
-        fail(
-            f"training diverged at step {self.state.global_step} ({what}): lower --learning-rate or raise "
-            "--warmup-steps and start again with --overwrite; older checkpoints and adapter stay"
-        )
+        remedy = "lower --learning-rate or raise --warmup-steps and start again with --overwrite"
+        kept = "older checkpoints and adapter stay"
+        fail(f"training diverged at step {self.state.global_step} ({what}): {remedy}; {kept}")
 
     def is_save_due(self):
         return 0 < self.save_minutes <= (time.time() - self.saved) / 60
 
     def _save(self, output_dir=None, state_dict=None):
-        """Of a model save the adapter alone: the Trainer would add the tokenizer and a pickle of its arguments.
-
-        save_embedding_layers: PEFT's default asks the hub at every save whether the vocabulary has grown.
-        """
-        if self.args.should_save:
+        """Of a model save the adapter alone: the Trainer would add the tokenizer and a pickle of its arguments."""
+        if self.args.should_save:  # for embeddings, PEFT's default asks the hub whether the vocabulary has grown
             self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
 
     def _save_checkpoint(self, model, trial):
@@ -176,23 +160,18 @@ class QLoRATrainer(SFTTrainer):
             if is_main():
                 write_manifest(folder, {"run": self.run, "seconds": self.seconds + started - self.started})
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' for a full disk
-            fail(
-                f"cannot write {folder} ({first_line(error)}): make room, then give the same command again; the "
-                "checkpoints before it are whole",
-                in_any_process=True,
-            )
+            remedy = "make room, then give the same command again; the checkpoints before it are whole"
+            fail(f"cannot write {folder} ({first_line(error)}): {remedy}", in_any_process=True)
         self.saved = time.time()
         self.mark += self.saved - started
 
 
 def summed_loss(model, inputs):
-    """Negative log likelihood (nats) of the labelled tokens of a flattened batch, and how many those are.
-
-    Only their logits are computed: they are a tenth of the tokens, and TRL's loss makes those of all on a CPU.
-    """
+    """Negative log likelihood (nats) of the labelled tokens of a flattened batch, and how many those are."""
     labels = inputs["labels"][0, 1:]
     kept = (labels != -100).nonzero()[:, 0]
     inputs = {key: value for key, value in inputs.items() if key != "labels"}
+    # those of a tenth of the tokens: TRL's loss makes all of them on a CPU
     logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits[0]
     return cross_entropy(logits.float(), labels[kept], reduction="sum"), len(kept)
 
