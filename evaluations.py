@@ -35,6 +35,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 import common
+import page
 import significance
 import swap
 from common import TASKS, check_url, fail, parse_settings, read_json, refuse_another, say, write_whole
@@ -53,13 +54,6 @@ OUTPUT_DIR = "outputs"  # holds the predictions, gets evaluation.json and evalua
 # Fixed
 CHOICES = {"PREDICTIONS": (list,), "RESAMPLES": (int,), "JUDGE_CONCURRENCY": (int,), "JUDGE_TIMEOUT": (float,)}
 CHOICES |= dict.fromkeys(("SEED", "JUDGE_MAX_EXAMPLES"), (0, int))
-ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")  # as in metrics.py, which is imported late
-SCORES = {  # what each task reports, in the order of the table
-    "samsum": (*ROUGES, "bleu", "exact_match", "length_ratio"),
-    "trivia_qa": ("exact_match", "f1", "contains", "bleu_effective_order", *ROUGES),
-}
-BLEU = {"samsum": "bleu", "trivia_qa": "bleu_effective_order"}  # the one score that is no mean over examples
-MEANS = {task: [name for name in names if name != BLEU[task]] for task, names in SCORES.items()}
 KEYS = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "seeds")
 KEYS += ("equal_predictions",)
 # Keys of evaluation.json beside a task's systems: no system's name
@@ -318,36 +312,6 @@ def add_prompts(output_dir, tasks):
                 rows.prompts = [row["prompt"] for row in found]
 
 
-def score(task, references, predictions):
-    """{metric: a list, a score per example}, with BLEU, its counts and its signature (metrics.Scores)."""
-    import metrics
-
-    # evaluate makes a cache folder even when nothing goes into it: not in the user's home, not in the cwd
-    with tempfile.TemporaryDirectory() as cache_dir:
-        metric = metrics.Scores(config_name=task, keep_in_memory=True, seed=0, cache_dir=cache_dir)
-        return metric.compute(predictions=predictions, references=references)
-
-
-def table_of(task, scores, system):
-    """(examples, columns): a score per metric of MEANS, BLEU's 10 counts, nll, tokens: sums make a corpus."""
-    losses = system.losses or np.zeros((len(scores["bleu_counts"]), 2))
-    return np.column_stack([*(scores[name] for name in MEANS[task]), scores["bleu_counts"], losses])
-
-
-def corpus_scores(task, sums, examples):
-    """{metric: (...)} of the sums (..., columns) of a table's rows; perplexity: exp(summed nll / summed tokens)."""
-    from metrics import bleu_of
-
-    names = MEANS[task]
-    found = {name: sums[..., i] / examples for i, name in enumerate(names)}
-    counts, nll, tokens = sums[..., len(names) : -2], sums[..., -2], sums[..., -1]
-    found[BLEU[task]] = bleu_of(counts, effective_order=task == "trivia_qa")
-    scores = {name: found[name] for name in SCORES[task]}
-    if np.all(tokens > 0):
-        scores["perplexity"] = np.exp(np.minimum(nll / tokens, 700))  # 700: the largest that a float holds
-    return scores
-
-
 def adjust(results):
     """Put `p_holm` and `significant` into every comparison: all tests of this evaluation are one family."""
     parts = [*results.values(), *(result["judge"] for result in results.values() if "judge" in result)]
@@ -369,12 +333,12 @@ def measure_groups(by_sums, tables, inside, args):
 
 def score_task(task, rows, args):
     """Everything evaluation.json says about a task; {system: {metric: 0 to 100}} stands at its top level."""
-    from metrics import rouge_note
+    import metrics
 
-    scores = {name: score(task, rows.references, system.predictions) for name, system in rows.systems.items()}
-    tables = {name: table_of(task, scores[name], system) for name, system in rows.systems.items()}
-    columns = {metric: i for i, metric in enumerate(MEANS[task])}
-    by_sums = partial(corpus_scores, task)
+    scores = {name: metrics.score(task, rows.references, system.predictions) for name, system in rows.systems.items()}
+    tables = {name: metrics.table_of(task, scores[name], system.losses) for name, system in rows.systems.items()}
+    columns = {metric: i for i, metric in enumerate(metrics.MEANS[task])}
+    by_sums = partial(metrics.corpus_scores, task)
     whole = significance.measure(by_sums, tables, args)
     tested = columns | {"perplexity": -2}
     result = {
@@ -387,7 +351,7 @@ def score_task(task, rows, args):
         "general_text": {name: system.general_text for name, system in rows.systems.items() if system.general_text},
         "intervals": whole["intervals"],
         "seeds": whole["seeds"],
-        "rouge_note": rouge_note(rows.references),
+        "rouge_note": metrics.rouge_note(rows.references),
         "comparisons": significance.compare(by_sums, tables, tested, whole["differences"], args),
         "equal_predictions": equal_predictions(rows),
         "groups": measure_groups(by_sums, tables, rows.inside, args),
@@ -398,8 +362,8 @@ def score_task(task, rows, args):
         if told or perplexity:
             result["perplexity"][name] = told or {"perplexity": perplexity}
         exact = [scores[member] for member in rows.systems if member.partition("@")[0] == name]
-        bleu, signature = float(np.mean([one["bleu"] for one in exact])), exact[0]["bleu_signature"]
-        result[name] = whole["scores"][name] | {BLEU[task]: bleu, f"{BLEU[task]}_signature": signature}
+        bleu, key = float(np.mean([one["bleu"] for one in exact])), metrics.BLEU_NAME[task]
+        result[name] = whole["scores"][name] | {key: bleu, f"{key}_signature": exact[0]["bleu_signature"]}
     result["per_example"] = {
         name: {metric: np.round(table[:, i], 4).tolist() for metric, i in columns.items()}
         for name, table in tables.items()
@@ -452,10 +416,8 @@ def read_data(output_dir, rows, training):
 
 def print_table(task, result):
     """The scores of one task; per comparison: the first system, the other, difference, its interval, p after Holm."""
-    from page import MAIN_SCORE, scores_of
-
-    scores, (first, *others) = scores_of(result), result["intervals"]
-    main, title = (MAIN_SCORE[task], "perplexity"), f"{task} ({result['examples']} examples)"
+    scores, (first, *others) = page.scores_of(result), result["intervals"]
+    main, title = (page.MAIN_SCORE[task], "perplexity"), f"{task} ({result['examples']} examples)"
     for name in others or [first]:
         shown = [first, name] if others else [first]
         heads = "".join(f"{system[:8]:>9}" for system in shown)[1:]
@@ -539,9 +501,7 @@ def main(argv=None):
         "versions": common.versions("evaluate", "matplotlib", "numpy", "rouge_score", "sacrebleu"),
         "settings": {**vars(args), "stemmer": True},
     }
-    from page import page
-
-    html = page(report, tasks)
+    html = page.page(report, tasks)
     write_whole(folder / "evaluation.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_whole(folder / "evaluation.html", html)
     for task in tasks:

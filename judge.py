@@ -73,10 +73,7 @@ def judge_messages(task, prompt, references, prediction):
 
 
 def parse_judgement(text):
-    """{"reason": str, "score": 0 to 1}, or None where `text` is anything but the one JSON object asked for.
-
-    It may be in a code fence.
-    """
+    """{"reason": str, "score": 0 to 1}, or None where `text` is not, fence or no fence, the JSON object asked for."""
     text = re.sub(r"\A\s*```(?:json)?\n(.*)\n```\s*\Z", r"\1", text, flags=re.DOTALL)
     try:
         pairs = json.loads(text, object_pairs_hook=tuple)  # a dict would hide a second score
@@ -121,14 +118,12 @@ class Judge(Server):
     def judgements(self, messages):
         """({key: judgement}, errors) for {key: messages}."""
         found = {}
-        if not messages:
-            return found, []
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write("\n")  # ends a line that an interruption cut off
 
             def keep(key, judgement):
                 found[key] = judgement
-                file.write(json.dumps({"hash": key, **judgement}, ensure_ascii=False) + "\n")
+                line = json.dumps({"hash": key, **judgement}, ensure_ascii=False)
+                file.write("\n" + line)  # apart from a line that an interruption cut off
                 file.flush()
 
             return found, self.ask_all(list(messages), lambda key: self.ask(messages[key]), keep, "judge")
@@ -157,12 +152,12 @@ def judge(tasks, args):
     cached = len(messages) - len(new)
     say(f"judge {args.judge_model}: {len(new)} predictions to ask about, {cached} answers in {judge.path}")
     answers, errors = judge.judgements(new)
-    reason = judge.reasons(errors) if errors else ""
-    if errors and not cached and not answers:
-        fail(f"the judge at {args.judge_url} gave no readable answer ({reason})")
     counts = judge.counts() | {"cached": cached, "unanswered": len(errors)}
     say(", ".join(f"{value} {name.replace('_', ' ')}" for name, value in counts.items()))
     if errors:
+        reason = judge.reasons(errors)
+        if not cached and not answers:
+            fail(f"the judge at {args.judge_url} gave no readable answer ({reason})")
         say(f"{len(errors)} predictions without a readable answer ({reason}): the same command asks for them again")
     found = {task: {name: {} for name in rows.systems} for task, rows in tasks.items()}
     for task, name, i, key in wanted:

@@ -5,6 +5,7 @@ All run from 0 to 100. evaluations.py imports this when it has something to scor
 
 import re
 import sys
+import tempfile
 from collections import Counter
 from functools import cache
 from types import SimpleNamespace
@@ -26,6 +27,12 @@ if hidden is None:
     del sys.modules["transformers"]
 
 ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+SCORES = {  # what each task reports, in the order of the table
+    "samsum": (*ROUGES, "bleu", "exact_match", "length_ratio"),
+    "trivia_qa": ("exact_match", "f1", "contains", "bleu_effective_order", *ROUGES),
+}
+BLEU_NAME = {"samsum": "bleu", "trivia_qa": "bleu_effective_order"}  # the one score that is no mean over examples
+MEANS = {task: [name for name in names if name != BLEU_NAME[task]] for task, names in SCORES.items()}
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")  # nltk's punkt would be a download
 words_of = cache(common.words_of)  # a prediction is compared with every alias
 
@@ -52,6 +59,32 @@ class Scores(evaluate.Metric):
             "bleu_counts": counts,
             "bleu_signature": signature,
         }
+
+
+def score(task, references, predictions):
+    """{metric: a list, a score per example}, with BLEU, its counts and its signature, by `Scores`."""
+    # evaluate makes a cache folder even when nothing goes into it: not in the user's home, not in the cwd
+    with tempfile.TemporaryDirectory() as cache_dir:
+        metric = Scores(config_name=task, keep_in_memory=True, seed=0, cache_dir=cache_dir)
+        return metric.compute(predictions=predictions, references=references)
+
+
+def table_of(task, scores, losses):
+    """(examples, columns): a score per metric of MEANS, BLEU's 10 counts, nll, tokens: sums make a corpus."""
+    losses = losses or np.zeros((len(scores["bleu_counts"]), 2))
+    return np.column_stack([*(scores[name] for name in MEANS[task]), scores["bleu_counts"], losses])
+
+
+def corpus_scores(task, sums, examples):
+    """{metric: (...)} of the sums (..., columns) of a table's rows; perplexity: exp(summed nll / summed tokens)."""
+    names = MEANS[task]
+    found = {name: sums[..., i] / examples for i, name in enumerate(names)}
+    counts, nll, tokens = sums[..., len(names) : -2], sums[..., -2], sums[..., -1]
+    found[BLEU_NAME[task]] = bleu_of(counts, effective_order=task == "trivia_qa")
+    scores = {name: found[name] for name in SCORES[task]}
+    if np.all(tokens > 0):
+        scores["perplexity"] = np.exp(np.minimum(nll / tokens, 700))  # 700: the largest that a float holds
+    return scores
 
 
 def exact_match_score(prediction, reference):

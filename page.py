@@ -91,13 +91,7 @@ def part_of(result):
     """What the template shows of a task, or of the swapped questions, in a table."""
     scores = scores_of(result)
     metrics = list(dict.fromkeys(metric for by_metric in scores.values() for metric in by_metric))
-    return {"result": result, "systems": list(result["intervals"]), "scores": scores, "metrics": metrics}
-
-
-def texts_of(rows):
-    """What the page's script shows and searches: no path of a file or a model."""
-    shared = {name: getattr(rows, name) for name in ("references", "prompts", "inside")}
-    return {"texts": shared, "predictions": {name: system.predictions for name, system in rows.systems.items()}}
+    return {"result": result, "systems": list(scores), "scores": scores, "metrics": metrics}
 
 
 def public_name(value):
@@ -116,10 +110,7 @@ def page(report, tasks):
         figures["loss"] = draw_loss(report["training"]["loss"]) if report["training"] else []
     except Exception as error:  # a matplotlibrc that it cannot read, a font that is not here
         say(f"warning: evaluation.html lacks figures: matplotlib cannot draw them ({first_line(error)})")
-    parts = [
-        part_of(report[task]) | texts_of(rows) | {"name": task, "figures": figures.get(task, [])}
-        for task, rows in tasks.items()
-    ]
+    parts = [part_of(report[task]) | {"name": task, "rows": rows} for task, rows in tasks.items()]
     swapped = [part_of(report["swapped"])] if "swapped" in report else []
     made_from = [made or {} for part in parts for made in part["result"]["made_from"].values()]
     return environment.get_template("evaluation.html.jinja").render(
@@ -127,7 +118,7 @@ def page(report, tasks):
         tasks=parts,
         swapped=swapped,
         models=list(dict.fromkeys(public_name(made["model"]) for made in made_from if "model" in made)),
-        loss_figures=figures.get("loss", []),
+        figures=figures,
         labels={metric: label(metric) for part in parts + swapped for metric in (*part["metrics"], "judge")},
         main_score=MAIN_SCORE,
         lower_is_better=LOWER_IS_BETTER,

@@ -140,13 +140,10 @@ def show(contents, prompts):
             for name, text in texts.items():
                 say(f"  {name:<10} {textwrap.shorten(text, 67, placeholder='...')}")
     say(f"\n{'':<30}" + "".join(f"{name:>18}" for name in names.values()))
-    for content in contents:
+    general = {"task": "general text", "settings": {}, "perplexity": contents[-1]["general_text"]}
+    for content in [*contents, general]:
         task = "swapped" if content["settings"].get("swap_answers") else content["task"]
         for key in ("perplexity", "bits_per_byte", "word_perplexity", "hit_max_new_tokens", "empty_predictions"):
-            if key not in content["perplexity"]["tuned"]:
-                continue
-            figures = "".join(f"{content['perplexity'][name][key]:>18,.5g}" for name in names)
-            say(f"{task + ' ' + key:<30}{figures}")
-    if general := contents[-1]["general_text"]:
-        figures = "".join(f"{general[name]['perplexity']:>18,.5g}" for name in names)
-        say(f"{'general text perplexity':<30}{figures}")
+            if key in content["perplexity"].get("tuned", ()):
+                figures = "".join(f"{content['perplexity'][name][key]:>18,.5g}" for name in names)
+                say(f"{task + ' ' + key:<30}{figures}")

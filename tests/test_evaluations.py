@@ -569,10 +569,9 @@ def test_any_number_of_systems_is_compared_with_the_first_row_by_row_whatever_th
 
 # --- intervals and tests
 
-SYSTEM = evaluations.System("", [], None, None, None)
 ARGS = evaluations.parse_args(["--resamples", "1000"])
-SCORES = functools.partial(evaluations.corpus_scores, "trivia_qa")
-COLUMNS = len(evaluations.MEANS["trivia_qa"]) + 12
+SCORES = functools.partial(metrics.corpus_scores, "trivia_qa")
+COLUMNS = len(metrics.MEANS["trivia_qa"]) + 12
 
 
 def synthetic(rng, examples, effect):
@@ -741,15 +740,13 @@ def test_bleu_is_tested_as_sacrebleus_paired_test_does():
     streams = [[refs[0] for refs in gold]]
     paired = PairedTest([("a", first), ("b", other)], {"BLEU": BLEU(references=streams)}, None, n_samples=10_000)
     theirs = paired()[1]["BLEU"][1].p_value
-    tables = [
-        evaluations.table_of("samsum", evaluations.score("samsum", gold, texts), SYSTEM) for texts in (first, other)
-    ]
-    by_sums = functools.partial(evaluations.corpus_scores, "samsum")
+    tables = [metrics.table_of("samsum", metrics.score("samsum", gold, texts), None) for texts in (first, other)]
+    by_sums = functools.partial(metrics.corpus_scores, "samsum")
     ours = significance.randomisation(by_sums, *tables, 10_000, 0)
     assert 0.02 < theirs < 0.98 and ours["bleu"] == pytest.approx(theirs, abs=0.02)
-    assert set(ours) == set(evaluations.SCORES["samsum"])
-    one = evaluations.table_of("samsum", evaluations.score("samsum", gold, [first[0], *right[1:]]), SYSTEM)
-    same = evaluations.table_of("samsum", evaluations.score("samsum", gold, right), SYSTEM)
+    assert set(ours) == set(metrics.SCORES["samsum"])
+    one = metrics.table_of("samsum", metrics.score("samsum", gold, [first[0], *right[1:]]), None)
+    same = metrics.table_of("samsum", metrics.score("samsum", gold, right), None)
     assert significance.randomisation(by_sums, one, same, 1000, 0)["bleu"] == 1  # PairedTest alone says 0.001
 
 
@@ -794,7 +791,7 @@ def test_every_score_has_its_interval_and_all_tests_are_one_family(tmp_path):
     report, tests = result(tmp_path / "evaluation.json"), []
     for task in ("samsum", "trivia_qa"):
         part = report[task]
-        names = {*evaluations.SCORES[task], "perplexity"}
+        names = {*metrics.SCORES[task], "perplexity"}
         for system in ("base", "tuned"):
             scores = part[system] | {"perplexity": part["perplexity"][system]["perplexity"]}
             assert set(part["intervals"][system]) == names
@@ -861,7 +858,7 @@ def test_a_group_has_the_scores_of_its_rows_alone(tmp_path):
     group = groups["answer_in_context"]["in the context"]
     alone = result(path.parent / "evaluation.json")["trivia_qa"]
     for system in ("base", "tuned"):
-        expected = {name: alone[system][name] for name in evaluations.SCORES["trivia_qa"]}
+        expected = {name: alone[system][name] for name in metrics.SCORES["trivia_qa"]}
         expected["perplexity"] = alone["perplexity"][system]["perplexity"]
         assert group["scores"][system] == pytest.approx(expected)
     assert group["examples"] == len(inside)
