@@ -14,7 +14,7 @@ import numpy as np
 
 import significance
 from common import fail, say
-from server import NoAnswer, Server
+from server import HALF_A_CHARACTER, NoAnswer, Server
 
 CACHE = "judge_cache.jsonl"
 MAX_REFERENCES = 20  # aliases shown; some answers have hundreds
@@ -83,7 +83,7 @@ def parse_judgement(text):
     asked_for = isinstance(pairs, tuple) and (reason, score) == ("reason", "score")
     sound = asked_for and isinstance(why, str) and type(points) is int and 0 <= points <= 4
     # JSON can escape half a character, which no file takes
-    return {"reason": re.sub("[\ud800-\udfff]", "\ufffd", why), "score": points / 4} if sound else None
+    return {"reason": HALF_A_CHARACTER.sub("\ufffd", why), "score": points / 4} if sound else None
 
 
 def read_cache(path):

@@ -14,7 +14,7 @@ import common
 import llama
 import predictions
 from common import fail, first_line, say
-from server import ERRORS, NO_ROOM, NoAnswer, Server, as_dict, is_unicode
+from server import ERRORS, HALF_A_CHARACTER, NO_ROOM, NoAnswer, Server, as_dict
 
 # What binds a server's answers, beside its model and the rows: not where it was reached
 OF_SERVER = ("server_api", "server_max_examples", "server_thought_tokens", "swap_answers")
@@ -54,8 +54,9 @@ class Tested(Server):
         try:
             names = [model["id"] for model in self.client.get("/models", cast_to=object)["data"]]
         except (openai.APIError, ValueError, LookupError, TypeError) as error:
-            fail(f"{self.name} does not say what it serves ({self.why(error)}): check --server, give --server-model")
-        if len(names) != 1 or not isinstance(names[0], str) or not is_unicode(names[0]):
+            reason = self.why(error) if isinstance(error, openai.APIError) else "its answer is no list of models"
+            fail(f"{self.name} does not say what it serves ({reason}): check --server, give --server-model")
+        if len(names) != 1 or not isinstance(names[0], str) or HALF_A_CHARACTER.search(names[0]):
             fail(f"{self.name} serves {len(names)} models ({', '.join(map(str, names[:5]))}): give --server-model")
         return names[0]
 

@@ -34,9 +34,9 @@ UNKNOWN = re.compile(
 WHOLE = ("stop", "eos", "eostoken", "endturn", "endofturn", "stopsequence", "stoptoken", "complete", "done")
 CUT_OFF = ("length", "maxtokens", "maxnewtokens", "maxlength", "maxoutputtokens", "modellength", "tokenlimit")
 THINK = r"(?:seed:)?(?:think|thinking|thoughts?|reasoning)"  # in <> or [], around a model's thoughts
-PROXIES = ("http_proxy", "https_proxy", "all_proxy")
-CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")
-HEADERS = ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS")
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
+OF_CLIENT = (*PROXIES, "SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
+HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON can say it, UTF-8 cannot
 NO_ROOM = "its tokens went into thoughts, and none into an answer"
 
 
@@ -88,7 +88,7 @@ def read_answer(reply, hide=str):
         problem = NO_ROOM
     elif text is None:
         problem = "its answer has no text"
-    elif not is_unicode(text):
+    elif HALF_A_CHARACTER.search(text):
         problem = "its answer has half a character"
     return Answer(answer, problem, reason in CUT_OFF, *tokens_of(as_dict(reply.get("usage"))), choice)
 
@@ -112,26 +112,15 @@ def without_thoughts(text):
     return (text[ends[-1].end() :] if ends else ""), True
 
 
-def is_unicode(text):
-    """Whether a text can be written as UTF-8: JSON can also say half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def open_client(name, url, key, limit):
     """The openai.OpenAI; exits 2, naming the variable, where the environment has what it cannot use."""
-    for variable in HEADERS:
-        if not os.environ.get(variable, "").isascii():
-            fail(f"{variable} has letters that cannot be sent to the {name}: correct it, or unset it")
     try:
         # the client's own retries would also send again what timed out
-        return openai.OpenAI(api_key=key or "none", base_url=url, timeout=limit, max_retries=0)
-    except Exception as error:  # the libraries have a kind for each variable; certificates' are OSErrors
-        of_kind = CERTIFICATES if isinstance(error, OSError) else (*PROXIES, *map(str.upper, PROXIES))
-        given = " and ".join(variable for variable in of_kind if variable in os.environ)
+        client = openai.OpenAI(api_key=key or "none", base_url=url, timeout=limit, max_retries=0)
+        str(client.default_headers).encode("ascii")  # the only letters that can be sent
+        return client
+    except Exception as error:  # the libraries have a kind for each variable
+        given = " or ".join(variable for variable in OF_CLIENT if variable in os.environ)
         fail(f"the {name} cannot be asked ({first_line(error)}): correct {given or 'its address'}, or unset it")
 
 
@@ -143,7 +132,7 @@ def proxy_for(url):
 
 
 class Server:
-    """A model behind a server; `sent` and `usages` count what it took, `refused` has options it does not take."""
+    """A model behind a server."""
 
     def __init__(self, name, url, model, concurrency, timeout):
         proxy = proxy_for(url)
@@ -155,7 +144,7 @@ class Server:
         # a server that answers one after the other works on all the others of a request before it
         self.client = open_client(name, url, self.key, openai.Timeout(timeout * concurrency, connect=CONNECT))
         self.places, self.lock = threading.Semaphore(concurrency), threading.Lock()
-        self.sent, self.usages = [], []  # threads may append to a list
+        self.requests, self.prompt_tokens, self.completion_tokens = 0, 0, 0
         self.refused, self.accepted = set(), set()  # options, by what the server has said so far
         self.answered, self.answered_at, self.timeout = 0, time.monotonic(), timeout
         self.silent_until, self.stopping = 0.0, threading.Event()
@@ -182,7 +171,8 @@ class Server:
             self.refused |= dropped - self.accepted  # what it took once it only refused in one row
             self.answered += 1
             self.answered_at = time.monotonic()
-            self.usages.append((answer.read or 0, answer.written or 0))
+            self.prompt_tokens += answer.read or 0
+            self.completion_tokens += answer.written or 0
         return answer
 
     def wait(self, error, waits, tries):
@@ -214,7 +204,8 @@ class Server:
             while (left := self.silent_until - time.monotonic()) > 0:
                 if self.stopping.wait(left):
                     raise NoAnswer("the run was stopped while it waited")
-            self.sent.append(path)
+            with self.lock:
+                self.requests += 1
             return self.client.post(path, body=body, cast_to=object)
         except openai.APIError as error:
             with self.lock:
@@ -272,8 +263,7 @@ class Server:
 
     def counts(self):
         """{"requests", "prompt_tokens", "completion_tokens"} of all that was sent."""
-        read, written = (sum(column) for column in zip((0, 0), *self.usages, strict=True))
-        return {"requests": len(self.sent), "prompt_tokens": read, "completion_tokens": written}
+        return {name: getattr(self, name) for name in ("requests", "prompt_tokens", "completion_tokens")}
 
     def hide(self, text):
         """Text of the server without the key, should it repeat it; a short one is a placeholder."""
@@ -281,10 +271,10 @@ class Server:
 
     def why(self, error):
         """What went wrong, for a person: one line without the key (a 401's text has parts of it)."""
-        name, text = type(error).__name__, self.hide(said_by(error)).split("\n")[0][:300]
-        if isinstance(error, openai.AuthenticationError):
-            return name
-        return f"{name}: {text}" if isinstance(error, openai.APIError) else text
+        if isinstance(error, NoAnswer):
+            return str(error)
+        name, text = type(error).__name__, self.hide(words_of(error)).split("\n")[0][:300]
+        return name if isinstance(error, openai.AuthenticationError) else f"{name}: {text}"
 
 
 def with_a_limit(options, dropped):
@@ -298,35 +288,32 @@ def with_a_limit(options, dropped):
 
 def unknown_options(error, taken):
     """The options that a refusal calls unknown. It may name no option: then the next of FOUND_OUT is tried."""
-    text, found = refusal_of(error), set()
-    named = {name for name in taken if re.search(rf"(?<!\w){name}(?!\w)", text)}
+    text = words_of(error)
+    named = {name: re.compile(rf"(?<!\w){name}(?!\w)") for name in taken}
+    named = {name: pattern for name, pattern in named.items() if pattern.search(text)}
+    found = set()
     for sentence in re.split(r"(?<=[.!?;])\s|\n", text):
-        for name in named:
+        for name, pattern in named.items():
             # a number in a sentence on a limit is about its value, for this row or for all
             of_value = name in LIMITS and re.search(r"\d", sentence)
             unknown = UNKNOWN.search(sentence) or re.search(rf"\bno\W+{name}", sentence)
-            if re.search(rf"(?<!\w){name}(?!\w)", sentence) and unknown and not of_value:
+            if pattern.search(sentence) and unknown and not of_value:
                 found.add(name)
     return found if named else set([name for name in FOUND_OUT if name in taken][:1])
 
 
-def refusal_of(error):
-    """The words of a refusal, without its status and without the value that FastAPI repeats."""
+def words_of(error):
+    """What the server says of an error, but not its status nor what it repeats; or what the client says."""
+    if not isinstance(error, openai.APIStatusError):
+        cause = str(error.__cause__ or "")
+        given = [name for name in OF_CLIENT if name in os.environ and "CERTIFICATE" in cause]
+        return " ".join([str(error), cause, *given]).strip()
     body = as_dict(error.body)
-    details = body.get("detail")
-    if isinstance(details, list):
-        return "\n".join(f"{part.get('msg')}: {part.get('loc')}" for part in map(as_dict, details))
-    message = body.get("message") or details or error.response.text
-    return f"{message} ({body.get('param') or ''})"
-
-
-def said_by(error):
-    """What the server said of an error; the client's text has only what is of OpenAI's form, not FastAPI's detail."""
-    if isinstance(error, openai.APIConnectionError) and error.__cause__:
-        given = [name for name in CERTIFICATES if name in os.environ and "CERTIFICATE" in str(error.__cause__)]
-        return f"{error} ({', by '.join([str(error.__cause__), *given])})"
-    unsaid = isinstance(error, openai.APIStatusError) and str(error) == f"Error code: {error.status_code}"
-    return f"{error} - {error.response.text}" if unsaid else str(error)
+    detail = body.get("detail")  # FastAPI's
+    if isinstance(detail, list):
+        return "\n".join(f"{part.get('msg')}: {part.get('loc')}" for part in map(as_dict, detail))
+    message = body.get("message") or detail or error.response.text
+    return f"{message} ({body['param']})" if body.get("param") else str(message)
 
 
 def may_be_at_work(error):
