@@ -33,19 +33,8 @@ from pathlib import Path
 
 import common
 import llama
+import predictions
 from common import fail, first_line, is_main, say
-from predictions import (
-    MAX_NLL,
-    append_work,
-    examples_done,
-    finished,
-    paths_of,
-    remove_work,
-    show,
-    systems,
-    template_of,
-    write_predictions,
-)
 from swap import swap_answers
 
 # Settings: edit here, or override for one run on the command line.
@@ -74,14 +63,10 @@ OUTPUT_DIR = "outputs"  # holds dataset/ and adapter/, gets the predictions
 
 # Fixed
 CHOICES = {"CHAT_TEMPLATE": llama.CHAT_TEMPLATES, "SERVER_API": ("auto", "completions", "chat")}
-CHOICES |= dict.fromkeys(("COMPARE_WITH_BASE", "SWAP_ANSWERS", "OVERWRITE"), (bool,)) | {"LOAD_IN_4BIT": (bool, None)}
+CHOICES |= {"LOAD_IN_4BIT": (bool, None), "SERVER_CONCURRENCY": (int,), "SERVER_TIMEOUT": (float,)}
+CHOICES |= dict.fromkeys(("COMPARE_WITH_BASE", "SWAP_ANSWERS", "OVERWRITE"), (bool,))
 CHOICES |= dict.fromkeys(("MAX_BATCH_TOKENS", "SAMSUM_MAX_NEW_TOKENS", "TRIVIA_QA_MAX_NEW_TOKENS"), (int,))
-CHOICES |= {
-    "SERVER_CONCURRENCY": (int,),
-    "SERVER_TIMEOUT": (float,),
-    "SERVER_MAX_EXAMPLES": (0, int),
-    "SERVER_THOUGHT_TOKENS": (0, int),
-}
+CHOICES |= dict.fromkeys(("SERVER_MAX_EXAMPLES", "SERVER_THOUGHT_TOKENS"), (0, int))
 CHOICES |= dict.fromkeys(("SERVER_INPUT_PRICE", "SERVER_OUTPUT_PRICE"), (0, float))
 # Settings that are resolved, or without an influence
 UNBOUND = ("adapter", "model", "chat_template", "load_in_4bit", "general_text", "name", "overwrite", "output_dir")
@@ -147,7 +132,7 @@ def run_identity(args, base, folder, in_4bit, rows, tokenizer, text):
         "adapter": common.sha256(folder / "adapter_model.safetensors")[:16] if folder else "none",
         "adapter_config": hashlib.sha256(json.dumps(lora, sort_keys=True).encode()).hexdigest()[:16],
         "4_bit": in_4bit,
-        "chat_template": template_of(tokenizer),
+        "chat_template": predictions.template_of(tokenizer),
         "rows": rows._fingerprint,
         "general_text": hashlib.sha256(text.encode()).hexdigest()[:16] if text else "none",
         "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -266,7 +251,7 @@ def test_batch(model, tokenizer, rows, ends, one_line, new, attention):
     results, end_of = [], answer_end(tokenizer, ends, one_line)
     tested = in_halves(model, prompts, completions, ends, end_of, new, attention)
     for row, (nll, ids) in zip(rows, tested, strict=True):
-        if not nll < MAX_NLL * len(row["completion_ids"]):  # NaN too
+        if not nll < predictions.MAX_NLL * len(row["completion_ids"]):  # NaN too
             reason = f"{row['id']} has a log-likelihood of {-nll}: the model diverged"
             fail(f"{reason}, train it again with a lower learning rate", in_any_process=True)
         kept = [token for token in ids if token not in ends]
@@ -299,10 +284,10 @@ def test_general_text(text, tokenizer, model, adapter_off, run):
     figures, tokens = {}, sum(len(part) - 1 for part in parts)
     if not tokens:
         fail("the text of --general-text is too short: it has a single token")
-    for system, prefix in systems(run).items():
+    for system, prefix in predictions.systems(run).items():
         with adapter_off() if prefix else contextlib.nullcontext(), torch.inference_mode():
             nll = sum(losses_of(*llama.read(model, [part[:1]], [part[1:]])).sum().item() for part in parts)
-        if not nll < MAX_NLL * tokens:  # NaN too
+        if not nll < predictions.MAX_NLL * tokens:  # NaN too
             fail(f"the general text has a log-likelihood of {-nll}: the {system} model diverged")
         figures[system] = {"perplexity": math.exp(nll / tokens), "nll_sum": nll, "tokens": tokens}
     return figures
@@ -316,7 +301,7 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state)
     attention = llama.choose_attention("packed")
     max_tokens = args.max_batch_tokens if attention == "packed" else 1  # else nothing keeps the rows apart
     everything = plan(task, rows, tokenizer, new, model.config.max_position_embeddings, max_tokens)
-    done = examples_done(path, run)
+    done = predictions.examples_done(path, run)
     state.wait_for_everyone()  # all have read what is done before any adds to it
     undone = [batch for batch in everything if not all(row["place"] in done for row in batch)]
     share = undone[state.process_index :: state.num_processes]
@@ -327,13 +312,13 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state)
     with part.open("a") as file, bar, torch.inference_mode():
         for batch in share:
             examples = {row["place"]: {"tokens": len(row["completion_ids"])} for row in batch}
-            for prefix in systems(run).values():
+            for prefix in predictions.systems(run).values():
                 with adapter_off() if prefix else contextlib.nullcontext():
                     results = test_batch(model, tokenizer, batch, ends, task == "trivia_qa", new, attention)
                 for row, result in zip(batch, results, strict=True):
                     examples[row["place"]] |= {prefix + key: value for key, value in result.items()}
                     tokens += len(row["prompt_ids"]) + len(row["completion_ids"]) + result["new_tokens"]
-            append_work(file, run, list(examples.items()))
+            predictions.append_work(file, run, list(examples.items()))
             bar.update(len(batch))
     took = f"{time.time() - started:.1f} s" + (" (first process)" if state.num_processes > 1 else "")
     before = f", {len(done)} of them from before" if done else ""
@@ -350,11 +335,11 @@ def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
         what = f"{base}, the base of {folder},"
         common.refuse_another(what, {"weights": trained_on}, {"weights": run["weights"]}, remedy)
     parts = {task: llama.rows_of(rows, task) for task in common.TASKS}
-    paths = paths_of(args.output_dir, args.name, args.swap_answers)
-    done = [task for task, path in paths.items() if finished(args, path, run)]
+    paths = predictions.paths_of(args.output_dir, args.name, args.swap_answers)
+    done = [task for task, path in paths.items() if predictions.finished(args, path, run)]
     state.wait_for_everyone()  # all have looked before any changes a file
     if any(len(part) for task, part in parts.items() if task not in done):
-        system = load_system(base, folder, in_4bit, "base" in systems(run))
+        system = load_system(base, folder, in_4bit, "base" in predictions.systems(run))
         general = test_general_text(text, tokenizer, *system, run) if is_main() else {}
     for task, path in paths.items():
         if not parts[task]:
@@ -362,14 +347,14 @@ def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
                 path.unlink(missing_ok=True)
         elif task in done:
             if is_main():
-                remove_work(path)  # where a kill came between the file and this
+                predictions.remove_work(path)  # where a kill came between the file and this
             say(f"{path} is finished, by the same settings on the same rows: nothing to do")
         else:
             test_task(args, task, parts[task], tokenizer, *system, path, run, state)
             state.wait_for_everyone()
             if is_main():
-                write_predictions(task, parts[task], folder, path, run, general)
-                remove_work(path)
+                predictions.write_predictions(task, parts[task], folder, path, run, general)
+                predictions.remove_work(path)
             say(f"wrote {path}")
     return [path for path in paths.values() if path.exists()]
 
@@ -402,7 +387,7 @@ def main(argv=None):
         tokenizer = llama.tokenizer_of(base, source, args.chat_template)
         paths = test_undone(args, base, folder, in_4bit, tokenizer, rows, state)
         if is_main():
-            show([common.read_json(path) for path in paths], prompts)
+            predictions.show([common.read_json(path) for path in paths], prompts)
         say(f"\n{time.time() - started:.0f} s, peak memory {llama.peak_memory():.2f} GB")
         state.wait_for_everyone()
         state.destroy_process_group()

@@ -362,7 +362,7 @@ def test_two_processes_write_the_same_files_as_one(out, capsys):
 @ONE
 @pytest.mark.parametrize("cut, healed", [(0, 6), (1, 5), (20, 5)])
 def test_work_left_behind_is_used_and_a_cut_off_line_healed(cut, healed, chain, out, monkeypatch, capsys):
-    monkeypatch.setattr(tester, "write_predictions", lambda *rest: (_ for _ in ()).throw(RuntimeError))
+    monkeypatch.setattr("predictions.write_predictions", lambda *rest: (_ for _ in ()).throw(RuntimeError))
     with pytest.raises(RuntimeError):
         test(out, *SHORT, "--max-batch-tokens", "1")
     monkeypatch.undo()
