@@ -129,6 +129,17 @@ def weight_files(model):
     return shards
 
 
+def tensors_in(path):
+    """(name, tensor) in turn, each opened for it alone: what was read of a mapped file counts as memory."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        names = sorted(file.keys())
+    for name in names:
+        with safe_open(path, "pt") as file:
+            yield name, file.get_tensor(name)
+
+
 def weights_identity(model):
     """What a model's weights are, by content: the first digits of the SHA-256 of each file, joined by +."""
     files = [path.resolve() for path in weight_files(model)]

@@ -27,7 +27,6 @@ from pathlib import Path
 import common
 import llama
 import merged_folder
-import verify
 from common import fail, first_line, say
 
 # Settings: edit here, or override for one run on the command line.
@@ -136,14 +135,12 @@ def merge_tensor(name, stored, lora, scales, in_4bit):
 
 def finite(tensor):
     """Whether all of its numbers are finite; isfinite().all() takes a CPU many times as long."""
-    import torch
-
-    return all(end.isfinite() for end in torch.aminmax(tensor))
+    return all(end.isfinite() for end in tensor.aminmax())
 
 
 def merged_tensors(path, changes):
     """(name, the base's tensor in `path`, what the adapter makes of it) in turn; see merge_tensor."""
-    for name, stored in verify.tensors_in(path):
+    for name, stored in llama.tensors_in(path):
         if name != "model.embed_tokens.weight" and not finite(stored):  # there it may be rows of unused tokens
             fail(f"{path.name} of the base has numbers in {name} that are not finite: get it again")
         yield name, stored, merge_tensor(name, stored, *changes)
@@ -153,26 +150,24 @@ def rounded_away(stored, weight, rounded):
     """How many numbers of `weight` its rounded copy does not hold, by kind."""
     import torch
 
-    def count(tensor):  # the sum of a bool tensor takes a CPU twenty times as long
-        return torch.count_nonzero(tensor).item()
-
+    count = torch.count_nonzero  # the sum of a bool tensor takes a CPU twenty times as long
     limits = torch.finfo(rounded.dtype)
     smallest = limits.smallest_normal * limits.eps
     beyond = count(~rounded.isfinite())
     not_finite = count(~weight.isfinite()) if beyond else 0
     changed = (rounded.to(stored.dtype) != stored) & (stored == stored) if weight is stored else stored[:0]
-    return {
+    counts = {
         "weights": weight.numel(),
         "not_finite": not_finite,
         "too_large": beyond - not_finite,
         "too_small": count(weight.abs() < smallest) - weight.numel() + count(weight),
         "not_adapted_yet_changed": count(changed),
     }
+    return {name: int(number) for name, number in counts.items()}
 
 
 def merge(base, changes, fresh, dtype):
     """Write the merged shards of `base` into `fresh`, rounded to `dtype`; returns what rounded_away counts in all."""
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -181,7 +176,7 @@ def merge(base, changes, fresh, dtype):
     for path in common.progress(llama.weight_files(base), "merging", unit="shard"):
         tensors, target = {}, fresh / path.name
         for name, stored, weight in merged_tensors(path, changes):
-            tensors[name] = weight.to(getattr(torch, dtype))
+            tensors[name] = weight.to(dtype)
             counts.update(rounded_away(stored, weight, tensors[name]))
         try:
             save_file(tensors, target, metadata={"format": "pt"})
@@ -201,10 +196,10 @@ def merge_in_its_type(args, model, base, changes, fresh):
     needed = model.num_parameters() * getattr(torch, dtype).itemsize + SMALL_FILES
     if (free := shutil.disk_usage(fresh).free) < needed:
         fail(f"merging needs {needed / 1e9:.2f} GB, {fresh.parent} has {free / 1e9:.2f} GB free: make room")
-    counts = merge(base, changes, fresh, dtype)
+    counts = merge(base, changes, fresh, getattr(torch, dtype))
     if auto and (counts["too_large"] or counts["too_small"] > TRACE * counts["weights"]):
         dtype = "bfloat16"
-        counts = merge(base, changes, fresh, dtype)
+        counts = merge(base, changes, fresh, getattr(torch, dtype))
     if counts["too_large"]:
         fail(f"{counts['too_large']} merged weights are beyond the range of {dtype}: give --merge-dtype bfloat16")
     if counts["not_finite"]:
@@ -220,6 +215,8 @@ def merged_weights(base, changes):
 
 def merge_and_check(args, base, run, fresh):
     """Merge into the folder `fresh` and compare it with base and adapter. Returns what merge.json says of that."""
+    import verify  # and torch, transformers, PEFT
+
     folder = Path(args.output_dir) / "adapter"
     into = "16bit" if args.merge_base == "auto" else args.merge_base
     tokenizer = llama.tokenizer_of(base, folder, run["settings"].get("chat_template", "auto"))

@@ -22,8 +22,6 @@ def write_small_files(base, model, tokenizer, target, dtype, weights):
     from transformers import GenerationConfig
 
     source = llama.fetch(base)
-    # beside a single file an index is a leftover of other weights
-    whole = (target / "model.safetensors").exists()
     for path in (path for pattern in TOKENIZER_FILES for path in source.glob(pattern)):
         shutil.copyfile(path, target / path.name)  # saved again, an older transformers could not read them
     if tokenizer.chat_template:
@@ -31,7 +29,7 @@ def write_small_files(base, model, tokenizer, target, dtype, weights):
     config = common.read_json(target / "tokenizer_config.json")
     if config.pop("chat_template", None):  # where older folders have it
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if not whole:
+    if not (target / "model.safetensors").exists():  # beside it an index is a leftover of other weights
         index = common.read_json(source / INDEX)
         index["metadata"] = {"total_size": weights * getattr(torch, dtype).itemsize}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
