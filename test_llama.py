@@ -20,10 +20,8 @@ Writes: OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json; with 
 """
 
 import contextlib
-import functools
 import hashlib
 import json
-import math
 import os
 import re
 import sys
@@ -70,7 +68,6 @@ CHOICES |= dict.fromkeys(("SERVER_MAX_EXAMPLES", "SERVER_THOUGHT_TOKENS"), (0, i
 CHOICES |= dict.fromkeys(("SERVER_INPUT_PRICE", "SERVER_OUTPUT_PRICE"), (0, float))
 # Settings that are resolved, or without an influence
 UNBOUND = ("adapter", "model", "chat_template", "load_in_4bit", "general_text", "name", "overwrite", "output_dir")
-WINDOW = 1024  # tokens of the general text that are read at once
 
 
 def parse_args(argv=None):
@@ -141,58 +138,6 @@ def run_identity(args, base, folder, in_4bit, rows, tokenizer, text):
     return run | {name: value for name, value in here.items() if name not in UNBOUND}
 
 
-def load_system(base, folder, in_4bit, compare):
-    """The LlamaForCausalLM, with the adapter of `folder` where there is one, and a context that switches that off.
-
-    4-bit weights are unpacked at every use, or once where there is room: the same numbers (bitsandbytes computes them
-    in that type), in four times the memory on a GPU, eight times on a CPU.
-    """
-    import torch
-    from transformers import GenerationConfig
-    from transformers.utils import logging
-
-    from decoding import few_rows_first
-
-    model = llama.load_model(base, in_4bit).eval()
-    if in_4bit and has_room(model):
-        logging.set_verbosity_error()  # it tells what it does
-        model = model.dequantize()
-        logging.set_verbosity_warning()
-    few_rows_first(model)
-    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)  # no sampling
-    if not folder:
-        return model, None
-    from lora import fuse_lora  # and PEFT
-
-    # each alone: a row of NaN in the embeddings, of a token that never occurs, spoils no other
-    ids = torch.arange(0, model.config.vocab_size, model.config.vocab_size // 64 + 1, device=model.device)[:, None]
-    with torch.no_grad():
-        before = model(input_ids=ids).logits
-        tuned = llama.load_adapter(model, folder)
-        for name, parameter in tuned.named_parameters():  # as in training; PEFT would cast each input to float32
-            if ".lora_" in name:
-                parameter.data = parameter.data.to(model.dtype)
-        fuse_lora(tuned)
-        with tuned.disable_adapter():
-            change = (model(input_ids=ids).logits - before).nan_to_num().abs().max() / before.nan_to_num().abs().max()
-    # PiSSA and its kin take a part out of the base; others bring a matrix or biases of their own
-    if compare and not change < 0.01:
-        reason = f"the adapter in {folder} changes its base when it is loaded, as PiSSA does"
-        fail(f"{reason}: give --no-compare-with-base, and test the base by itself with --model {base} --name base")
-    return tuned.get_base_model(), tuned.disable_adapter
-
-
-def has_room(model):
-    """Whether all of the weights fit unpacked: on a GPU beside the packed ones and 4 GB for a batch, else in half."""
-    import torch
-
-    from estimate import host_memory
-
-    if torch.cuda.is_available():
-        return 2 * model.num_parameters() + 4e9 < torch.cuda.mem_get_info(model.device)[0]
-    return 4 * model.num_parameters() < host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 2
-
-
 def plan(task, rows, tokenizer, new, limit, max_tokens):
     """The batches of the rows that fit the model's `limit`, as dicts with their place, ids and most tokens, length."""
     try:
@@ -225,77 +170,11 @@ def batches(rows, max_tokens):
         yield batch
 
 
-def answer_end(tokenizer, ends, one_line):
-    """The function that a prediction's ids go to: how many go to its end, that one included, or None.
-
-    ends: ids that end a text. one_line: a line's end does, too, behind something that is not blank.
-    """
-    decode = functools.cache(lambda token: tokenizer.decode([token], skip_special_tokens=True))
-
-    def end_of(ids):
-        blank = True
-        for length, token in enumerate(ids, 1):
-            text = decode(token) if one_line else ""
-            if token in ends or "\n" in (text.lstrip() if blank else text):
-                return length
-            blank = blank and not text.strip()
-
-    return end_of
-
-
-def test_batch(model, tokenizer, rows, ends, one_line, new, attention):
-    """What is known of each row after it, under the names of the predictions file."""
-    from decoding import in_halves
-
-    prompts, completions = ([row[key] for row in rows] for key in ("prompt_ids", "completion_ids"))
-    results, end_of = [], answer_end(tokenizer, ends, one_line)
-    tested = in_halves(model, prompts, completions, ends, end_of, new, attention)
-    for row, (nll, ids) in zip(rows, tested, strict=True):
-        if not nll < predictions.MAX_NLL * len(row["completion_ids"]):  # NaN too
-            reason = f"{row['id']} has a log-likelihood of {-nll}: the model diverged"
-            fail(f"{reason}, train it again with a lower learning rate", in_any_process=True)
-        kept = [token for token in ids if token not in ends]
-        text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-        result = {"prediction": text.split("\n")[0].strip() if one_line else text, "nll": nll}
-        cut_off = end_of(ids) is None
-        results.append(result | {"new_tokens": len(ids), "hit_max_new_tokens": cut_off})
-    return results
-
-
-def windows(tokenizer, text, limit):
-    """The tokens of a text as lists of at most `limit`, each behind BOS where the tokenizer puts one before a text."""
-    ids = tokenizer(text, split_special_tokens=True, verbose=False).input_ids
-    front = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-    step = limit - len(front)
-    parts = [front + ids[start : start + step] for start in range(len(front), len(ids), step)]
-    return [part for part in parts if len(part) > 1]
-
-
-def test_general_text(text, tokenizer, model, adapter_off, run):
-    """{system: perplexity of the text, nll_sum (nats), tokens}"""
-    import torch
-
-    from decoding import losses_of
-
-    if not text:
-        return {}
-    model.set_attn_implementation(llama.choose_attention("packed"))
-    parts = windows(tokenizer, text, min(WINDOW, model.config.max_position_embeddings))
-    figures, tokens = {}, sum(len(part) - 1 for part in parts)
-    if not tokens:
-        fail("the text of --general-text is too short: it has a single token")
-    for system, prefix in predictions.systems(run).items():
-        with adapter_off() if prefix else contextlib.nullcontext(), torch.inference_mode():
-            nll = sum(losses_of(*llama.read(model, [part[:1]], [part[1:]])).sum().item() for part in parts)
-        if not nll < predictions.MAX_NLL * tokens:  # NaN too
-            fail(f"the general text has a log-likelihood of {-nll}: the {system} model diverged")
-        figures[system] = {"perplexity": math.exp(nll / tokens), "nll_sum": nll, "tokens": tokens}
-    return figures
-
-
 def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state):
     """Test this process' share of the batches, appending each to its work file as soon as it is done."""
     import torch
+
+    import decoding
 
     new = getattr(args, f"{task}_max_new_tokens")
     attention = llama.choose_attention("packed")
@@ -314,7 +193,7 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state)
             examples = {row["place"]: {"tokens": len(row["completion_ids"])} for row in batch}
             for prefix in predictions.systems(run).values():
                 with adapter_off() if prefix else contextlib.nullcontext():
-                    results = test_batch(model, tokenizer, batch, ends, task == "trivia_qa", new, attention)
+                    results = decoding.test_batch(model, tokenizer, batch, ends, task == "trivia_qa", new, attention)
                 for row, result in zip(batch, results, strict=True):
                     examples[row["place"]] |= {prefix + key: value for key, value in result.items()}
                     tokens += len(row["prompt_ids"]) + len(row["completion_ids"]) + result["new_tokens"]
@@ -327,6 +206,8 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state)
 
 def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
     """Test the tasks that are not finished; the paths of all that have rows."""
+    import decoding  # and torch, transformers
+
     text = read_general_text(args)
     run = run_identity(args, base, folder, in_4bit, rows, tokenizer, text)
     if folder and args.model == "auto":  # an adapter from elsewhere names no weights
@@ -339,8 +220,8 @@ def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
     done = [task for task, path in paths.items() if predictions.finished(args, path, run)]
     state.wait_for_everyone()  # all have looked before any changes a file
     if any(len(part) for task, part in parts.items() if task not in done):
-        system = load_system(base, folder, in_4bit, "base" in predictions.systems(run))
-        general = test_general_text(text, tokenizer, *system, run) if is_main() else {}
+        system = decoding.load_system(base, folder, in_4bit, "base" in predictions.systems(run))
+        general = decoding.test_general_text(text, tokenizer, *system, run) if is_main() else {}
     for task, path in paths.items():
         if not parts[task]:
             if is_main():  # else evaluations.py would score another run's predictions
