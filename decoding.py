@@ -150,12 +150,6 @@ def padded(caches, prompts, completions):
     return caches[0]
 
 
-def make_room(cache, rows, more):
-    """Keep some rows of the keys and values, with room for `more` tokens; a layer at a time: the old ones go."""
-    for number, layer in enumerate(cache.layers):
-        cache.layers[number] = Room(layer.keys[rows], layer.values[rows], more)
-
-
 class Ended(StoppingCriteria):
     """For transformers' generate: which rows [rows, tokens] have come to their end behind the first `width` tokens."""
 
@@ -182,7 +176,8 @@ def test_rows(model, prompts, completions, ends, end_of, new, attention):
     while left and len(written[going[0]]) < new:
         going, ids, mask = [going[i] for i in left], ids[left], mask[left]
         more = min(STRIDE, new - len(written[going[0]]))
-        make_room(cache, torch.tensor(left, device=model.device), more)
+        for number, layer in enumerate(cache.layers):  # one at a time: the old keys and values go
+            cache.layers[number] = Room(layer.keys[left], layer.values[left], more)
         ids = model.generate(
             ids,
             attention_mask=mask,
@@ -250,21 +245,16 @@ def test_batch(model, tokenizer, rows, ends, one_line, new, attention):
     return results
 
 
-def windows(tokenizer, text, limit):
-    """The tokens of a text as lists of at most `limit`, each behind BOS where the tokenizer puts one before a text."""
-    ids = tokenizer(text, split_special_tokens=True, verbose=False).input_ids
-    front = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-    step = limit - len(front)
-    parts = [front + ids[start : start + step] for start in range(len(front), len(ids), step)]
-    return [part for part in parts if len(part) > 1]
-
-
 def test_general_text(text, tokenizer, model, adapter_off, run):
     """{system: perplexity of the text, nll_sum (nats), tokens}"""
     if not text:
         return {}
     model.set_attn_implementation(llama.choose_attention("packed"))
-    parts = windows(tokenizer, text, min(WINDOW, model.config.max_position_embeddings))
+    ids = tokenizer(text, split_special_tokens=True, verbose=False).input_ids
+    front = ids[:1] if ids[0] == tokenizer.bos_token_id else []  # of each window
+    step = min(WINDOW, model.config.max_position_embeddings) - len(front)
+    parts = [front + ids[start : start + step] for start in range(len(front), len(ids), step)]
+    parts = [part for part in parts if len(part) > 1]
     figures, tokens = {}, sum(len(part) - 1 for part in parts)
     if not tokens:
         fail("the text of --general-text is too short: it has a single token")

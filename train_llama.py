@@ -434,15 +434,6 @@ def train(args, base, rows):
     say(f"\nwrote {adapter}")
 
 
-def tell_costs(args, base, rows):
-    """The dry run."""
-    shape, tokenizer = read_base(args, base)
-    tokens = tokenize(rows["train"], tokenizer, args.max_length, "train")
-    validation_sets(rows["validation"], tokenizer, args)  # says what is dropped of them
-    choose_kernels(args)
-    dry_run(shape, tokens, pack(tokens, args), args)
-
-
 @common.script
 def main(argv=None):
     args = parse_args(argv)
@@ -450,11 +441,15 @@ def main(argv=None):
     rows = {split: llama.load_rows(args.output_dir, split) for split in ("train", "validation")}
     llama.own_gpu("train_llama.py")
     llama.quiet()
-    if args.dry_run:
-        tell_costs(args, base, rows)
+    if not args.dry_run:
+        with common.only_run_in(args.output_dir):
+            train(args, base, rows)
         return
-    with common.only_run_in(args.output_dir):
-        train(args, base, rows)
+    shape, tokenizer = read_base(args, base)
+    tokens = tokenize(rows["train"], tokenizer, args.max_length, "train")
+    validation_sets(rows["validation"], tokenizer, args)  # says what is dropped of them
+    choose_kernels(args)
+    dry_run(shape, tokens, pack(tokens, args), args)
 
 
 if __name__ == "__main__":
