@@ -428,9 +428,7 @@ def encode_chats(tokenizer, rows):
     return prompts, wholes
 
 
-def packed_attention(
-    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_
-):
+def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_):
     """Causal attention within each row of a packed sequence, for transformers' AttentionInterface.
 
     A dense mask over the sequence, as sdpa needs it, costs its square; this costs the sum of the rows' squares.

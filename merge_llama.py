@@ -50,8 +50,7 @@ FOLLOWED = (
 
 
 def parse_args(argv=None):
-    choices = {"MERGE_BASE": ("auto", "16bit", "4bit"), "MERGE_DTYPE": ("auto", *DTYPES)}
-    choices |= {"CHECK_ROWS": (int,)}
+    choices = {"MERGE_BASE": ("auto", "16bit", "4bit"), "MERGE_DTYPE": ("auto", *DTYPES), "CHECK_ROWS": (int,)}
     return common.parse_settings(sys.modules[__name__], argv, choices)
 
 

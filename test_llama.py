@@ -223,20 +223,18 @@ def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
         system = decoding.load_system(base, folder, in_4bit, "base" in predictions.systems(run))
         general = decoding.test_general_text(text, tokenizer, *system, run) if is_main() else {}
     for task, path in paths.items():
-        if not parts[task]:
-            if is_main():  # else evaluations.py would score another run's predictions
-                path.unlink(missing_ok=True)
-        elif task in done:
-            if is_main():
-                predictions.remove_work(path)  # where a kill came between the file and this
+        if task in done:
             say(f"{path} is finished, by the same settings on the same rows: nothing to do")
-        else:
+        elif parts[task]:
             test_task(args, task, parts[task], tokenizer, *system, path, run, state)
             state.wait_for_everyone()
             if is_main():
                 predictions.write_predictions(task, parts[task], folder, path, run, general)
-                predictions.remove_work(path)
             say(f"wrote {path}")
+        elif is_main():  # else evaluations.py would score another run's predictions
+            path.unlink(missing_ok=True)
+        if is_main():
+            predictions.remove_work(path)
     return [path for path in paths.values() if path.exists()]
 
 

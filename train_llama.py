@@ -117,10 +117,7 @@ def run_identity(args, base, tokenizer, rows):
 
 
 def last_checkpoint(folder):
-    """The newest whole checkpoint and its manifest, or (None, {}).
-
-    Those that a killed process left half-written, or whose files have changed since, are passed over and removed.
-    """
+    """The newest whole checkpoint and its manifest, or (None, {}); broken ones are passed over and removed."""
     found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
     for path in sorted(found, key=step_of, reverse=True):
         manifest, broken = common.read_manifest(path)
@@ -139,8 +136,7 @@ def step_of(checkpoint):
 def where_to_start(args, run):
     """The checkpoint to go on from and its manifest, (None, {}) to begin, or None where the run is finished.
 
-    Exits 2 where another run stands. A stopped run goes on, with --overwrite and without, beside whatever older
-    adapter is still there.
+    Exits 2 where another run stands. A stopped run goes on, with --overwrite too, whatever older adapter is there.
     """
     adapter = Path(args.output_dir) / "adapter"
     old, weights = common.read_json(adapter / "run.json"), adapter / "adapter_model.safetensors"

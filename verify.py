@@ -54,10 +54,7 @@ def wrong_tensors(model, base, fresh, dtype):
 
 
 def roomy_place(base):
-    """(device, type) with room for a whole model: float32 if possible, in 16 bit on a GPU rather than on a CPU.
-
-    The device is None where none has room.
-    """
+    """(device or None, type) with room for a whole model: float32 if possible, 16 bit on a GPU rather than a CPU."""
     size = sum(path.stat().st_size for path in llama.weight_files(base))  # of 16-bit files
     room, free, dtype = estimate.host_memory() - estimate.LIBRARIES, 0, "bfloat16"
     if torch.cuda.is_available():
@@ -117,10 +114,7 @@ def compare(tuned, merged, golds):
 
 
 def compare_folder(fresh, dtype, weights, ids, tuned, golds, place):
-    """{type: figures} of the merged folder beside base + adapter, in `place`: as stored, and by `weights` if any.
-
-    dtype: as stored. weights: the merged ones before they were rounded.
-    """
+    """{type: figures} of the merged folder, loaded in `place`: as stored, and by the unrounded `weights`, if any."""
     with tempfile.TemporaryDirectory() as offload:
         model = load_merged(fresh, offload, *place)
         comparison = {dtype: compare(tuned, logits_of(model, ids)[0], golds)}
