@@ -37,7 +37,7 @@ CHECK_ROWS = 4  # validation rows, in equal shares of the tasks, on which the mo
 OUTPUT_DIR = "outputs"  # holds adapter/ and dataset/, gets merged/
 
 # Fixed
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a weight
 TRACE = 1e-4  # share of the weights that may be smaller than float16's smallest number, 6e-8
 SMALL_FILES = 2**26  # bytes of room for all that is not weights
 QUANTISED = "_proj.weight"  # how the names of the weights end that llama.load_model quantises
@@ -167,6 +167,7 @@ def rounded_away(stored, weight, rounded):
 
 def merge(base, changes, fresh, dtype):
     """Write the merged shards of `base` into `fresh`, rounded to `dtype`; returns what rounded_away counts in all."""
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -175,7 +176,7 @@ def merge(base, changes, fresh, dtype):
     for path in common.progress(llama.weight_files(base), "merging", unit="shard"):
         tensors, target = {}, fresh / path.name
         for name, stored, weight in merged_tensors(path, changes):
-            tensors[name] = weight.to(dtype)
+            tensors[name] = weight.to(getattr(torch, dtype))
             counts.update(rounded_away(stored, weight, tensors[name]))
         try:
             save_file(tensors, target, metadata={"format": "pt"})
@@ -188,17 +189,15 @@ def merge(base, changes, fresh, dtype):
 
 def merge_in_its_type(args, model, base, changes, fresh):
     """Write the merged shards in the type that MERGE_DTYPE comes to; that, and what rounding to it took away."""
-    import torch
-
     auto = args.merge_dtype == "auto"
     dtype = "float16" if auto else args.merge_dtype
-    needed = model.num_parameters() * getattr(torch, dtype).itemsize + SMALL_FILES
+    needed = model.num_parameters() * DTYPES[dtype] + SMALL_FILES
     if (free := shutil.disk_usage(fresh).free) < needed:
         fail(f"merging needs {needed / 1e9:.2f} GB, {fresh.parent} has {free / 1e9:.2f} GB free: make room")
-    counts = merge(base, changes, fresh, getattr(torch, dtype))
+    counts = merge(base, changes, fresh, dtype)
     if auto and (counts["too_large"] or counts["too_small"] > TRACE * counts["weights"]):
         dtype = "bfloat16"
-        counts = merge(base, changes, fresh, getattr(torch, dtype))
+        counts = merge(base, changes, fresh, dtype)
     if counts["too_large"]:
         fail(f"{counts['too_large']} merged weights are beyond the range of {dtype}: give --merge-dtype bfloat16")
     if counts["not_finite"]:
@@ -228,7 +227,7 @@ def merge_and_check(args, base, run, fresh):
     tuned, golds = verify.logits_of(model, ids)
     ready, changes = time.time(), changes_of(model, folder, into)
     dtype, counts = merge_in_its_type(args, model, base, changes, fresh)
-    merged_folder.write_small_files(base, model, tokenizer, fresh, dtype, counts["weights"])
+    merged_folder.write_small_files(base, model, tokenizer, fresh, dtype, counts["weights"] * DTYPES[dtype])
     merged_at = time.time()
     problems, comparison = [], {}
     try:
