@@ -11,7 +11,7 @@ import math
 import os
 
 import torch
-from transformers import DynamicCache, GenerationConfig, StoppingCriteria
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
@@ -150,15 +150,9 @@ def padded(caches, prompts, completions):
     return caches[0]
 
 
-class Ended(StoppingCriteria):
-    """For transformers' generate: which rows [rows, tokens] have come to their end behind the first `width` tokens."""
-
-    def __init__(self, end_of, width):
-        self.end_of, self.width = end_of, width
-
-    def __call__(self, ids, scores, **kwargs):
-        written = ids[:, self.width :].tolist()
-        return torch.tensor([self.end_of(row) is not None for row in written], device=ids.device)
+def ended(end_of, width, ids, scores, **_):
+    """For transformers' generate: which rows of `ids` have come to their end behind the first `width` tokens."""
+    return torch.tensor([end_of(row) is not None for row in ids[:, width:].tolist()], device=ids.device)
 
 
 def test_rows(model, prompts, completions, ends, end_of, new, attention):
@@ -186,7 +180,7 @@ def test_rows(model, prompts, completions, ends, end_of, new, attention):
             max_new_tokens=more,
             eos_token_id=sorted(ends),
             pad_token_id=min(ends),
-            stopping_criteria=[Ended(end_of, width)],
+            stopping_criteria=[functools.partial(ended, end_of, width)],
         )
         for place, row in zip(going, ids[:, mask.shape[1] :].tolist(), strict=True):
             written[place] += row
@@ -240,8 +234,7 @@ def test_batch(model, tokenizer, rows, ends, one_line, new, attention):
         kept = [token for token in ids if token not in ends]
         text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
         result = {"prediction": text.split("\n")[0].strip() if one_line else text, "nll": nll}
-        cut_off = end_of(ids) is None
-        results.append(result | {"new_tokens": len(ids), "hit_max_new_tokens": cut_off})
+        results.append(result | {"new_tokens": len(ids), "hit_max_new_tokens": end_of(ids) is None})
     return results
 
 

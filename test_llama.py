@@ -213,8 +213,7 @@ def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
     if folder and args.model == "auto":  # an adapter from elsewhere names no weights
         trained_on = llama.read_run(folder)["run"].get("weights", run["weights"])
         remedy = f"put back what {folder}/run.json names, or give --model {base} to test on this one all the same"
-        what = f"{base}, the base of {folder},"
-        common.refuse_another(what, {"weights": trained_on}, {"weights": run["weights"]}, remedy)
+        common.refuse_another(f"{base}, the base of {folder},", run | {"weights": trained_on}, run, remedy)
     parts = {task: llama.rows_of(rows, task) for task in common.TASKS}
     paths = predictions.paths_of(args.output_dir, args.name, args.swap_answers)
     done = [task for task, path in paths.items() if predictions.finished(args, path, run)]

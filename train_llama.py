@@ -27,8 +27,6 @@ from common import fail, first_line, is_main, say
 from estimate import GPUS, SAVERS, choose_kernels, dry_run, model_shape, optimizer_steps, settle
 
 # Settings: edit here, or override for one run on the command line.
-# An 8B model on 24 GB, by --dry-run: 5.7 GB of 4-bit weights and 16-bit embeddings, 0.3 GB of adapter, gradients and
-# optimizer, and with activation checkpointing some 1 GB for one packed row of 2048 tokens.
 MODEL = "llama3"  # a key of MODELS in llama.py, a hub id or a local folder
 CHAT_TEMPLATE = "auto"  # on, off; auto: prompts go through the tokenizer's chat template where it has one
 LOAD_IN_4BIT = True  # NF4 with double quantisation; False loads 16-bit weights
