@@ -240,8 +240,6 @@ def test_batch(model, tokenizer, rows, ends, one_line, new, attention):
 
 def test_general_text(text, tokenizer, model, adapter_off, run):
     """{system: perplexity of the text, nll_sum (nats), tokens}"""
-    if not text:
-        return {}
     model.set_attn_implementation(llama.choose_attention("packed"))
     ids = tokenizer(text, split_special_tokens=True, verbose=False).input_ids
     front = ids[:1] if ids[0] == tokenizer.bos_token_id else []  # of each window

@@ -220,7 +220,7 @@ def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
     state.wait_for_everyone()  # all have looked before any changes a file
     if any(len(part) for task, part in parts.items() if task not in done):
         system = decoding.load_system(base, folder, in_4bit, "base" in predictions.systems(run))
-        general = decoding.test_general_text(text, tokenizer, *system, run) if is_main() else {}
+        general = decoding.test_general_text(text, tokenizer, *system, run) if text and is_main() else {}
     for task, path in paths.items():
         if task in done:
             say(f"{path} is finished, by the same settings on the same rows: nothing to do")
