@@ -1,22 +1,71 @@
-"""How test_llama.py reads and answers a batch: each prompt once, for the completion's loss and for the prediction.
+"""How test_llama.py loads a model and lets it answer: each prompt is read once, for loss and prediction.
 
 A prompt is read unpadded; transformers' generate goes on from its keys and values, STRIDE tokens at a time: after each
 stride the rows that have ended are left out. On 60 dialogues and a CPU, generate from the start and a pass for the
 loss take 3.4 times as long (benchmarks/testing.py).
 """
 
+import contextlib
 import functools
+import math
+import os
 
 import torch
-from transformers import DynamicCache, StoppingCriteria
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import logging
 
+import estimate
 import llama
+import predictions
 from common import fail, first_line, say
 
 READ_TOKENS = 4096  # of a pass over whole rows
 FEW_ROWS = 8  # that a CPU multiplies faster as W x'
 STRIDE = 16  # new tokens of a batch after which its keys and values are copied
+WINDOW = 1024  # tokens of the general text that are read at once
+
+
+def load_system(base, folder, in_4bit, compare):
+    """The LlamaForCausalLM, with the adapter of `folder` where there is one, and a context that switches that off.
+
+    4-bit weights are unpacked at every use, or once where there is room: the same numbers (bitsandbytes computes them
+    in that type), in four times the memory on a GPU, eight times on a CPU.
+    """
+    model = llama.load_model(base, in_4bit).eval()
+    if in_4bit and has_room(model):
+        logging.set_verbosity_error()  # it tells what it does
+        model = model.dequantize()
+        logging.set_verbosity_warning()
+    few_rows_first(model)
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)  # no sampling
+    if not folder:
+        return model, None
+    from lora import fuse_lora  # and PEFT
+
+    # each alone: a row of NaN in the embeddings, of a token that never occurs, spoils no other
+    ids = torch.arange(0, model.config.vocab_size, model.config.vocab_size // 64 + 1, device=model.device)[:, None]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        tuned = llama.load_adapter(model, folder)
+        for name, parameter in tuned.named_parameters():  # as in training; PEFT would cast each input to float32
+            if ".lora_" in name:
+                parameter.data = parameter.data.to(model.dtype)
+        fuse_lora(tuned)
+        with tuned.disable_adapter():
+            change = (model(input_ids=ids).logits - before).nan_to_num().abs().max() / before.nan_to_num().abs().max()
+    # PiSSA and its kin take a part out of the base; others bring a matrix or biases of their own
+    if compare and not change < 0.01:
+        reason = f"the adapter in {folder} changes its base when it is loaded, as PiSSA does"
+        fail(f"{reason}: give --no-compare-with-base, and test the base by itself with --model {base} --name base")
+    return tuned.get_base_model(), tuned.disable_adapter
+
+
+def has_room(model):
+    """Whether all of the weights fit unpacked: on a GPU beside the packed ones and 4 GB for a batch, else in half."""
+    if torch.cuda.is_available():
+        return 2 * model.num_parameters() + 4e9 < torch.cuda.mem_get_info(model.device)[0]
+    return 4 * model.num_parameters() < estimate.host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 2
 
 
 class Room(DynamicLayer):
@@ -101,21 +150,9 @@ def padded(caches, prompts, completions):
     return caches[0]
 
 
-def make_room(cache, rows, more):
-    """Keep some rows of the keys and values, with room for `more` tokens; a layer at a time: the old ones go."""
-    for number, layer in enumerate(cache.layers):
-        cache.layers[number] = Room(layer.keys[rows], layer.values[rows], more)
-
-
-class Ended(StoppingCriteria):
-    """For transformers' generate: which rows [rows, tokens] have come to their end behind the first `width` tokens."""
-
-    def __init__(self, end_of, width):
-        self.end_of, self.width = end_of, width
-
-    def __call__(self, ids, scores, **kwargs):
-        written = ids[:, self.width :].tolist()
-        return torch.tensor([self.end_of(row) is not None for row in written], device=ids.device)
+def ended(end_of, width, ids, scores, **_):
+    """For transformers' generate: which rows of `ids` have come to their end behind the first `width` tokens."""
+    return torch.tensor([end_of(row) is not None for row in ids[:, width:].tolist()], device=ids.device)
 
 
 def test_rows(model, prompts, completions, ends, new, attention, end_of=None):
@@ -135,7 +172,8 @@ def test_rows(model, prompts, completions, ends, new, attention, end_of=None):
     while left and len(written[going[0]]) < new:
         going, ids, mask = [going[i] for i in left], ids[left], mask[left]
         more = min(STRIDE, new - len(written[going[0]]))
-        make_room(cache, torch.tensor(left, device=model.device), more)
+        for number, layer in enumerate(cache.layers):  # one at a time: the old keys and values go
+            cache.layers[number] = Room(layer.keys[left], layer.values[left], more)
         ids = model.generate(
             ids,
             attention_mask=mask,
@@ -144,7 +182,7 @@ def test_rows(model, prompts, completions, ends, new, attention, end_of=None):
             max_new_tokens=more,
             eos_token_id=sorted(ends),
             pad_token_id=min(ends),
-            stopping_criteria=[Ended(end_of, width)],
+            stopping_criteria=[functools.partial(ended, end_of, width)],
         )
         for place, row in zip(going, ids[:, mask.shape[1] :].tolist(), strict=True):
             written[place] += row
@@ -166,3 +204,57 @@ def in_halves(model, prompts, completions, *options):
     middle = len(prompts) // 2
     first = in_halves(model, prompts[:middle], completions[:middle], *options)
     return first + in_halves(model, prompts[middle:], completions[middle:], *options)
+
+
+def answer_end(tokenizer, ends, one_line):
+    """The function that a prediction's ids go to: how many go to its end, that one included, or None.
+
+    ends: ids that end a text. one_line: a line's end does, too, behind something that is not blank.
+    """
+    decode = functools.cache(lambda token: tokenizer.decode([token], skip_special_tokens=True))
+
+    def end_of(ids):
+        blank = True
+        for length, token in enumerate(ids, 1):
+            text = decode(token) if one_line else ""
+            if token in ends or "\n" in (text.lstrip() if blank else text):
+                return length
+            blank = blank and not text.strip()
+
+    return end_of
+
+
+def test_batch(model, tokenizer, rows, ends, one_line, new, attention):
+    """What is known of each row after it, under the names of the predictions file."""
+    prompts, completions = ([row[key] for row in rows] for key in ("prompt_ids", "completion_ids"))
+    results, end_of = [], answer_end(tokenizer, ends, one_line)
+    tested = in_halves(model, prompts, completions, ends, new, attention, end_of)
+    for row, (nll, ids) in zip(rows, tested, strict=True):
+        if not nll < predictions.MAX_NLL * len(row["completion_ids"]):  # NaN too
+            reason = f"{row['id']} has a log-likelihood of {-nll}: the model diverged"
+            fail(f"{reason}, train it again with a lower learning rate", in_any_process=True)
+        kept = [token for token in ids if token not in ends]
+        text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+        result = {"prediction": text.split("\n")[0].strip() if one_line else text, "nll": nll}
+        results.append(result | {"new_tokens": len(ids), "hit_max_new_tokens": end_of(ids) is None})
+    return results
+
+
+def test_general_text(text, tokenizer, model, adapter_off, run):
+    """{system: perplexity of the text, nll_sum (nats), tokens}"""
+    model.set_attn_implementation(llama.choose_attention("packed"))
+    ids = tokenizer(text, split_special_tokens=True, verbose=False).input_ids
+    front = ids[:1] if ids[0] == tokenizer.bos_token_id else []  # of each window
+    step = min(WINDOW, model.config.max_position_embeddings) - len(front)
+    parts = [front + ids[start : start + step] for start in range(len(front), len(ids), step)]
+    parts = [part for part in parts if len(part) > 1]
+    figures, tokens = {}, sum(len(part) - 1 for part in parts)
+    if not tokens:
+        fail("the text of --general-text is too short: it has a single token")
+    for system, prefix in predictions.systems(run).items():
+        with adapter_off() if prefix else contextlib.nullcontext(), torch.inference_mode():
+            nll = sum(losses_of(*llama.read(model, [part[:1]], [part[1:]])).sum().item() for part in parts)
+        if not nll < predictions.MAX_NLL * tokens:  # NaN too
+            fail(f"the general text has a log-likelihood of {-nll}: the {system} model diverged")
+        figures[system] = {"perplexity": math.exp(nll / tokens), "nll_sum": nll, "tokens": tokens}
+    return figures

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from common import MANIFEST, TASKS, fail, first_line, out_of_memory, read_json, say, sha256
@@ -96,7 +97,7 @@ def fetch(model, weights=True):
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
         patterns = (*SMALL_FILES, "*.safetensors") if weights else SMALL_FILES
@@ -105,32 +106,38 @@ def fetch(model, weights=True):
         fail(f"{model} is gated: accept its licence at https://huggingface.co/{model}, then run: hf auth login")
     except RepositoryNotFoundError:
         fail(f"there is no model {model} on the hub, or it is private: check the name, or run: hf auth login")
-    except LocalEntryNotFoundError as error:
-        fail(f"cannot load {model} ({first_line(error)}): it is not in the hub's cache and the hub cannot be reached; "
-             "check the network, or give a local folder")  # fmt: skip
-    except Exception as error:  # a dozen kinds, from a full disk to a proxy
+    except Exception as error:  # a dozen kinds, from a hub that cannot be reached to a full disk
         fail(f"cannot load {model} ({first_line(error)}): check the name and the network, or give a local folder")
 
 
 def weight_files(model):
     """The safetensors files that transformers loads of a model, sorted: a whole one goes before an index."""
     folder = fetch(model)
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
     pickles = [*folder.glob("*.bin"), *folder.glob("*.pth")]
     if pickles and not any(folder.glob("*.safetensors")):
         fail(f"{model} has no model.safetensors, only {pickles[0].name}, a pickle: convert it to safetensors")
-    if not index.is_file():
-        fail(f"{model} has no model.safetensors: get the missing file")
-    try:
-        shards = sorted({folder / Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{model} has a broken {index.name} ({first_line(error)}): get it again")
+    shards, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
+    if index.is_file() and not shards[0].is_file():
+        try:
+            names = json.loads(index.read_text())["weight_map"].values()
+            shards = sorted({folder / Path(name).name for name in names})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            fail(f"{model} has a broken {index.name} ({first_line(error)}): get it again")
     for path in shards:
         if not path.is_file():
             fail(f"{model} has no {path.name}: get the missing file")
     return shards
+
+
+def tensors_in(path):
+    """(name, tensor) in turn, each opened for it alone: what was read of a mapped file counts as memory."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        names = sorted(file.keys())
+    for name in names:
+        with safe_open(path, "pt") as file:
+            yield name, file.get_tensor(name)
 
 
 def weights_identity(model):
@@ -224,12 +231,9 @@ def load_tokenizer(model, chat_template="auto"):
         fail(f"the tokenizer of {model} puts BOS in front twice: mend its post_processor in tokenizer.json")
     template = None
     if tokenizer.chat_template and chat_template != "off":
-        try:
-            template = tokenizer.get_chat_template()  # of several the default one
-            compiles = isinstance(template, str)
-        except ValueError:  # none is
-            compiles = False
-        if not compiles:
+        with suppress(ValueError):  # of several none is the default one
+            template = tokenizer.get_chat_template()
+        if not isinstance(template, str):
             fail(f"the tokenizer of {model} has no single chat template: {PLAIN_PROMPTS}")
         if "strftime_now" in template and DATE not in template:
             template = DATE + template
@@ -333,12 +337,9 @@ def read_adapter(folder):
     config = Path(folder) / "adapter_config.json"
     if not config.is_file():
         fail(f"no adapter at {folder}: run train_llama.py first")
-    try:
-        base = json.loads(config.read_text())["base_model_name_or_path"]
-        if not isinstance(base, str) or not base:
-            raise ValueError("it names no base model")
-    except (ValueError, KeyError, TypeError) as error:
-        fail(f"cannot read {config} ({first_line(error)}): run train_llama.py again")
+    base = read_json(config).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
+        fail(f"cannot read {config}, or it names no base model: run train_llama.py again")
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         fail(f"no adapter_model.safetensors in {folder}: run train_llama.py again")
     return base
@@ -421,17 +422,13 @@ def encode_chats(tokenizer, rows):
     if not all(text.strip() in shown for text in (rows["prompt"][0], rows["completion"][0])):
         raise ValueError(f"its chat template does not write the whole text it is given: {PLAIN_PROMPTS}")
     ends = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
-    # what stands behind the end, mostly a newline, is never generated
-    lengths = [
-        next((i + 1 for i in range(len(prompt), len(whole)) if whole[i] in ends), 0)
-        for prompt, whole in zip(prompts, wholes, strict=True)
-    ]
-    return prompts, [whole[:length] for whole, length in zip(wholes, lengths, strict=True)]
+    for prompt, whole in zip(prompts, wholes, strict=True):
+        end = next((i + 1 for i in range(len(prompt), len(whole)) if whole[i] in ends), 0)
+        del whole[end:]  # what stands behind the end, mostly a newline, is never generated
+    return prompts, wholes
 
 
-def packed_attention(
-    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_
-):
+def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_):
     """Causal attention within each row of a packed sequence, for transformers' AttentionInterface.
 
     A dense mask over the sequence, as sdpa needs it, costs its square; this costs the sum of the rows' squares.

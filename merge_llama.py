@@ -27,7 +27,6 @@ from pathlib import Path
 import common
 import llama
 import merged_folder
-import verify
 from common import fail, first_line, say
 
 # Settings: edit here, or override for one run on the command line.
@@ -38,7 +37,7 @@ CHECK_ROWS = 4  # validation rows, in equal shares of the tasks, on which the mo
 OUTPUT_DIR = "outputs"  # holds adapter/ and dataset/, gets merged/
 
 # Fixed
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a weight
 TRACE = 1e-4  # share of the weights that may be smaller than float16's smallest number, 6e-8
 SMALL_FILES = 2**26  # bytes of room for all that is not weights
 QUANTISED = "_proj.weight"  # how the names of the weights end that llama.load_model quantises
@@ -51,8 +50,7 @@ FOLLOWED = (
 
 
 def parse_args(argv=None):
-    choices = {"MERGE_BASE": ("auto", "16bit", "4bit"), "MERGE_DTYPE": ("auto", *DTYPES)}
-    choices |= {"CHECK_ROWS": (int,)}
+    choices = {"MERGE_BASE": ("auto", "16bit", "4bit"), "MERGE_DTYPE": ("auto", *DTYPES), "CHECK_ROWS": (int,)}
     return common.parse_settings(sys.modules[__name__], argv, choices)
 
 
@@ -136,14 +134,12 @@ def merge_tensor(name, stored, lora, scales, in_4bit):
 
 def finite(tensor):
     """Whether all of its numbers are finite; isfinite().all() takes a CPU many times as long."""
-    import torch
-
-    return all(end.isfinite() for end in torch.aminmax(tensor))
+    return all(end.isfinite() for end in tensor.aminmax())
 
 
 def merged_tensors(path, changes):
     """(name, the base's tensor in `path`, what the adapter makes of it) in turn; see merge_tensor."""
-    for name, stored in verify.tensors_in(path):
+    for name, stored in llama.tensors_in(path):
         if name != "model.embed_tokens.weight" and not finite(stored):  # there it may be rows of unused tokens
             fail(f"{path.name} of the base has numbers in {name} that are not finite: get it again")
         yield name, stored, merge_tensor(name, stored, *changes)
@@ -153,21 +149,20 @@ def rounded_away(stored, weight, rounded):
     """How many numbers of `weight` its rounded copy does not hold, by kind."""
     import torch
 
-    def count(tensor):  # the sum of a bool tensor takes a CPU twenty times as long
-        return torch.count_nonzero(tensor).item()
-
+    count = torch.count_nonzero  # the sum of a bool tensor takes a CPU twenty times as long
     limits = torch.finfo(rounded.dtype)
     smallest = limits.smallest_normal * limits.eps
     beyond = count(~rounded.isfinite())
     not_finite = count(~weight.isfinite()) if beyond else 0
     changed = (rounded.to(stored.dtype) != stored) & (stored == stored) if weight is stored else stored[:0]
-    return {
+    counts = {
         "weights": weight.numel(),
         "not_finite": not_finite,
         "too_large": beyond - not_finite,
         "too_small": count(weight.abs() < smallest) - weight.numel() + count(weight),
         "not_adapted_yet_changed": count(changed),
     }
+    return {name: int(number) for name, number in counts.items()}
 
 
 def merge(base, changes, fresh, dtype):
@@ -194,11 +189,9 @@ def merge(base, changes, fresh, dtype):
 
 def merge_in_its_type(args, model, base, changes, fresh):
     """Write the merged shards in the type that MERGE_DTYPE comes to; that, and what rounding to it took away."""
-    import torch
-
     auto = args.merge_dtype == "auto"
     dtype = "float16" if auto else args.merge_dtype
-    needed = model.num_parameters() * getattr(torch, dtype).itemsize + SMALL_FILES
+    needed = model.num_parameters() * DTYPES[dtype] + SMALL_FILES
     if (free := shutil.disk_usage(fresh).free) < needed:
         fail(f"merging needs {needed / 1e9:.2f} GB, {fresh.parent} has {free / 1e9:.2f} GB free: make room")
     counts = merge(base, changes, fresh, dtype)
@@ -220,6 +213,8 @@ def merged_weights(base, changes):
 
 def merge_and_check(args, base, run, fresh):
     """Merge into the folder `fresh` and compare it with base and adapter. Returns what merge.json says of that."""
+    import verify  # and torch, transformers, PEFT
+
     folder = Path(args.output_dir) / "adapter"
     into = "16bit" if args.merge_base == "auto" else args.merge_base
     tokenizer = llama.tokenizer_of(base, folder, run["settings"].get("chat_template", "auto"))
@@ -232,7 +227,7 @@ def merge_and_check(args, base, run, fresh):
     tuned, golds = verify.logits_of(model, ids)
     ready, changes = time.time(), changes_of(model, folder, into)
     dtype, counts = merge_in_its_type(args, model, base, changes, fresh)
-    merged_folder.write_small_files(base, model, tokenizer, fresh, dtype, counts["weights"])
+    merged_folder.write_small_files(base, model, tokenizer, fresh, dtype, counts["weights"] * DTYPES[dtype])
     merged_at = time.time()
     problems, comparison = [], {}
     try:

@@ -12,18 +12,15 @@ INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json")
 
 
-def write_small_files(base, model, tokenizer, target, dtype, weights):
+def write_small_files(base, model, tokenizer, target, dtype, size):
     """Tokenizer, index, config, generation config, Modelfile: with the chat template of training or without one.
 
     The last two are greedy and end at every end token, as tested.
-    dtype, weights: how the weights are stored, and how many they are.
+    dtype, size: how the weights are stored, and their bytes.
     """
-    import torch
     from transformers import GenerationConfig
 
     source = llama.fetch(base)
-    # beside a single file an index is a leftover of other weights
-    whole = (target / "model.safetensors").exists()
     for path in (path for pattern in TOKENIZER_FILES for path in source.glob(pattern)):
         shutil.copyfile(path, target / path.name)  # saved again, an older transformers could not read them
     if tokenizer.chat_template:
@@ -31,9 +28,9 @@ def write_small_files(base, model, tokenizer, target, dtype, weights):
     config = common.read_json(target / "tokenizer_config.json")
     if config.pop("chat_template", None):  # where older folders have it
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if not whole:
+    if not (target / "model.safetensors").exists():  # beside it an index is a leftover of other weights
         index = common.read_json(source / INDEX)
-        index["metadata"] = {"total_size": weights * getattr(torch, dtype).itemsize}
+        index["metadata"] = {"total_size": size}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (target / "config.json").write_text(json.dumps(config_of(model, dtype), indent=2) + "\n", encoding="utf-8")
     ends = sorted(llama.end_tokens(model, tokenizer))

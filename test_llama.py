@@ -20,10 +20,8 @@ Writes: OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json; with 
 """
 
 import contextlib
-import functools
 import hashlib
 import json
-import math
 import os
 import re
 import sys
@@ -33,19 +31,8 @@ from pathlib import Path
 
 import common
 import llama
+import predictions
 from common import fail, first_line, is_main, say
-from predictions import (
-    MAX_NLL,
-    append_work,
-    examples_done,
-    finished,
-    paths_of,
-    remove_work,
-    show,
-    systems,
-    template_of,
-    write_predictions,
-)
 from swap import swap_answers
 
 # Settings: edit here, or override for one run on the command line.
@@ -74,18 +61,13 @@ OUTPUT_DIR = "outputs"  # holds dataset/ and adapter/, gets the predictions
 
 # Fixed
 CHOICES = {"CHAT_TEMPLATE": llama.CHAT_TEMPLATES, "SERVER_API": ("auto", "completions", "chat")}
-CHOICES |= dict.fromkeys(("COMPARE_WITH_BASE", "SWAP_ANSWERS", "OVERWRITE"), (bool,)) | {"LOAD_IN_4BIT": (bool, None)}
+CHOICES |= {"LOAD_IN_4BIT": (bool, None), "SERVER_CONCURRENCY": (int,), "SERVER_TIMEOUT": (float,)}
+CHOICES |= dict.fromkeys(("COMPARE_WITH_BASE", "SWAP_ANSWERS", "OVERWRITE"), (bool,))
 CHOICES |= dict.fromkeys(("MAX_BATCH_TOKENS", "SAMSUM_MAX_NEW_TOKENS", "TRIVIA_QA_MAX_NEW_TOKENS"), (int,))
-CHOICES |= {
-    "SERVER_CONCURRENCY": (int,),
-    "SERVER_TIMEOUT": (float,),
-    "SERVER_MAX_EXAMPLES": (0, int),
-    "SERVER_THOUGHT_TOKENS": (0, int),
-}
+CHOICES |= dict.fromkeys(("SERVER_MAX_EXAMPLES", "SERVER_THOUGHT_TOKENS"), (0, int))
 CHOICES |= dict.fromkeys(("SERVER_INPUT_PRICE", "SERVER_OUTPUT_PRICE"), (0, float))
 # Settings that are resolved, or without an influence
 UNBOUND = ("adapter", "model", "chat_template", "load_in_4bit", "general_text", "name", "overwrite", "output_dir")
-WINDOW = 1024  # tokens of the general text that are read at once
 
 
 def parse_args(argv=None):
@@ -147,65 +129,13 @@ def run_identity(args, base, folder, in_4bit, rows, tokenizer, text):
         "adapter": common.sha256(folder / "adapter_model.safetensors")[:16] if folder else "none",
         "adapter_config": hashlib.sha256(json.dumps(lora, sort_keys=True).encode()).hexdigest()[:16],
         "4_bit": in_4bit,
-        "chat_template": template_of(tokenizer),
+        "chat_template": predictions.template_of(tokenizer),
         "rows": rows._fingerprint,
         "general_text": hashlib.sha256(text.encode()).hexdigest()[:16] if text else "none",
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
     here = {name: value for name, value in vars(args).items() if not name.startswith("server")}
     return run | {name: value for name, value in here.items() if name not in UNBOUND}
-
-
-def load_system(base, folder, in_4bit, compare):
-    """The LlamaForCausalLM, with the adapter of `folder` where there is one, and a context that switches that off.
-
-    4-bit weights are unpacked at every use, or once where there is room: the same numbers (bitsandbytes computes them
-    in that type), in four times the memory on a GPU, eight times on a CPU.
-    """
-    import torch
-    from transformers import GenerationConfig
-    from transformers.utils import logging
-
-    from decoding import few_rows_first
-
-    model = llama.load_model(base, in_4bit).eval()
-    if in_4bit and has_room(model):
-        logging.set_verbosity_error()  # it tells what it does
-        model = model.dequantize()
-        logging.set_verbosity_warning()
-    few_rows_first(model)
-    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)  # no sampling
-    if not folder:
-        return model, None
-    from lora import fuse_lora  # and PEFT
-
-    # each alone: a row of NaN in the embeddings, of a token that never occurs, spoils no other
-    ids = torch.arange(0, model.config.vocab_size, model.config.vocab_size // 64 + 1, device=model.device)[:, None]
-    with torch.no_grad():
-        before = model(input_ids=ids).logits
-        tuned = llama.load_adapter(model, folder)
-        for name, parameter in tuned.named_parameters():  # as in training; PEFT would cast each input to float32
-            if ".lora_" in name:
-                parameter.data = parameter.data.to(model.dtype)
-        fuse_lora(tuned)
-        with tuned.disable_adapter():
-            change = (model(input_ids=ids).logits - before).nan_to_num().abs().max() / before.nan_to_num().abs().max()
-    # PiSSA and its kin take a part out of the base; others bring a matrix or biases of their own
-    if compare and not change < 0.01:
-        reason = f"the adapter in {folder} changes its base when it is loaded, as PiSSA does"
-        fail(f"{reason}: give --no-compare-with-base, and test the base by itself with --model {base} --name base")
-    return tuned.get_base_model(), tuned.disable_adapter
-
-
-def has_room(model):
-    """Whether all of the weights fit unpacked: on a GPU beside the packed ones and 4 GB for a batch, else in half."""
-    import torch
-
-    from estimate import host_memory
-
-    if torch.cuda.is_available():
-        return 2 * model.num_parameters() + 4e9 < torch.cuda.mem_get_info(model.device)[0]
-    return 4 * model.num_parameters() < host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 2
 
 
 def plan(task, rows, tokenizer, new, limit, max_tokens):
@@ -240,83 +170,17 @@ def batches(rows, max_tokens):
         yield batch
 
 
-def answer_end(tokenizer, ends, one_line):
-    """The function that a prediction's ids go to: how many go to its end, that one included, or None.
-
-    ends: ids that end a text. one_line: a line's end does, too, behind something that is not blank.
-    """
-    decode = functools.cache(lambda token: tokenizer.decode([token], skip_special_tokens=True))
-
-    def end_of(ids):
-        blank = True
-        for length, token in enumerate(ids, 1):
-            text = decode(token) if one_line else ""
-            if token in ends or "\n" in (text.lstrip() if blank else text):
-                return length
-            blank = blank and not text.strip()
-
-    return end_of
-
-
-def test_batch(model, tokenizer, rows, ends, one_line, new, attention):
-    """What is known of each row after it, under the names of the predictions file."""
-    from decoding import in_halves
-
-    prompts, completions = ([row[key] for row in rows] for key in ("prompt_ids", "completion_ids"))
-    results, end_of = [], answer_end(tokenizer, ends, one_line)
-    tested = in_halves(model, prompts, completions, ends, new, attention, end_of)
-    for row, (nll, ids) in zip(rows, tested, strict=True):
-        if not nll < MAX_NLL * len(row["completion_ids"]):  # NaN too
-            reason = f"{row['id']} has a log-likelihood of {-nll}: the model diverged"
-            fail(f"{reason}, train it again with a lower learning rate", in_any_process=True)
-        kept = [token for token in ids if token not in ends]
-        text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-        result = {"prediction": text.split("\n")[0].strip() if one_line else text, "nll": nll}
-        cut_off = end_of(ids) is None
-        results.append(result | {"new_tokens": len(ids), "hit_max_new_tokens": cut_off})
-    return results
-
-
-def windows(tokenizer, text, limit):
-    """The tokens of a text as lists of at most `limit`, each behind BOS where the tokenizer puts one before a text."""
-    ids = tokenizer(text, split_special_tokens=True, verbose=False).input_ids
-    front = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-    step = limit - len(front)
-    parts = [front + ids[start : start + step] for start in range(len(front), len(ids), step)]
-    return [part for part in parts if len(part) > 1]
-
-
-def test_general_text(text, tokenizer, model, adapter_off, run):
-    """{system: perplexity of the text, nll_sum (nats), tokens}"""
-    import torch
-
-    from decoding import losses_of
-
-    if not text:
-        return {}
-    model.set_attn_implementation(llama.choose_attention("packed"))
-    parts = windows(tokenizer, text, min(WINDOW, model.config.max_position_embeddings))
-    figures, tokens = {}, sum(len(part) - 1 for part in parts)
-    if not tokens:
-        fail("the text of --general-text is too short: it has a single token")
-    for system, prefix in systems(run).items():
-        with adapter_off() if prefix else contextlib.nullcontext(), torch.inference_mode():
-            nll = sum(losses_of(*llama.read(model, [part[:1]], [part[1:]])).sum().item() for part in parts)
-        if not nll < MAX_NLL * tokens:  # NaN too
-            fail(f"the general text has a log-likelihood of {-nll}: the {system} model diverged")
-        figures[system] = {"perplexity": math.exp(nll / tokens), "nll_sum": nll, "tokens": tokens}
-    return figures
-
-
 def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state):
     """Test this process' share of the batches, appending each to its work file as soon as it is done."""
     import torch
+
+    import decoding
 
     new = getattr(args, f"{task}_max_new_tokens")
     attention = llama.choose_attention("packed")
     max_tokens = args.max_batch_tokens if attention == "packed" else 1  # else nothing keeps the rows apart
     everything = plan(task, rows, tokenizer, new, model.config.max_position_embeddings, max_tokens)
-    done = examples_done(path, run)
+    done = predictions.examples_done(path, run)
     state.wait_for_everyone()  # all have read what is done before any adds to it
     undone = [batch for batch in everything if not all(row["place"] in done for row in batch)]
     share = undone[state.process_index :: state.num_processes]
@@ -327,13 +191,13 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state)
     with part.open("a") as file, bar, torch.inference_mode():
         for batch in share:
             examples = {row["place"]: {"tokens": len(row["completion_ids"])} for row in batch}
-            for prefix in systems(run).values():
+            for prefix in predictions.systems(run).values():
                 with adapter_off() if prefix else contextlib.nullcontext():
-                    results = test_batch(model, tokenizer, batch, ends, task == "trivia_qa", new, attention)
+                    results = decoding.test_batch(model, tokenizer, batch, ends, task == "trivia_qa", new, attention)
                 for row, result in zip(batch, results, strict=True):
                     examples[row["place"]] |= {prefix + key: value for key, value in result.items()}
                     tokens += len(row["prompt_ids"]) + len(row["completion_ids"]) + result["new_tokens"]
-            append_work(file, run, list(examples.items()))
+            predictions.append_work(file, run, list(examples.items()))
             bar.update(len(batch))
     took = f"{time.time() - started:.1f} s" + (" (first process)" if state.num_processes > 1 else "")
     before = f", {len(done)} of them from before" if done else ""
@@ -342,35 +206,34 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state)
 
 def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
     """Test the tasks that are not finished; the paths of all that have rows."""
+    import decoding  # and torch, transformers
+
     text = read_general_text(args)
     run = run_identity(args, base, folder, in_4bit, rows, tokenizer, text)
     if folder and args.model == "auto":  # an adapter from elsewhere names no weights
         trained_on = llama.read_run(folder)["run"].get("weights", run["weights"])
         remedy = f"put back what {folder}/run.json names, or give --model {base} to test on this one all the same"
-        what = f"{base}, the base of {folder},"
-        common.refuse_another(what, {"weights": trained_on}, {"weights": run["weights"]}, remedy)
+        common.refuse_another(f"{base}, the base of {folder},", run | {"weights": trained_on}, run, remedy)
     parts = {task: llama.rows_of(rows, task) for task in common.TASKS}
-    paths = paths_of(args.output_dir, args.name, args.swap_answers)
-    done = [task for task, path in paths.items() if finished(args, path, run)]
+    paths = predictions.paths_of(args.output_dir, args.name, args.swap_answers)
+    done = [task for task, path in paths.items() if predictions.finished(args, path, run)]
     state.wait_for_everyone()  # all have looked before any changes a file
     if any(len(part) for task, part in parts.items() if task not in done):
-        system = load_system(base, folder, in_4bit, "base" in systems(run))
-        general = test_general_text(text, tokenizer, *system, run) if is_main() else {}
+        system = decoding.load_system(base, folder, in_4bit, "base" in predictions.systems(run))
+        general = decoding.test_general_text(text, tokenizer, *system, run) if text and is_main() else {}
     for task, path in paths.items():
-        if not parts[task]:
-            if is_main():  # else evaluations.py would score another run's predictions
-                path.unlink(missing_ok=True)
-        elif task in done:
-            if is_main():
-                remove_work(path)  # where a kill came between the file and this
+        if task in done:
             say(f"{path} is finished, by the same settings on the same rows: nothing to do")
-        else:
+        elif parts[task]:
             test_task(args, task, parts[task], tokenizer, *system, path, run, state)
             state.wait_for_everyone()
             if is_main():
-                write_predictions(task, parts[task], folder, path, run, general)
-                remove_work(path)
+                predictions.write_predictions(task, parts[task], folder, path, run, general)
             say(f"wrote {path}")
+        elif is_main():  # else evaluations.py would score another run's predictions
+            path.unlink(missing_ok=True)
+        if is_main():
+            predictions.remove_work(path)
     return [path for path in paths.values() if path.exists()]
 
 
@@ -402,7 +265,7 @@ def main(argv=None):
         tokenizer = llama.tokenizer_of(base, source, args.chat_template)
         paths = test_undone(args, base, folder, in_4bit, tokenizer, rows, state)
         if is_main():
-            show([common.read_json(path) for path in paths], prompts)
+            predictions.show([common.read_json(path) for path in paths], prompts)
         say(f"\n{time.time() - started:.0f} s, peak memory {llama.peak_memory():.2f} GB")
         state.wait_for_everyone()
         state.destroy_process_group()

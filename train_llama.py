@@ -27,8 +27,6 @@ from common import fail, first_line, is_main, say
 from estimate import GPUS, SAVERS, choose_kernels, dry_run, model_shape, optimizer_steps, settle
 
 # Settings: edit here, or override for one run on the command line.
-# An 8B model on 24 GB, by --dry-run: 5.7 GB of 4-bit weights and 16-bit embeddings, 0.3 GB of adapter, gradients and
-# optimizer, and with activation checkpointing some 1 GB for one packed row of 2048 tokens.
 MODEL = "llama3"  # a key of MODELS in llama.py, a hub id or a local folder
 CHAT_TEMPLATE = "auto"  # on, off; auto: prompts go through the tokenizer's chat template where it has one
 LOAD_IN_4BIT = True  # NF4 with double quantisation; False loads 16-bit weights
@@ -69,13 +67,12 @@ CHOICES = {
     **dict.fromkeys(("EARLY_STOPPING_PATIENCE", "SEED"), (0, int)),
     **dict.fromkeys(("LORA_DROPOUT", "SAVE_MINUTES", "DRY_RUN_PRICE"), (0, float)),
     **dict.fromkeys(("LOAD_IN_4BIT", "PACKING", "DRY_RUN", "OVERWRITE"), (bool,)),
+    **dict.fromkeys(("ACTIVATION_CHECKPOINTING", "USE_LIGER_KERNEL"), ("auto", "on", "off")),
     "TARGET_MODULES": (list,),
     "NUM_TRAIN_EPOCHS": (float,),
     "CHAT_TEMPLATE": llama.CHAT_TEMPLATES,
     "LEARNING_RATE": ("auto", float),
     "ATTN_IMPLEMENTATION": llama.ATTENTIONS,
-    "ACTIVATION_CHECKPOINTING": ("auto", "on", "off"),
-    "USE_LIGER_KERNEL": ("auto", "on", "off"),
     "REPORT_TO": ("none", "tensorboard", "trackio", "wandb"),
     "DRY_RUN_GPU": ("here", *GPUS),
 }
@@ -118,10 +115,7 @@ def run_identity(args, base, tokenizer, rows):
 
 
 def last_checkpoint(folder):
-    """The newest whole checkpoint and its manifest, or None.
-
-    Those that a killed process left half-written, or whose files have changed since, are passed over and removed.
-    """
+    """The newest whole checkpoint and its manifest, or (None, {}); broken ones are passed over and removed."""
     found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
     for path in sorted(found, key=step_of, reverse=True):
         manifest, broken = common.read_manifest(path)
@@ -130,7 +124,7 @@ def last_checkpoint(folder):
         say(f"warning: {path} is broken ({', '.join(broken)}): going back to the one before")
         if is_main():
             shutil.rmtree(path, ignore_errors=True)
-    return None
+    return None, {}
 
 
 def step_of(checkpoint):
@@ -138,25 +132,24 @@ def step_of(checkpoint):
 
 
 def where_to_start(args, run):
-    """("finished", None), ("go on", (checkpoint, manifest)) or ("afresh", None); exits 2 where another run stands.
+    """The checkpoint to go on from and its manifest, (None, {}) to begin, or None where the run is finished.
 
-    A stopped run goes on, with --overwrite and without, beside whatever older adapter is still there.
+    Exits 2 where another run stands. A stopped run goes on, with --overwrite too, whatever older adapter is there.
     """
-    output = Path(args.output_dir)
-    old, weights = common.read_json(output / "adapter" / "run.json"), output / "adapter" / "adapter_model.safetensors"
+    adapter = Path(args.output_dir) / "adapter"
+    old, weights = common.read_json(adapter / "run.json"), adapter / "adapter_model.safetensors"
     finished = old.get("run") == run and weights.is_file() and old.get("adapter_sha256") == common.sha256(weights)
     if finished and not args.overwrite:
-        return "finished", None
-    checkpoint = last_checkpoint(output / "checkpoints")
-    mine = checkpoint is not None and checkpoint[1].get("run") == run
-    if mine and not (finished and step_of(checkpoint[0]) >= old.get("steps", 0)):
-        return "go on", checkpoint
+        return None
+    checkpoint, manifest = last_checkpoint(Path(args.output_dir) / "checkpoints")
+    if manifest.get("run") == run and not (finished and step_of(checkpoint) >= old.get("steps", 0)):
+        return checkpoint, manifest
     remedy = "give its settings again to go on with it, or --overwrite to start afresh, or another --output-dir"
     if checkpoint and not args.overwrite:
-        common.refuse_another(checkpoint[0], checkpoint[1].get("run", {}), run, remedy)
-    if any((output / "adapter").glob("*")) and not args.overwrite:
-        common.refuse_another(output / "adapter", old.get("run", {}), run, remedy)
-    return "afresh", None
+        common.refuse_another(checkpoint, manifest.get("run", {}), run, remedy)
+    if any(adapter.glob("*")) and not args.overwrite:
+        common.refuse_another(adapter, old.get("run", {}), run, remedy)
+    return None, {}
 
 
 def tokenize(rows, tokenizer, max_length, what):
@@ -203,12 +196,11 @@ def validation_sets(rows, tokenizer, args):
 def lora_config(args):
     from peft import LoraConfig
 
-    all_linear = args.target_modules == ["all-linear"]
     return LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules="all-linear" if all_linear else args.target_modules,
+        target_modules="all-linear" if args.target_modules == ["all-linear"] else args.target_modules,
         task_type="CAUSAL_LM",
     )
 
@@ -239,7 +231,6 @@ def sft_config(args):
         eval_strategy="steps",
         eval_steps=args.eval_steps,
         metric_for_best_model="eval_loss",
-        greater_is_better=False,
         save_steps=args.save_steps,
         save_total_limit=args.save_total_limit + 1,  # the newest one counts only after the oldest went
         report_to=args.report_to,
@@ -315,8 +306,7 @@ def draw_loss(history, best_step, path):
     """A plot of the training loss and each task's validation loss by optimizer step."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="tight")
-    axes = figure.subplots()
+    axes = Figure(figsize=(8, 4.5), layout="tight").subplots()
     for key in sorted({key for entry in history for key in entry if key.endswith("loss")} - {"eval_loss"}):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         label = "training" if key == "loss" else f"validation {key[5:-5]}"
@@ -325,7 +315,7 @@ def draw_loss(history, best_step, path):
     axes.set(xlabel="optimizer step", ylabel="loss (nats per completion token)", title="Training", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    axes.figure.savefig(path, dpi=120)
 
 
 def mean_training_loss(history):
@@ -341,10 +331,8 @@ def mean_training_loss(history):
 def summary(args, base, trainer, train_rows):
     """What run.json holds."""
     state, seconds = trainer.state, trainer.seconds + time.time() - trainer.started
-    best = next(
-        entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == state.best_global_step
-    )
-    tokens = state.num_input_tokens_seen
+    validations = [entry for entry in state.log_history if "eval_loss" in entry]
+    best = next(entry for entry in validations if entry["step"] == state.best_global_step)
     return {
         "base_model": base,
         "settings": vars(args),
@@ -359,8 +347,8 @@ def summary(args, base, trainer, train_rows):
         "best_step": state.best_global_step,
         "train_loss": mean_training_loss(state.log_history),
         **{key: value for key, value in sorted(best.items()) if key.startswith("eval_")},
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
+        "tokens": state.num_input_tokens_seen,
+        "tokens_per_second": state.num_input_tokens_seen / seconds,
         "peak_memory_gb": llama.peak_memory(),
         "seconds": seconds,
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
@@ -406,9 +394,9 @@ def train(args, base, rows):
     say(f"training {base} on {len(rows['train']):,} rows, validating on {len(rows['validation']):,}")
     shape, tokenizer = read_base(args, base)
     run = run_identity(args, base, tokenizer, rows)
-    start, checkpoint = where_to_start(args, run)
+    start = where_to_start(args, run)
     adapter = Path(args.output_dir) / "adapter"
-    if start == "finished":
+    if not start:
         if is_main():
             common.put_back(adapter)  # a kill may have left the one before beside it
         say(f"{adapter} is finished, by the same settings on the same rows: nothing to do")
@@ -420,16 +408,16 @@ def train(args, base, rows):
     validation = validation_sets(rows["validation"], tokenizer, args)
     model = llama.load_model(base, args.load_in_4bit)
     settle(shape, packed, args)
-    folder, manifest = checkpoint or (None, {"seconds": 0.0})
-    trainer = make_trainer(args, model, tokenizer, packed, validation, run, manifest["seconds"])
-    if start == "afresh" and is_main():
+    checkpoint, manifest = start
+    trainer = make_trainer(args, model, tokenizer, packed, validation, run, manifest.get("seconds", 0.0))
+    if not checkpoint and is_main():
         for old in (Path(args.output_dir) / "checkpoints").glob("checkpoint-*"):
             shutil.rmtree(old, ignore_errors=True)
     bits, steps = "4" if args.load_in_4bit else "16", optimizer_steps(packed, args)
     say(f"{steps:,} optimizer steps over {len(packed):,} packed sequences, {bits}-bit base, on {trainer.args.device}")
-    if folder:
-        say(f"going on from {folder}")
-    train_until_done(trainer, folder)
+    if checkpoint:
+        say(f"going on from {checkpoint}")
+    train_until_done(trainer, checkpoint)
     result = summary(args, base, trainer, len(tokens))
     if is_main():
         save_adapter(args, tokenizer, trainer, result)
@@ -440,15 +428,6 @@ def train(args, base, rows):
     say(f"\nwrote {adapter}")
 
 
-def tell_costs(args, base, rows):
-    """The dry run."""
-    shape, tokenizer = read_base(args, base)
-    tokens = tokenize(rows["train"], tokenizer, args.max_length, "train")
-    validation_sets(rows["validation"], tokenizer, args)  # says what is dropped of them
-    choose_kernels(args)
-    dry_run(shape, tokens, pack(tokens, args), args)
-
-
 @common.script
 def main(argv=None):
     args = parse_args(argv)
@@ -456,11 +435,15 @@ def main(argv=None):
     rows = {split: llama.load_rows(args.output_dir, split) for split in ("train", "validation")}
     llama.own_gpu("train_llama.py")
     llama.quiet()
-    if args.dry_run:
-        tell_costs(args, base, rows)
+    if not args.dry_run:
+        with common.only_run_in(args.output_dir):
+            train(args, base, rows)
         return
-    with common.only_run_in(args.output_dir):
-        train(args, base, rows)
+    shape, tokenizer = read_base(args, base)
+    tokens = tokenize(rows["train"], tokenizer, args.max_length, "train")
+    validation_sets(rows["validation"], tokenizer, args)  # says what is dropped of them
+    choose_kernels(args)
+    dry_run(shape, tokens, pack(tokens, args), args)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,12 @@
 import math
 import tempfile
 
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft.tuners.lora import LoraLayer
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
 import common
 import estimate
 import llama
@@ -15,22 +21,8 @@ MAX_RELATIVE_DIFFERENCE_16BIT = 0.1
 ROWS_AT_A_TIME = 8  # in one pass: layers that lie on the disk are read once for all of them
 
 
-def tensors_in(path):
-    """(name, tensor) in turn, each opened for it alone: what was read of a mapped file counts as memory."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        names = sorted(file.keys())
-    for name in names:
-        with safe_open(path, "pt") as file:
-            yield name, file.get_tensor(name)
-
-
 def merged_by_peft(layer, stored):
     """What a merged weight must be, in float32, by its module in base + adapter; None: as `stored`, the base's."""
-    from bitsandbytes.functional import dequantize_4bit
-    from peft.tuners.lora import LoraLayer
-
     adapted = isinstance(layer, LoraLayer)
     # PEFT's own merge of 4-bit layers would quantise the sum again, so only its update is asked for
     weight = getattr(layer.get_base_layer() if adapted else layer, "weight", None)
@@ -43,11 +35,9 @@ def merged_by_peft(layer, stored):
 
 def wrong_tensors(model, base, fresh, dtype):
     """Sentences on the tensors in `fresh` that are not those of `model`, base and adapter under PEFT, in `dtype`."""
-    import torch
-
     layers, dtype = dict(model.named_modules()), getattr(torch, dtype)
     for path in llama.weight_files(base):
-        pairs = zip(tensors_in(path), tensors_in(fresh / path.name), strict=True)
+        pairs = zip(llama.tensors_in(path), llama.tensors_in(fresh / path.name), strict=True)
         for (name, stored), (same_name, merged) in pairs:
             expected = merged_by_peft(layers.get(name.removesuffix(".weight")), stored)
             if (same_name, merged.dtype, merged.shape) != (name, dtype, stored.shape):
@@ -64,21 +54,15 @@ def wrong_tensors(model, base, fresh, dtype):
 
 
 def roomy_place(base):
-    """(device, type) with room for a whole model: float32 if possible, in 16 bit on a GPU rather than on a CPU.
-
-    The device is None where none has room.
-    """
-    import torch
-
+    """(device or None, type) with room for a whole model: float32 if possible, 16 bit on a GPU rather than a CPU."""
     size = sum(path.stat().st_size for path in llama.weight_files(base))  # of 16-bit files
-    room = estimate.host_memory() - estimate.LIBRARIES
-    places = [("cpu", "float32", 2 * size < room), ("cpu", "bfloat16", size < room), (None, "bfloat16", True)]
+    room, free, dtype = estimate.host_memory() - estimate.LIBRARIES, 0, "bfloat16"
     if torch.cuda.is_available():
-        dtype, free = llama.compute_dtype(), torch.cuda.mem_get_info()[0]  # a fifth for activations
-        places = [("cuda:0", "float32", 2.4 * size < free), ("cuda:0", dtype, 1.2 * size < free), *places[:2]]
-        places.append((None, dtype, True))
+        free, dtype = torch.cuda.mem_get_info()[0], llama.compute_dtype()
+    places = [("cuda:0", "float32", 2.4 * size < free), ("cuda:0", dtype, 1.2 * size < free)]  # a fifth: activations
+    places += [("cpu", "float32", 2 * size < room), ("cpu", "bfloat16", size < room), (None, dtype, True)]
     device, dtype = next(place for *place, fits in places if fits)
-    if device == "cpu" and torch.cuda.is_available():
+    if device == "cpu" and free:
         common.say("no room for the model on the GPU: it is compared on the CPU, which takes longer")
     return device, dtype
 
@@ -93,18 +77,14 @@ def load_tuned(base, folder, into, device, dtype):
     return llama.load_adapter(model, folder).get_base_model()
 
 
-def load_merged(folder, offload, **places):
+def load_merged(folder, offload, device=None, dtype=None):
     """The merged model as a user loads it; layers that have no room go to the disk, into the folder `offload`."""
-    from transformers import AutoModelForCausalLM
-
-    places = {"dtype": llama.compute_dtype(), "device_map": "auto", "offload_folder": offload} | places
-    return AutoModelForCausalLM.from_pretrained(folder, **places)
+    places = {"device_map": {"": device} if device else "auto", "offload_folder": offload}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or llama.compute_dtype(), **places)
 
 
 def logits_of(model, ids):
     """Logits [answer tokens, vocabulary] before each completion token of all rows, and those tokens' ids."""
-    import torch
-
     attention = llama.choose_attention("packed")
     model.set_attn_implementation(attention)
     step = ROWS_AT_A_TIME if attention == "packed" else 1
@@ -118,8 +98,6 @@ def logits_of(model, ids):
 
 
 def perplexity(logits, golds):
-    from torch.nn.functional import cross_entropy
-
     return cross_entropy(logits, golds).double().clamp(max=MAX_NLL).exp().item()  # JSON has no infinity
 
 
@@ -136,13 +114,9 @@ def compare(tuned, merged, golds):
 
 
 def compare_folder(fresh, dtype, weights, ids, tuned, golds, place):
-    """{type: figures} of the merged folder beside base + adapter, in `place`: as stored, and by `weights` if any.
-
-    dtype: as stored. weights: the merged ones before they were rounded.
-    """
-    places = {"dtype": place[1]} | ({"device_map": {"": place[0]}} if place[0] else {})
+    """{type: figures} of the merged folder, loaded in `place`: as stored, and by the unrounded `weights`, if any."""
     with tempfile.TemporaryDirectory() as offload:
-        model = load_merged(fresh, offload, **places)
+        model = load_merged(fresh, offload, *place)
         comparison = {dtype: compare(tuned, logits_of(model, ids)[0], golds)}
         if weights:
             parameters = dict(model.named_parameters())

@@ -160,7 +160,7 @@ def test_a_model_that_knows_nothing_has_the_vocabulary_size_as_perplexity(name):
 
 def test_a_row_in_a_batch_is_predicted_and_scored_as_alone_and_as_by_generate(chain, monkeypatch):
     base = base_of(chain)
-    model, _ = tester.load_system(base, chain / "adapter", True, compare=True)
+    model, _ = decoding.load_system(base, chain / "adapter", True, compare=True)
     tokenizer, data = prompts_of(base, chain)
     llama.choose_attention("packed")  # registers it
     prompts = tokenizer(list(data["prompt"])).input_ids
@@ -251,13 +251,13 @@ def test_an_answer_ends_at_the_line_and_keeps_what_shares_its_last_token(chain, 
 def test_line_ends_in_front_of_an_answer_do_not_end_it(name, front, answer):
     tokenizer = llama.load_tokenizer(str(FIXTURES / name))
     ids, behind = (tokenizer(text, add_special_tokens=False).input_ids for text in (front + answer + "\n", "and on"))
-    end_of = tester.answer_end(tokenizer, {tokenizer.eos_token_id}, one_line=True)
+    end_of = decoding.answer_end(tokenizer, {tokenizer.eos_token_id}, one_line=True)
     length = end_of(ids + behind)
     assert tokenizer.decode(ids[:length]).strip() == answer and "\n" in tokenizer.decode(ids[length - 1 : length])
     assert all(end_of(ids[:i]) is None for i in range(length))
     assert end_of([*ids[:1], tokenizer.eos_token_id]) in (1, 2)  # an end token ends it anywhere
     assert end_of([tokenizer.eos_token_id]) == 1
-    summary = tester.answer_end(tokenizer, {tokenizer.eos_token_id}, one_line=False)
+    summary = decoding.answer_end(tokenizer, {tokenizer.eos_token_id}, one_line=False)
     assert summary(ids + behind) is None and summary([*ids, tokenizer.eos_token_id]) == len(ids) + 1
 
 
@@ -362,7 +362,7 @@ def test_two_processes_write_the_same_files_as_one(out, capsys):
 @ONE
 @pytest.mark.parametrize("cut, healed", [(0, 6), (1, 5), (20, 5)])
 def test_work_left_behind_is_used_and_a_cut_off_line_healed(cut, healed, chain, out, monkeypatch, capsys):
-    monkeypatch.setattr(tester, "write_predictions", lambda *rest: (_ for _ in ()).throw(RuntimeError))
+    monkeypatch.setattr("predictions.write_predictions", lambda *rest: (_ for _ in ()).throw(RuntimeError))
     with pytest.raises(RuntimeError):
         test(out, *SHORT, "--max-batch-tokens", "1")
     monkeypatch.undo()
@@ -596,7 +596,7 @@ KINDS = {"plain": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}
 def test_an_adapter_from_elsewhere_answers_as_peft_computes_it(kind, tmp_path):
     folder = peft_adapter(tmp_path / "adapter", ["q_proj", "down_proj", "lm_head"], **KINDS[kind])
     base, ids = llama.read_adapter(folder), torch.arange(20, 60)[None]
-    model, off = tester.load_system(base, folder, False, compare=False)
+    model, off = decoding.load_system(base, folder, False, compare=False)
     by_peft = llama.load_adapter(llama.load_model(base, False), folder)
     with torch.no_grad():
         for some in (ids, ids[:, :5], ids[:, :1]):
@@ -615,14 +615,14 @@ def test_a_flag_out_of_range(flag, tmp_path):
 
 def test_unpacking_the_4_bit_weights_once_changes_no_number(chain, monkeypatch):
     base, ids = llama.read_adapter(chain / "adapter"), torch.arange(20, 60)[None]
-    unpacked, _ = tester.load_system(base, chain / "adapter", True, compare=True)
+    unpacked, _ = decoding.load_system(base, chain / "adapter", True, compare=True)
     need = 4 * unpacked.num_parameters()  # bytes, unpacked in float32, in half of what this process can have
     for free, room in ((2 * need, False), (2.1 * need, True)):
         monkeypatch.setattr(estimate, "host_memory", lambda free=free: free)
-        assert tester.has_room(unpacked) is room
+        assert decoding.has_room(unpacked) is room
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each process unpacks its own
-    assert not tester.has_room(unpacked)
-    packed, _ = tester.load_system(base, chain / "adapter", True, compare=True)
+    assert not decoding.has_room(unpacked)
+    packed, _ = decoding.load_system(base, chain / "adapter", True, compare=True)
     kinds = [{type(module).__name__ for module in model.modules()} for model in (packed, unpacked)]
     assert any("4bit" in name for name in kinds[0]) and not any("4bit" in name for name in kinds[1])
     with torch.no_grad():
@@ -633,7 +633,7 @@ def test_unpacking_the_4_bit_weights_once_changes_no_number(chain, monkeypatch):
 def test_a_gpu_gets_unpacked_weights_only_where_a_batch_fits_beside_them(free, room, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80e9))
-    assert tester.has_room(SimpleNamespace(num_parameters=lambda: 8.03e9, device="cuda:0")) is room
+    assert decoding.has_room(SimpleNamespace(num_parameters=lambda: 8.03e9, device="cuda:0")) is room
 
 
 @ONE
