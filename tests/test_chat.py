@@ -308,7 +308,7 @@ def test_asked_by_test_llama_it_gives_the_predictions_of_the_local_test(setting,
     for task in TASKS:
         local, served = examples(out, task), examples(out, task, "_merged")
         assert [e["prediction"] for e in served["examples"]] == [e["prediction"] for e in local["examples"]]
-        assert f"{task}: as tested; 6 of 6 predictions equal" in result.stdout
+        assert f"tested={out}/{task}_predictions.json merged={out}/{task}_predictions_merged.json" in result.stdout
         assert {e["hit_max_new_tokens"] for e in served["examples"]} <= {True, False}
 
 
