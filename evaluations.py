@@ -105,7 +105,7 @@ class PredictionFile(BaseModel, strict=True):
 
     @model_validator(mode="after")
     def all_or_none(self):
-        for name in ("id", "base_prediction"):
+        for name in ("id", "base_prediction", SWAPPED):
             given = [getattr(example, name) is not None for example in self.examples]
             if any(given) and not all(given):
                 raise ValueError(f"examples.{given.index(False)} has no {name}: give it to all examples or none")

@@ -151,6 +151,7 @@ def judge(tasks, args):
     new = {new[i]: messages[new[i]] for i in rng.permutation(len(new))}
     cached = len(messages) - len(new)
     say(f"judge {args.judge_model}: {len(new)} predictions to ask about, {cached} answers in {judge.path}")
+    judge.kept = cached
     answers, errors = judge.judgements(new)
     counts = judge.counts() | {"cached": cached, "unanswered": len(errors)}
     say(", ".join(f"{value} {name.replace('_', ' ')}" for name, value in counts.items()))

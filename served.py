@@ -28,7 +28,7 @@ CAUSES = {  # why a server reads so many tokens more than the run
 }
 WAYS = {"text": "text", "chat": "chat", "ids": "token ids"}  # a prompt goes
 FIRST_TOKENS = 32  # that the first requests ask for: some models refuse fewer than 16
-FEWEST = 1 / 3  # of a prompt's tokens that another tokenizer makes of it: with fewer, the server has cut it
+FEWEST = 1 / 2  # of the tokens expected of another tokenizer: with fewer, the server has cut the prompt
 # Other tokenizers cut digits, capitals, accents and brackets otherwise
 PROBE = "In 1987, naïve Zürich-Cafés sold 12345678 x_iPhones {a: [0.25]}; 東京 don't!?\nAnswer:"
 LOGPROBS = ({"prompt_logprobs": 0}, {"echo": True, "logprobs": 0})  # vLLM's, and OpenAI's of old
@@ -45,6 +45,7 @@ class Tested(Server):
         super().__init__("server", args.server, args.server_model, args.server_concurrency, args.server_timeout)
         self.tokenizer, self.ends, self.thought_tokens = tokenizer, ends, args.server_thought_tokens
         self.form, self.same_tokens, self.more, self.logprobs = None, False, 0, None
+        self.share = 1  # of a prompt's tokens, as the run counts them, that another tokenizer makes of it
         order = ("chat", "text") if tokenizer.chat_template else ("text", "chat")
         self.forms = {"completions": ("text",), "chat": ("chat",)}.get(args.server_api, order)
         if not self.model:
@@ -75,17 +76,25 @@ class Tested(Server):
         return "/completions", {"prompt": text}
 
     def takes(self, form, *rows):
-        """How many tokens more than the run the server reads of each prompt (None: not known); []: no such form."""
+        """How many tokens more than the run the server reads of each prompt (None: not known); []: no such form.
+
+        Where the first prompt is taken, another one may be refused for what it says.
+        """
         self.form, more = form, []
         options = {"max_tokens": FIRST_TOKENS + self.thought_tokens, "temperature": 0}
-        try:
-            for row in rows:
-                read = self.send(*self.request(row), options).read
-                more.append(read - len(row["prompt_ids"]) if read else None)
-        except openai.APIStatusError as error:
-            if error.status_code not in NO_SUCH:
-                raise
-            self.refusal, more = error, []
+        for row in rows:
+            try:
+                answer = self.send(*self.request(row), options)
+                if not answer.choice:
+                    raise NoAnswer(answer.problem)
+                more.append(answer.read - len(row["prompt_ids"]) if answer.read else None)
+            except (openai.APIStatusError, NoAnswer) as error:
+                if getattr(error, "status_code", 400) not in NO_SUCH:
+                    raise
+                if not more:
+                    self.refusal = error
+                    return []
+                more.append(None)
         return more
 
     def begin(self, row):
@@ -95,15 +104,18 @@ class Tested(Server):
         more = []
         try:
             for form in self.forms:
-                more = more or self.takes(form, row, probe)
+                more = more or self.takes(form, probe, row)
             if not more:
                 raise self.refusal
-            self.more, self.same_tokens = more[0], more[0] is not None and more[0] == more[-1]
-            say(self.reading(row, more[0]))
+            of_probe, of_row = more
+            row, self.more = (probe, of_probe) if of_row is None else (row, of_row)
+            self.same_tokens = of_probe is not None and self.more == of_probe
+            self.share = min(1, 1 + (self.more or 0) / len(row["prompt_ids"]))
+            say(self.reading(row, self.more))
             # ids are never read as another text, but must mean the same
             if self.form == "text" and self.same_tokens:
-                of_ids = self.takes("ids", row)
-                self.form, self.more = ("ids", of_ids[0] or 0) if of_ids else ("text", more[0])
+                of_ids = self.takes("ids", probe)
+                self.form, self.more = ("ids", of_ids[0] or 0) if of_ids else ("text", self.more)
         except ERRORS as error:
             flags = "--server, --server-model, --server-api and, for a reasoning model, --server-thought-tokens"
             fail(f"{self.name} gives no answers ({self.why(error)}): check {flags}")
@@ -129,8 +141,7 @@ class Tested(Server):
         answer = self.answer_to(row, options | stop)
         if stop and not answer.text.strip():  # a line's end in front has stopped it: an answer may be behind
             answer = self.answer_to(row, options)
-        # a template may begin the thoughts, so that only their end is in the answer
-        text, cut_off = answer.text.rpartition("</think>")[2].strip(), answer.cut_off
+        text, cut_off = answer.text.strip(), answer.cut_off
         if self.thought_tokens:  # an answer may not have their room
             ends = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
             cut_off = cut_off or len(ends) > row["new"]
@@ -143,13 +154,17 @@ class Tested(Server):
     def answer_to(self, row, options):
         """The server's Answer to a whole prompt; raises ERRORS, NoAnswer where the server has cut the prompt."""
         answer, own = self.send(*self.request(row), options), len(row["prompt_ids"])
-        if answer.problem:
-            remedy = ": give them room, --server-thought-tokens 2000" if answer.problem == NO_ROOM else ""
-            raise NoAnswer(answer.problem + remedy)
-        whole = own + self.more if self.same_tokens else FEWEST * own
+        # a template may begin the thoughts, so that only their end is in the answer, or not even that
+        _, end, text = answer.text.rpartition("</think>")
+        endless = self.thought_tokens and answer.cut_off and not (end or answer.thoughts)
+        problem = answer.problem or (NO_ROOM if endless or (end and not text.strip()) else "")
+        if problem:
+            remedy = ": give them room, --server-thought-tokens 2000 or more" if problem == NO_ROOM else ""
+            raise NoAnswer(problem + remedy)
+        whole = own + self.more if self.same_tokens else FEWEST * self.share * own
         if answer.read and answer.read < whole:
             raise NoAnswer(f"it read only {answer.read} tokens of the prompt, which it must have cut")
-        return answer
+        return answer._replace(text=text)
 
     def gives_losses(self, row):
         """Whether the server gives the prompt's log-probabilities, tried with one row; it may break on that."""
@@ -212,6 +227,8 @@ def ask_rows(served, ask, key, task, rows, path, run):
     """Ask for what is not known under `key` of a task's rows, appending each answer to its work file; the errors."""
     done = predictions.examples_done(path, run)
     undone = [row for row in rows if key not in done.get(row["place"], {})]
+    undone.sort(key=lambda row: len(row["prompt_ids"]))  # the first ones are taken, if any are
+    served.kept += len(done)
     if key == "nll":  # what got no answer is not scored
         undone = [row for row in undone if row["place"] in done]
     if not undone:
@@ -226,8 +243,8 @@ def ask_rows(served, ask, key, task, rows, path, run):
 
 def ask_for_losses(served, asked, paths, run):
     """Ask for the perplexity of what got an answer; how many rows have none, though the server gives them."""
-    first = next(iter(asked.values()))[0]
-    if not served.gives_losses(first):  # now that the answers are there: some servers break on it
+    shortest = min(sum(asked.values(), []), key=lambda row: len(row["prompt_ids"]))
+    if not served.gives_losses(shortest):  # now that the answers are there: some servers break on it
         say("perplexity: not given by this server")
         return 0
     errors = []
@@ -248,14 +265,14 @@ def ask_server(args, base, tokenizer, rows):
     run = {"server": True, "model": served.model, "adapter": "none", "rows": rows._fingerprint}
     run["chat_template"] = predictions.template_of(tokenizer)
     run |= {name: value for name, value in vars(args).items() if name in OF_SERVER}
-    name = args.name or re.sub(r"[^\w-]+", "-", Path(served.model).name)
+    name = args.name or re.sub(r"[^\w-]+", "-", Path(served.model).name) or "model"
     name += "-model" if name.endswith("swapped") else ""  # a file of that name is one of --swap-answers
     paths = predictions.paths_of(args.output_dir, name, args.swap_answers)
     parts = {task: llama.rows_of(rows, task) for task in paths}
     asked = {}
     for task, path in paths.items():
         if predictions.finished(args, path, run) and not predictions.work_files(path):
-            say(f"{path} is predictions.finished, by the same settings on the same rows: nothing to do")
+            say(f"{path} is finished, by the same settings on the same rows: nothing to do")
         elif parts[task]:
             asked[task] = rows_to_ask(args, task, parts[task], tokenizer)
     if asked:
@@ -305,7 +322,7 @@ def comparison(args, paths):
 
 
 def test_server(args, base, tokenizer, rows, prompts):
-    """Ask for the rows and predictions.show what came; exit 1 where answers are missing."""
+    """Ask for the rows and show what came; exit 1 where answers are missing."""
     with common.only_run_in(args.output_dir):
         paths, errors = ask_server(args, base, tokenizer, rows)
     if paths:

@@ -20,20 +20,31 @@ from common import fail, first_line, progress, say
 WAITS = (1, 2, 4, 8, 16)  # seconds before a request is sent again to a busy server that names no time
 LONGEST_WAIT = 600  # seconds that a server may ask to be left alone; a longer time ends the request
 CONNECT = 30  # seconds to reach it
+REFUSED_AT_FIRST = 20  # requests, one after the other, after which a server that answers none is given up
 OF_ONE_REQUEST = (400, 413, 422)  # statuses of a refusal that says nothing of other requests
 GATEWAY_TIMEOUTS = (504, 524)  # somebody before the server has stopped waiting
 LIMITS = ("max_tokens", "max_completion_tokens")  # names of the limit of an answer: one is always sent
 FOUND_OUT = ("response_format", "stop_token_ids", "stop")  # left out in turn where a refusal names no option
 # What a refusal says of an option that the server does not have, whatever its value.
 UNKNOWN = re.compile(
-    r"unsupported|not support|unrecogni[sz]ed|unknown|unexpected|extra|not (permitted|allowed|available|implemented)"
-    r"|invalid (parameter|argument|field|key)|no (such|parameter|field|option)\b",
+    r"unsupported|n(o|.)t (support|accept|permitted|allowed|available|implemented)|unrecogni[sz]ed|unknown|unexpected"
+    r"|extra|deprecated|invalid (parameter|argument|field|key)|no (such|parameter|field|option)\b",
     re.IGNORECASE,
 )
+EXTRA = re.compile(
+    r"""extra_forbidden['"], ['"]loc['"]: [\[(]['"]body['"], ['"](\w+)"""
+)  # pydantic's
 # Servers' names for an answer that is whole, and for one that its limit cut off, without case and `_`.
 WHOLE = ("stop", "eos", "eostoken", "endturn", "endofturn", "stopsequence", "stoptoken", "complete", "done")
 CUT_OFF = ("length", "maxtokens", "maxnewtokens", "maxlength", "maxoutputtokens", "modellength", "tokenlimit")
-THINK = r"(?:seed:)?(?:think|thinking|thoughts?|reasoning)"  # in <> or [], around a model's thoughts
+# What a model's thoughts begin with, and what they end with.
+THINK = r"(?:seed:)?(?:think|thinking|thoughts?|reasoning)\b"
+THOUGHTS = re.compile(
+    rf"\s*([<\[◁]{THINK}|<\|begin_of_thought\|>|<\|channel\|>analysis|<details type=.reasoning)", re.IGNORECASE
+)
+THOUGHTS_END = re.compile(
+    rf"[<\[◁]/{THINK}[>\]▷]|<\|end_of_thought\|>|<\|channel\|>final<\|message\|>|</details>", re.IGNORECASE
+)
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 OF_CLIENT = (*PROXIES, "SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
 HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON can say it, UTF-8 cannot
@@ -53,6 +64,7 @@ class Answer(NamedTuple):
     text: str
     problem: str
     cut_off: bool  # by the limit of its tokens
+    thoughts: bool  # whether it thought, apart from the text
     read: int | None  # tokens of the prompt, as the server counts them; None: not known
     written: int | None
     choice: dict
@@ -70,12 +82,13 @@ def read_answer(reply, hide=str):
     if isinstance(text, list):  # of parts, some of which are thoughts or a refusal
         parts = [as_dict(part) for part in text]
         refusal = refusal or next((part["refusal"] for part in parts if part.get("refusal")), None)
+        parts = [part for part in parts if part.get("type", "text") in ("text", "output_text")]
         text = "".join(part["text"] for part in parts if isinstance(part.get("text"), str)) or None
     error = as_dict(reply).get("error") or choice.get("error")
     if not (choice or error) or not isinstance(text, str | None):
         raise NoAnswer(f"its answer is not of OpenAI's protocol: {hide(str(reply))[:60]!r}")
     answer, thoughts = without_thoughts(hide(text or ""))
-    thoughts = thoughts or message.get("reasoning_content") or message.get("reasoning")
+    thoughts = bool(thoughts or message.get("reasoning_content") or message.get("reasoning"))
     reason = re.sub("[^a-z]", "", str(choice.get("finish_reason")).rpartition(".")[2].lower())
     problem = ""
     if error:
@@ -90,7 +103,8 @@ def read_answer(reply, hide=str):
         problem = "its answer has no text"
     elif HALF_A_CHARACTER.search(text):
         problem = "its answer has half a character"
-    return Answer(answer, problem, reason in CUT_OFF, *tokens_of(as_dict(reply.get("usage"))), choice)
+    read, written = tokens_of(as_dict(reply.get("usage")))
+    return Answer(answer, problem, reason in CUT_OFF, thoughts, read, written, choice)
 
 
 def as_dict(value):
@@ -106,9 +120,9 @@ def tokens_of(usage):
 
 def without_thoughts(text):
     """What follows the thoughts that a text begins with, "" where they never end, and whether there are any."""
-    if not re.match(rf"\s*[<\[]{THINK}[>\]]", text, re.IGNORECASE):
+    if not THOUGHTS.match(text):
         return text, False
-    ends = [*re.finditer(rf"[<\[]/{THINK}[>\]]", text, re.IGNORECASE)]
+    ends = [*THOUGHTS_END.finditer(text)]
     return (text[ends[-1].end() :] if ends else ""), True
 
 
@@ -147,6 +161,7 @@ class Server:
         self.requests, self.prompt_tokens, self.completion_tokens = 0, 0, 0
         self.refused, self.accepted = set(), set()  # options, by what the server has said so far
         self.answered, self.answered_at, self.timeout = 0, time.monotonic(), timeout
+        self.kept = 0  # answers that count, those of earlier runs among them
         self.silent_until, self.stopping = 0.0, threading.Event()
 
     def send(self, path, asked, options, waits=None):
@@ -183,8 +198,9 @@ class Server:
         now = time.monotonic()
         patient = now - max(self.answered_at, self.silent_until) < self.timeout
         limited = isinstance(error, openai.RateLimitError) and "insufficient_quota" not in str(error)
-        if may_be_at_work(error) or not waits or not (patient if limited else tries < len(waits)):
+        if may_be_at_work(error) or not (patient if limited else tries < len(waits)):
             return False
+        waits = waits or WAITS
         headers = error.response.headers if isinstance(error, openai.APIStatusError) else None
         asked_for = self.client._parse_retry_after_header(headers) or 0  # reads Retry-After's forms
         if asked_for > LONGEST_WAIT:
@@ -233,6 +249,7 @@ class Server:
                 return error
             with self.lock:  # not in the loop below: what comes while a run is being stopped is kept, too
                 keep(item, answer)
+                self.kept += 1
 
         def outcomes(pool):
             yield from map(outcome, items[:alone])
@@ -244,10 +261,11 @@ class Server:
             try:
                 for number, error in enumerate(bar, 1):
                     errors += [error] if error else []
+                    # refusals of one request each end a run only where there was never anything else
                     of_one = isinstance(error, NoAnswer) or getattr(error, "status_code", 0) in OF_ONE_REQUEST
-                    # replies without an answer end a run only where there is nothing else from its start
-                    in_row = in_row + 1 if error and (not of_one or len(errors) == number) else 0
-                    if in_row > most or (error and not of_one and number <= alone):
+                    in_row = in_row + 1 if error and not (of_one and self.kept) else 0
+                    too_many = in_row > (max(most, REFUSED_AT_FIRST) if of_one else most)
+                    if too_many or (error and not of_one and number <= alone):
                         reason = f"{self.name} gives no answers ({self.why(error)})"
                         fail(f"{reason}; run again to go on from those that it gave")
             finally:
@@ -266,8 +284,8 @@ class Server:
         return {name: getattr(self, name) for name in ("requests", "prompt_tokens", "completion_tokens")}
 
     def hide(self, text):
-        """Text of the server without the key, should it repeat it; a short one is a placeholder."""
-        return text.replace(self.key, "[key]") if len(self.key) > 7 else text
+        """Text of the server without the key, should it repeat it; a short one, or a word, is a placeholder."""
+        return text.replace(self.key, "[key]") if len(self.key) > 7 and re.search(r"\d", self.key) else text
 
     def why(self, error):
         """What went wrong, for a person: one line without the key (a 401's text has parts of it)."""
@@ -288,18 +306,18 @@ def with_a_limit(options, dropped):
 
 def unknown_options(error, taken):
     """The options that a refusal calls unknown. It may name no option: then the next of FOUND_OUT is tried."""
-    text = words_of(error)
+    text, found = words_of(error), taken.keys() & set(EXTRA.findall(str(error.body)))
     named = {name: re.compile(rf"(?<!\w){name}(?!\w)") for name in taken}
     named = {name: pattern for name, pattern in named.items() if pattern.search(text)}
-    found = set()
     for sentence in re.split(r"(?<=[.!?;])\s|\n", text):
         for name, pattern in named.items():
-            # a number in a sentence on a limit is about its value, for this row or for all
-            of_value = name in LIMITS and re.search(r"\d", sentence)
+            # another number than its own in a sentence on a limit is about its value, for this row or for all
+            numbers = set(re.findall(r"(?<![\w.-])\d+(?![\w-])", sentence)) - {str(taken[name])}
+            of_value = name in LIMITS and numbers
             unknown = UNKNOWN.search(sentence) or re.search(rf"\bno\W+{name}", sentence)
             if pattern.search(sentence) and unknown and not of_value:
                 found.add(name)
-    return found if named else set([name for name in FOUND_OUT if name in taken][:1])
+    return found if named or found else set([name for name in FOUND_OUT if name in taken][:1])
 
 
 def words_of(error):
@@ -308,6 +326,8 @@ def words_of(error):
         cause = str(error.__cause__ or "")
         given = [name for name in OF_CLIENT if name in os.environ and "CERTIFICATE" in cause]
         return " ".join([str(error), cause, *given]).strip()
+    if isinstance(error.body, str):
+        return error.body
     body = as_dict(error.body)
     detail = body.get("detail")  # FastAPI's
     if isinstance(detail, list):
