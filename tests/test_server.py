@@ -8,7 +8,10 @@ import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
+import httpx2
+import openai
 import pytest
 from conftest import FIXTURES
 from datasets import Dataset, DatasetDict, load_from_disk
@@ -288,6 +291,111 @@ def test_a_refusal_of_a_value_costs_its_row_alone(refusal, fake, ask, rows, tmp_
     assert code == 1 and "1 requests got no answer (BadRequestError" in output and "options left out" not in output
     assert all("max_tokens" in entry["body"] for entry in fake.seen)
     assert sum(len(read(tmp_path, task)["left_out"]) for task in TASKS) == 1
+
+
+EXTRA = {
+    "type": "extra_forbidden",
+    "loc": ["body", "max_tokens"],
+    "msg": "Extra inputs are not permitted",
+    "input": 96,
+}
+TAKEN = {"temperature": 0, "max_tokens": 96, "stop": ["\n"]}
+
+
+@pytest.mark.parametrize(
+    "body, unknown",
+    [({"error": {"message": "Unsupported parameter: 'max_tokens' is not supported with o1-mini. Use 'x' instead."}},
+      "max_tokens"),
+     ({"error": "Unsupported parameter: max_tokens", "status": 400}, "max_tokens"),
+     ({"detail": [EXTRA]}, "max_tokens"),
+     ({"object": "error", "message": {"detail": [EXTRA]}, "code": 400}, "max_tokens"),
+     ({"object": "error", "message": str([EXTRA]), "code": 400}, "max_tokens"),
+     ({"error": {"message": "does not support parameters: ['max_tokens'], for model=mistral-7b"}}, "max_tokens"),
+     ({"error": {"message": "Extra inputs are not permitted, field: 'max_tokens', value: 96"}}, "max_tokens"),
+     ({"error": {"message": "This model doesn't support the temperature field."}}, "temperature"),
+     ({"error": {"message": "`temperature` is deprecated for this model."}}, "temperature"),
+     ({"error": {"message": "Unsupported value: 'temperature' does not support 0. Only the default (1) is."}},
+      "temperature"),
+     ({"error": {"message": "Unrecognized request argument supplied", "param": "stop"}}, "stop"),
+     ({"error": {"message": "max_tokens=96 is not supported, at most 16"}}, None),
+     ({"error": {"message": "max_tokens must be at least 1, got 0"}}, None)],
+)  # fmt: skip
+def test_an_option_is_unknown_where_the_refusal_says_so_of_the_option(body, unknown):
+    response = httpx2.Response(400, json=body, request=httpx2.Request("POST", "http://127.0.0.1/v1"))
+    client = openai.OpenAI(api_key="none", base_url="http://127.0.0.1/v1")
+    error = client._make_status_error_from_response(response)
+    assert asking.unknown_options(error, TAKEN) == ({unknown} if unknown else set())
+
+
+@pytest.mark.parametrize(
+    "content, text, problem",
+    [("<think duration='3'>So.</think>Paris", "Paris", ""), ("◁think▷So.◁/think▷Paris", "Paris", ""),
+     ("<|begin_of_thought|>So.<|end_of_thought|>Paris", "Paris", ""), ("<|begin_of_thought|>So", "", asking.NO_ROOM),
+     ("<|channel|>analysis<|message|>So.<|end|><|start|>assistant<|channel|>final<|message|>Paris", "Paris", ""),
+     ([{"type": "reasoning", "text": "So."}, {"type": "text", "text": "Paris"}], "Paris", ""),
+     ([{"type": "reasoning", "text": "So."}], "", "its answer has no text"),
+     ("<b>Paris</b>", "<b>Paris</b>", ""), ("I think Paris", "I think Paris", "")],
+)  # fmt: skip
+def test_thoughts_of_every_family_are_no_answer(content, text, problem):
+    answer = asking.read_answer({"choices": [{"message": {"content": content}, "finish_reason": "stop"}]})
+    assert (answer.text, answer.problem) == (text, problem)
+
+
+def test_a_placeholder_for_a_key_stays_in_the_predictions(fake, ask, rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "anything")
+    fake.last = lambda asked: " for anything"
+    assert ask(fake.url)[0] == 0
+    assert all(one["prediction"].endswith(" for anything") for one in read(tmp_path, "samsum")["examples"])
+
+
+def test_thoughts_that_a_template_begins_and_the_limit_cuts_off_are_no_answer(fake, ask, tmp_path):
+    fake.finish = "length"
+    code, output = ask(fake.url, "--server-thought-tokens", 300)
+    assert code == 1 and "12 requests got no answer (its tokens went into thoughts" in output
+
+
+def test_a_model_called_by_a_dot_gets_files_of_its_own(fake, ask, tmp_path):
+    assert ask(fake.url, "--server-model", ".")[0] == 0
+    assert read(tmp_path, "samsum", "model")["model"] == "." and not (tmp_path / "samsum_predictions.json").exists()
+
+
+def test_refused_rows_never_keep_the_others_from_being_asked(fake, ask, rows, tmp_path):
+    """The shortest are refused for what they say, and a first run ends before the second task."""
+    prompts = sorted((prompt for row_id, (_, prompt, _) in rows.items() if row_id.startswith("samsum")), key=len)
+    refused = [json.dumps(prompt) for prompt in prompts[:4]]
+
+    def trouble(body, times):
+        if json.dumps(body["prompt"]) in refused:
+            return 400, "The response was filtered"
+        return (401, "no") if broken and limit(body) == 24 else None
+
+    fake.trouble, broken = trouble, True
+    assert ask(fake.url, "--server-concurrency", 1)[0] == 2
+    broken = False
+    for _ in range(2):
+        code, output = ask(fake.url, "--server-concurrency", 1)
+        assert code == 1 and "4 requests got no answer (BadRequestError: The response was filtered)" in output
+        assert [len(read(tmp_path, task)["examples"]) for task in TASKS] == [2, 6]
+
+
+def test_another_tokenizer_may_make_a_quarter_of_the_tokens(fake, ask, tmp_path):
+    whole = AutoTokenizer.from_pretrained(FIXTURES / "tiny_llama3")
+    fake.tokenizer = lambda text: SimpleNamespace(input_ids=whole(text).input_ids[::4])
+    code, output = ask(fake.url)
+    assert code == 0 and "it has another tokenizer" in output
+
+
+def test_log_probabilities_are_waited_for_where_the_server_is_busy(fake, ask, tmp_path):
+    fake.logprobs, busy = "vllm", []
+
+    def trouble(body, times):
+        if "prompt_logprobs" in body and len(busy) < 2:
+            busy.append(1)
+            return 429, "slow down", {"Retry-After": "0.01"}
+
+    fake.trouble = trouble
+    assert ask(fake.url)[0] == 0
+    assert all(read(tmp_path, task)["perplexity"]["tuned"]["perplexity"] > 1 for task in TASKS)
 
 
 def test_an_option_refused_in_one_row_is_asked_again_with_the_next(fake, ask, rows):
