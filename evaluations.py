@@ -97,7 +97,7 @@ class PredictionFile(BaseModel, strict=True):
     """What test_llama.py writes for a task; of another system's file `task` and `examples` are enough."""
 
     task: Annotated[Literal[TASKS], BeforeValidator(lambda task: task.lower() if isinstance(task, str) else task)]
-    examples: list[Example] = Field(min_length=1)
+    examples: list[Example]
     perplexity: dict[str, dict[str, int | float]] = {}
     general_text: dict[str, dict[str, int | float]] = {}
     left_out: list[str] = []  # ids of rows that its server was not asked for, or did not answer
@@ -105,6 +105,8 @@ class PredictionFile(BaseModel, strict=True):
 
     @model_validator(mode="after")
     def all_or_none(self):
+        if not self.examples and not self.left_out:
+            raise ValueError("examples: List should have at least 1 item")
         for name in ("id", "base_prediction", SWAPPED):
             given = [getattr(example, name) is not None for example in self.examples]
             if any(given) and not all(given):

@@ -85,7 +85,7 @@ def perplexity(examples, prefix, texts):
     counts = {"examples": len(examples)}
     counts["hit_max_new_tokens"] = sum(example[prefix + "hit_max_new_tokens"] for example in examples)
     counts["empty_predictions"] = sum(example.get(prefix + "prediction") == "" for example in examples)
-    if not all(prefix + "nll" in example for example in examples):  # a server that does not give it
+    if not examples or not all(prefix + "nll" in example for example in examples):  # a server that gives none
         return counts
     nll = math.fsum(example[prefix + "nll"] for example in examples)
     tokens = sum(example["tokens"] for example in examples)

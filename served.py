@@ -294,8 +294,9 @@ def ask_tasks(served, asked, parts, paths, run):
         errors += ask_rows(served, served.ask, "prediction", task, asked[task], paths[task], run)
     say(f"the answers took {time.time() - started:.1f} s")
     missing = ask_for_losses(served, asked, paths, run)
+    any_answer = any(predictions.examples_done(paths[task], run) for task in asked)
     for task in asked:
-        if predictions.examples_done(paths[task], run):
+        if any_answer:
             predictions.write_predictions(task, parts[task], None, paths[task], run, {})
             say(f"wrote {paths[task]}")
         if not errors and not missing:

@@ -39,7 +39,7 @@ class Fake(ThreadingHTTPServer):
         self.trouble = lambda prompt, times: None  # or (status, message), or "close"
         self.finish, self.fastapi = "stop", False
         self.reads, self.thoughts, self.front, self.silent = None, "", "", False
-        self.last, self.odd = lambda asked: "", {}
+        self.last, self.odd, self.cut = lambda asked: "", {}, ()
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -78,7 +78,8 @@ class Fake(ThreadingHTTPServer):
                 if values:
                     value = self.odd[json.dumps(ids)]
                     values[len(ids) - 1] = {str(ids[-1]): {"logprob": value}} if self.logprobs == "vllm" else value
-        usage = {"prompt_tokens": min(len(ids), self.reads or len(ids)), "completion_tokens": 5, "total_tokens": 0}
+        read = 1 if json.dumps(ids) in self.cut and limit(body) == 96 else min(len(ids), self.reads or len(ids))
+        usage = {"prompt_tokens": read, "completion_tokens": 5, "total_tokens": 0}
         return 200, {"choices": [choice], "usage": usage}
 
 
@@ -419,12 +420,24 @@ def test_one_limit_of_tokens_is_always_sent(fake, ask):
     assert all(limit(entry["body"]) for entry in fake.seen)
 
 
-def test_a_prompt_that_the_server_has_cut_has_no_answer(fake, ask, rows, tmp_path):
+def test_a_prompt_that_the_server_has_cut_has_no_answer(fake, ask, rows, tmp_path, capsys):
     whole = sorted(len(prompt) for row_id, (_, prompt, _) in rows.items() if row_id.startswith("samsum"))[3]
     fake.reads = whole
     code, output = ask(fake.url)
     assert code == 1 and f" requests got no answer (it read only {whole} tokens of the prompt" in output
     kept = {one["id"] for task in TASKS for one in read(tmp_path, task)["examples"]}
+    fake.reads = max(len(prompt) for row_id, (_, prompt, _) in rows.items() if row_id.startswith("trivia_qa"))
+    fake.cut = [json.dumps(prompt) for row_id, (_, prompt, _) in rows.items() if row_id.startswith("samsum")]
+    assert ask(fake.url, "--name", "one")[0] == 1  # a task without any answer
+    content = read(tmp_path, "samsum", "one")
+    assert (
+        content["examples"] == [] and len(content["left_out"]) == 6 and read(tmp_path, "trivia_qa", "one")["examples"]
+    )
+    with pytest.raises(SystemExit, match="2"):
+        evaluations.main(
+            ["--predictions", f"one={tmp_path}/samsum_predictions_one.json", "--output-dir", str(tmp_path)]
+        )
+    assert "no row of samsum is in all files" in capsys.readouterr().err
     assert kept == {row_id for row_id, (_, prompt, _) in rows.items() if len(prompt) <= whole}
 
 
