@@ -125,6 +125,7 @@ def settle_environment(script):
         numbers = {"LOCAL_WORLD_SIZE": 1} | os.environ
         rank, local_rank, size, _, _ = (int(numbers[name]) for name in LAUNCHED)
         launched = "MASTER_ADDR" in os.environ and 0 <= rank < size and 0 <= local_rank < size
+        launched &= size > 1 or "TORCHELASTIC_RUN_ID" in os.environ  # else it is alone: no meeting
     except (KeyError, ValueError):
         launched = False
     if sizes and not launched:

@@ -394,7 +394,7 @@ def test_what_a_launcher_sets_is_kept(shell):
     assert shell(**TORCHRUN) == TORCHRUN and not common.is_main()
     first = TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     assert shell(**first) == first and common.is_main()
-    alone = first | {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # torchrun --nproc_per_node 1
+    alone = first | {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"}  # --nproc_per_node 1
     assert shell(**alone) == alone and shell("merge_llama.py", **alone) == alone
 
 
@@ -408,6 +408,8 @@ def test_what_a_launcher_sets_is_kept(shell):
         {"RANK": "first"},
         {"PMI_RANK": "0", "PMI_SIZE": "1"},
         {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "worker-0", "MASTER_PORT": "23456"},  # a pod of Kubernetes
+        TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
+        TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
     ],
     ids=str,
 )
