@@ -52,7 +52,7 @@ JUDGE_TIMEOUT = 60.0  # seconds for a request, times those at once: a local serv
 OUTPUT_DIR = "outputs"  # holds the predictions, gets evaluation.json and evaluation.html
 
 # Fixed
-CHOICES = {"PREDICTIONS": (list,), "RESAMPLES": (int,), "JUDGE_CONCURRENCY": (int,), "JUDGE_TIMEOUT": (float,)}
+CHOICES = {"PREDICTIONS": (0, list), "RESAMPLES": (int,), "JUDGE_CONCURRENCY": (int,), "JUDGE_TIMEOUT": (float,)}
 CHOICES |= dict.fromkeys(("SEED", "JUDGE_MAX_EXAMPLES"), (0, int))
 KEYS = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "seeds")
 KEYS += ("equal_predictions",)
