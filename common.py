@@ -279,6 +279,8 @@ def put_back(path):
     """Give a folder its name back if a kill left it beside its place, or remove it there; returns that place."""
     path = Path(path).resolve()
     old = path.with_name(f".{path.name}.old")
+    if os.path.ismount(path):  # else the rename fails, after the work
+        fail(f"{path} is a mount, which cannot be replaced: make it a link to a folder on that disk")
     if old.exists() and not path.exists():
         old.rename(path)
     shutil.rmtree(old, ignore_errors=True)
