@@ -54,10 +54,9 @@ OUTPUT_DIR = "outputs"  # holds the predictions, gets evaluation.json and evalua
 # Fixed
 CHOICES = {"PREDICTIONS": (0, list), "RESAMPLES": (int,), "JUDGE_CONCURRENCY": (int,), "JUDGE_TIMEOUT": (float,)}
 CHOICES |= dict.fromkeys(("SEED", "JUDGE_MAX_EXAMPLES"), (0, int))
-KEYS = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "seeds")
-KEYS += ("equal_predictions",)
 # Keys of evaluation.json beside a task's systems: no system's name
-RESERVED = (*KEYS, "rouge_note", "comparisons", "groups", "per_example", "judge")
+RESERVED = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "seeds")
+RESERVED += ("equal_predictions", "rouge_note", "comparisons", "groups", "per_example", "judge")
 PROMPT_ENDS = {"samsum": "Summary:", "trivia_qa": "Answer:"}  # build_dataset.py's, for examples without a task
 SWAPPED = "swapped"  # column and part of the report of test_llama.py --swap-answers
 NAME = re.compile(r"([^\s/@=]+(?:@[^\s/@=]+)?)=(.+)", re.DOTALL)  # --predictions NAME=FILE or NAME@SEED=FILE
@@ -151,7 +150,7 @@ def parse(raw):
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":  # more than one value: one a line
             raise
-        rows = [json.loads(line) for line in raw.decode("utf-8-sig").split("\n") if line.strip()]
+        rows = [json.loads(line) for line in raw.decode(json.detect_encoding(raw)).split("\n") if line.strip()]
     # Python's json reads NaN, 1e999 and half a character without a word: none may get into the scores.
     json.dumps(rows, ensure_ascii=False, allow_nan=False).encode()
     return by_task(rows) if rows and isinstance(rows, list) else [rows]

@@ -401,6 +401,7 @@ def forms():
         "plain": json.dumps(whole).encode(),
         "BOM": json.dumps(whole).encode("utf-8-sig"),
         "UTF-16": json.dumps(whole).encode("utf-16"),
+        "lines in UTF-16": named.encode("utf-16"),
         "ids as numbers": json.dumps(whole | {"examples": numbers}).encode(),
         "nulls": json.dumps(
             whole | {"examples": [row | {"base_prediction": None, "nll": None} for row in rows]}
