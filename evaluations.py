@@ -384,11 +384,11 @@ def made_from(tasks, name):
     return noted.pop() if len(noted) == 1 and len(min(noted)) >= 16 else "unknown"
 
 
-def read_training(output_dir, adapter):
+def read_training(output_dir, adapter_sha256):
     """What train_llama.py noted of this adapter: facts, settings, loss {curve: [[step, loss]]}; None of another's."""
     folder = Path(output_dir) / "adapter"
     run, loss = read_json(folder / "run.json"), {}
-    if not str(run.get("adapter_sha256")).startswith(adapter):
+    if run.get("adapter_sha256") != adapter_sha256:
         return None
     with suppress(OSError, ValueError, KeyError, TypeError):
         for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
@@ -490,9 +490,10 @@ def main(argv=None):
     if swapped:
         report[SWAPPED] = swap.score(swapped, args)
     adjust(report)
-    tested = made_from(tasks, "adapter")
-    training = read_training(folder, tested)
-    stale = (folder / "adapter" / "run.json").is_file() and not (args.predictions or training or tested == "unknown")
+    tested, weights = made_from(tasks, "adapter"), folder / "adapter" / "adapter_model.safetensors"
+    adapter = common.sha256(weights) if weights.is_file() else ""
+    training = read_training(folder, adapter) if adapter.startswith(tested) else None
+    stale = adapter and not (args.predictions or adapter.startswith(tested) or tested == "unknown")
     report |= {
         "other_adapter": OTHER_ADAPTER if stale else None,
         "training": training,
