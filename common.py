@@ -70,6 +70,8 @@ def parse_settings(module, argv=None, choices=None):
             options["nargs"] = "+"
         parser.add_argument(flag_of(name), **options)
     args = parser.parse_args(argv)
+    if sys.flags.optimize > 1:
+        parser.error("PYTHONOPTIMIZE=2 (python -OO) takes away what libraries read of themselves: unset it")
     for name, value in vars(args).items():
         allowed = choices[name.upper()]
         try:

@@ -339,7 +339,6 @@ def score_task(task, rows, args):
     columns = {metric: i for i, metric in enumerate(metrics.MEANS[task])}
     by_sums = partial(metrics.corpus_scores, task)
     whole = significance.measure(by_sums, tables, args)
-    tested = columns | {"perplexity": -2}
     result = {
         "examples": len(rows.references),
         "ids": rows.ids or [str(i) for i in range(len(rows.references))],
@@ -351,7 +350,7 @@ def score_task(task, rows, args):
         "intervals": whole["intervals"],
         "seeds": whole["seeds"],
         "rouge_note": metrics.rouge_note(rows.references),
-        "comparisons": significance.compare(by_sums, tables, tested, whole["differences"], args),
+        "comparisons": significance.compare(by_sums, tables, columns | {"perplexity": -2}, whole["differences"], args),
         "equal_predictions": equal_predictions(rows),
         "groups": measure_groups(by_sums, tables, rows.inside, args),
     }

@@ -80,9 +80,11 @@ def test_an_output_folder_without_a_name_or_with_one_that_is_no_text_is_refused_
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_help_without_docstrings_has_the_flags(name):
+def test_without_docstrings_help_has_the_flags_and_a_run_is_refused_in_one_sentence(name):
     result = run(f"{name}.py", "--help", PYTHONOPTIMIZE="2")
     assert result.returncode == 0 and "--output-dir" in result.stdout, result.stderr
+    # transformers and evaluate add to their docstrings
+    assert_refused(run(f"{name}.py", PYTHONOPTIMIZE="2"), "PYTHONOPTIMIZE")
 
 
 @pytest.mark.parametrize("name", NAMES)
