@@ -9,7 +9,7 @@ Reads:  OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json, which
         --predictions: {"task": "samsum", "examples": [{"references": ["..."], "prediction": "..."}]} is enough,
         or the examples alone, one a line, each with its "task" or a prompt that ends as ours do.
         For the page, where they are of the same run: OUTPUT_DIR/dataset/ (prompts), dataset_report.json,
-        adapter/run.json, adapter/log.jsonl.
+        adapter/ (its weights alone say whether it is the predictions' own; run.json, log.jsonl).
 Writes: OUTPUT_DIR/evaluation.html and evaluation.json, which holds every number of the page; with a judge also
         judge_cache.jsonl, which a rerun or an interrupted run reads instead of asking again.
 
