@@ -105,7 +105,7 @@ class NearTexts:
 
 
 def word_5_grams(key):
-    words = key.translate(common.WORDS).split()  # also where a script has no blanks between them
+    words = key.translate(common.WORDS).split() or [key]  # also where a script has no blanks between them, or of emoji
     return {" ".join(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
 
 

@@ -39,27 +39,29 @@ PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " ")
 
 def settings_of(module):
     """{name: comment, or ""} of the constants between `# Settings` and `# Fixed` of a script."""
-    block = inspect.getsource(module).split("\n# Settings", 1)[1].split("\n# Fixed", 1)[0]
+    block = inspect.getsource(module).split("\n# Settings", 1)[1].split("\n# Fixed\n", 1)[0]
     return dict(re.findall(r"^([A-Z]\w+)\b[^=\n]*=(?:.*?  # (.*))?", block, re.MULTILINE))
 
 
 def parse_settings(module, argv=None, choices=None):
     """A script's settings as a namespace; each is a flag, its value the default, its comment the help.
 
-    choices: {setting: what it may be}: words, int or float (above 0, or from 0 where 0 is among them), bool, None,
-    list (of the words); a setting that is not there is a text. Exits 2 on anything else, in the block as well.
+    choices: {setting: what it may be}: words, int, float, bool, None, list (of the words); above 0, and not empty,
+    unless 0 is among them; a setting that is not there is a text. Exits 2 on anything else, in the block as well.
     """
     parser = argparse.ArgumentParser(
-        description=module.__doc__.split("\n")[0],
+        description=(module.__doc__ or "").split("\n")[0],
         usage="%(prog)s [--setting value ...]",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     settings = settings_of(module)
     choices = dict.fromkeys(settings, (str,)) | (choices or {})
-    for name, comment in settings.items():
+    for name in choices:
+        if name not in settings:
+            parser.error(f"{name} is missing from the settings: put its line back")
         value = getattr(module, name)
-        options = {"default": value, "help": (comment or " ").replace("%", "%%")}
+        options = {"default": value, "help": (settings[name] or " ").replace("%", "%%")}
         if value in ("", (), []):
             options["help"] += "%(default).0s"  # else argparse tells an empty default
         if bool in choices[name]:
@@ -68,22 +70,28 @@ def parse_settings(module, argv=None, choices=None):
             options["nargs"] = "+"
         parser.add_argument(flag_of(name), **options)
     args = parser.parse_args(argv)
+    if sys.flags.optimize > 1:
+        parser.error("PYTHONOPTIMIZE=2 (python -OO) takes away what libraries read of themselves: unset it")
     for name, value in vars(args).items():
         allowed = choices[name.upper()]
         try:
             setattr(args, name, checked(value, allowed))
         except (TypeError, ValueError):  # also what Python cannot convert
-            zero = "from 0" if 0 in allowed else "above 0"
-            words = {int: f"a whole number {zero}", float: f"a number {zero}", bool: "True, False", list: "a list"}
-            told = " or ".join(str(words.get(one, one)) for one in allowed if one != 0)
+            number = "number from 0" if 0 in allowed else "number above 0"
+            words = {int: f"a whole {number}", float: f"a {number}", bool: "True, False", str: "a text in UTF-8"}
+            told = [str(words.get(one, one)) for one in allowed if one not in (0, list)]
+            told = f"a list of {', '.join(told) or 'texts in UTF-8'}" if list in allowed else " or ".join(told)
             parser.error(f"{flag_of(name)} must be {told}, not {value!r}")
+    if vars(args).get("output_dir") == "":
+        parser.error("--output-dir must not be empty")
     return args
 
 
 def checked(value, allowed):
     """What a flag's text or a constant of the settings means, as `choices` of parse_settings allow, or ValueError."""
     if list in allowed:
-        good = isinstance(value, list | tuple) and (len(allowed) == 1 or set() < set(value) <= set(allowed))
+        known = set(allowed) <= {0, list} or set(value) <= set(allowed)
+        good = isinstance(value, list | tuple) and (value or 0 in allowed) and known
         value = type(value)(map(str, value))
     elif isinstance(value, bool):
         good = bool in allowed
@@ -98,6 +106,7 @@ def checked(value, allowed):
         good = type(value) in allowed and 0 <= value < below and (value or 0 in allowed)
     if not good:
         raise ValueError
+    json.dumps(value, ensure_ascii=False).encode()  # a file's name may have bytes that are no UTF-8: ValueError
     return value
 
 
@@ -125,6 +134,7 @@ def settle_environment(script):
         numbers = {"LOCAL_WORLD_SIZE": 1} | os.environ
         rank, local_rank, size, _, _ = (int(numbers[name]) for name in LAUNCHED)
         launched = "MASTER_ADDR" in os.environ and 0 <= rank < size and 0 <= local_rank < size
+        launched &= size > 1 or "TORCHELASTIC_RUN_ID" in os.environ  # else it is alone: no meeting
     except (KeyError, ValueError):
         launched = False
     if sizes and not launched:
@@ -271,6 +281,8 @@ def put_back(path):
     """Give a folder its name back if a kill left it beside its place, or remove it there; returns that place."""
     path = Path(path).resolve()
     old = path.with_name(f".{path.name}.old")
+    if os.path.ismount(path):  # else the rename fails, after the work
+        fail(f"{path} is a mount, which cannot be replaced: make it a link to a folder on that disk")
     if old.exists() and not path.exists():
         old.rename(path)
     shutil.rmtree(old, ignore_errors=True)

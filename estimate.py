@@ -177,9 +177,8 @@ def settle(shape, packed, args):
         alone = args.per_device_train_batch_size or 1
         args.activation_checkpointing = "off" if fits(shape, packed, args, alone, checkpointing=False) else "on"
     if not args.per_device_train_batch_size:
-        batch = rows_of_a_pass(shape, packed, args, args.activation_checkpointing == "on")
-        args.per_device_train_batch_size = batch
-        args.gradient_accumulation_steps //= batch  # an optimizer step has as many tokens as before
+        args.per_device_train_batch_size = rows_of_a_pass(shape, packed, args, args.activation_checkpointing == "on")
+        args.gradient_accumulation_steps //= args.per_device_train_batch_size  # as many tokens to a step as before
     steps = optimizer_steps(packed, args)
     if args.warmup_steps > steps // 2:  # a short run would never reach the learning rate
         say(f"warm-up of {steps // 2} optimizer steps instead of {args.warmup_steps}: this run has only {steps}")

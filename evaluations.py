@@ -9,7 +9,7 @@ Reads:  OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json, which
         --predictions: {"task": "samsum", "examples": [{"references": ["..."], "prediction": "..."}]} is enough,
         or the examples alone, one a line, each with its "task" or a prompt that ends as ours do.
         For the page, where they are of the same run: OUTPUT_DIR/dataset/ (prompts), dataset_report.json,
-        adapter/run.json, adapter/log.jsonl.
+        adapter/ (its weights alone say whether it is the predictions' own; run.json, log.jsonl).
 Writes: OUTPUT_DIR/evaluation.html and evaluation.json, which holds every number of the page; with a judge also
         judge_cache.jsonl, which a rerun or an interrupted run reads instead of asking again.
 
@@ -52,12 +52,11 @@ JUDGE_TIMEOUT = 60.0  # seconds for a request, times those at once: a local serv
 OUTPUT_DIR = "outputs"  # holds the predictions, gets evaluation.json and evaluation.html
 
 # Fixed
-CHOICES = {"PREDICTIONS": (list,), "RESAMPLES": (int,), "JUDGE_CONCURRENCY": (int,), "JUDGE_TIMEOUT": (float,)}
+CHOICES = {"PREDICTIONS": (0, list), "RESAMPLES": (int,), "JUDGE_CONCURRENCY": (int,), "JUDGE_TIMEOUT": (float,)}
 CHOICES |= dict.fromkeys(("SEED", "JUDGE_MAX_EXAMPLES"), (0, int))
-KEYS = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "seeds")
-KEYS += ("equal_predictions",)
 # Keys of evaluation.json beside a task's systems: no system's name
-RESERVED = (*KEYS, "rouge_note", "comparisons", "groups", "per_example", "judge")
+RESERVED = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "seeds")
+RESERVED += ("equal_predictions", "rouge_note", "comparisons", "groups", "per_example", "judge")
 PROMPT_ENDS = {"samsum": "Summary:", "trivia_qa": "Answer:"}  # build_dataset.py's, for examples without a task
 SWAPPED = "swapped"  # column and part of the report of test_llama.py --swap-answers
 NAME = re.compile(r"([^\s/@=]+(?:@[^\s/@=]+)?)=(.+)", re.DOTALL)  # --predictions NAME=FILE or NAME@SEED=FILE
@@ -153,7 +152,7 @@ def parse(raw):
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":  # more than one value: one a line
             raise
-        rows = [json.loads(line) for line in raw.decode("utf-8-sig").split("\n") if line.strip()]
+        rows = [json.loads(line) for line in raw.decode(json.detect_encoding(raw)).split("\n") if line.strip()]
     # Python's json reads NaN, 1e999 and half a character without a word: none may get into the scores.
     json.dumps(rows, ensure_ascii=False, allow_nan=False).encode()
     return by_task(rows) if rows and isinstance(rows, list) else [rows]
@@ -342,7 +341,6 @@ def score_task(task, rows, args):
     columns = {metric: i for i, metric in enumerate(metrics.MEANS[task])}
     by_sums = partial(metrics.corpus_scores, task)
     whole = significance.measure(by_sums, tables, args)
-    tested = columns | {"perplexity": -2}
     result = {
         "examples": len(rows.references),
         "ids": rows.ids or [str(i) for i in range(len(rows.references))],
@@ -354,7 +352,7 @@ def score_task(task, rows, args):
         "intervals": whole["intervals"],
         "seeds": whole["seeds"],
         "rouge_note": metrics.rouge_note(rows.references),
-        "comparisons": significance.compare(by_sums, tables, tested, whole["differences"], args),
+        "comparisons": significance.compare(by_sums, tables, columns | {"perplexity": -2}, whole["differences"], args),
         "equal_predictions": equal_predictions(rows),
         "groups": measure_groups(by_sums, tables, rows.inside, args),
     }
@@ -387,11 +385,11 @@ def made_from(tasks, name):
     return noted.pop() if len(noted) == 1 and len(min(noted)) >= 16 else "unknown"
 
 
-def read_training(output_dir, adapter):
+def read_training(output_dir, adapter_sha256):
     """What train_llama.py noted of this adapter: facts, settings, loss {curve: [[step, loss]]}; None of another's."""
     folder = Path(output_dir) / "adapter"
     run, loss = read_json(folder / "run.json"), {}
-    if not str(run.get("adapter_sha256")).startswith(adapter):
+    if run.get("adapter_sha256") != adapter_sha256:
         return None
     with suppress(OSError, ValueError, KeyError, TypeError):
         for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
@@ -493,9 +491,10 @@ def main(argv=None):
     if swapped:
         report[SWAPPED] = swap.score(swapped, args)
     adjust(report)
-    tested = made_from(tasks, "adapter")
-    training = read_training(folder, tested)
-    stale = (folder / "adapter" / "run.json").is_file() and not (args.predictions or training or tested == "unknown")
+    tested, weights = made_from(tasks, "adapter"), folder / "adapter" / "adapter_model.safetensors"
+    adapter = common.sha256(weights) if weights.is_file() else ""
+    training = read_training(folder, adapter) if adapter.startswith(tested) else None
+    stale = adapter and not (args.predictions or adapter.startswith(tested) or tested == "unknown")
     report |= {
         "other_adapter": OTHER_ADAPTER if stale else None,
         "training": training,

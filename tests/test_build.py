@@ -373,6 +373,11 @@ def test_a_near_duplicate_has_four_fifths_of_the_word_5_grams():
     assert texts.near(short) == [] and build_dataset.NearTexts([short]).near(" ".join(words[4:18])) == [short]
 
 
+def test_texts_without_a_word_are_near_each_other_only_where_they_are_the_same():
+    texts = build_dataset.NearTexts(["😀😀 😂", "🎂"])
+    assert texts.near("🎂") == ["🎂"] and texts.near("🚗") == []
+
+
 GREETING = "Ann: Hi, how are you doing? Bob: Fine, thanks, and you?"
 
 
@@ -541,6 +546,17 @@ def test_what_is_no_data_set_is_not_replaced(tmp_path):
     (tmp_path / "dataset" / "mine.txt").write_text("years of work")
     assert_refused(build(tmp_path), "dataset is no data set", "--output-dir")
     assert snapshot(tmp_path) == {"dataset/mine.txt": b"years of work"}
+
+
+def test_a_data_set_that_is_a_mount_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "dataset").symlink_to(tmp_path / "disk")
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "disk"))
+    with pytest.raises(SystemExit, match="2"):
+        build_dataset.main(["--samsum", str(tmp_path / "nowhere"), "--output-dir", str(tmp_path / "out")])
+    message = capsys.readouterr().err
+    assert f"error: {tmp_path / 'disk'} is a mount, which cannot be replaced: " in message
 
 
 def test_a_dataset_that_was_moved_aside_when_a_build_was_killed_comes_back(dataset, tmp_path):

@@ -93,6 +93,13 @@ EDITED = {  # a line of the settings, what it is edited to, a flag, the settings
     "an annotation": ("RATE = 0.5", "RATE: float = 0.25", "--rate=2", {"rate": 0.25}, {"rate": 2}),
     "other blanks": ("SEED = 0", "SEED=7 #%s of 100 %", "--seed=0", {"seed": 7}, {"seed": 0}),
     "a # in a text": ("SEED = 0", 'SEED = 0\nDIR = "a  # b"', "--dir=# 1", {"dir": "a  # b"}, {"dir": "# 1"}),
+    "a comment that begins like the end": (
+        "SEED = 0",
+        "# Fixed seed of the paper\nSEED = 5",
+        "--seed=6",
+        {"seed": 5},
+        {"seed": 6},
+    ),
     "a path": ("SEED = 0", 'SEED = 0\nDIR = __import__("pathlib").Path("a")', "--dir=2", {"dir": "a"}, {"dir": "2"}),
 }
 
@@ -111,7 +118,16 @@ def test_a_setting_edited_in_any_way_python_allows_is_meant_as_it_was(
 
 
 WRONG = ["LIMIT = 2.5", "LIMIT = True", "LIMIT = None", "LIMIT = 0  # 0 = none", 'LIMIT = "many"', 'FLAG = "False"']
-WRONG += ["RATE = [1]", 'NAMES = "a"', "NAMES = None", "MODE = 3", "SEED = -1", "STEPS = []", "STEPS = False"]
+WRONG += [
+    "RATE = [1]",
+    'NAMES = "a"',
+    "NAMES = []",
+    "NAMES = None",
+    "MODE = 3",
+    "SEED = -1",
+    "STEPS = []",
+    "STEPS = False",
+]
 
 
 @pytest.mark.parametrize("edited", WRONG)
@@ -121,6 +137,38 @@ def test_a_setting_edited_to_what_it_cannot_be_is_refused_in_one_sentence(edited
     with pytest.raises(SystemExit, match="2"):
         parse(module_of(tmp_path / "edited.py", text))
     assert f"error: --{name.lower()} must be " in capsys.readouterr().err
+
+
+SAID = {  # a setting's choices, what it is edited to, what the sentence says that it must be
+    "None for a text": ((str,), None, "must be a text in UTF-8, not None"),
+    "a text for a list of words": ((list, "a", "b"), "a", "must be a list of a, b, not 'a'"),
+    "a text for a list": ((list,), "a", "must be a list of texts in UTF-8, not 'a'"),
+    "no texts": ((list,), [], "must be a list of texts in UTF-8, not []"),
+    "half a character": ((str,), "e\udce9", "must be a text in UTF-8, not 'e\\udce9'"),
+    "half a character in a list": ((0, list), ["e\udce9"], "must be a list of texts in UTF-8, not ['e\\udce9']"),
+}
+
+
+@pytest.mark.parametrize(("allowed", "value", "told"), SAID.values(), ids=SAID.keys())
+def test_a_setting_that_cannot_be_meant_is_refused_in_plain_words(allowed, value, told, module, capsys):
+    module.NAMES = value
+    with pytest.raises(SystemExit, match="2"):
+        common.parse_settings(module, [], {**CHOICES, "NAMES": allowed})
+    assert f"error: --names {told}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["LIMIT = 3", "SEED = 0", "FLAG = False"])
+def test_a_setting_that_was_taken_out_of_the_block_is_missing_in_one_sentence(line, tmp_path, capsys):
+    module = module_of(tmp_path / "edited.py", BLOCK.replace(line, f"# {line}"))
+    with pytest.raises(SystemExit, match="2"):
+        parse(module)
+    name = line.split(" =")[0]
+    assert f"error: {name} is missing from the settings: put its line back" in capsys.readouterr().err
+
+
+def test_a_list_that_may_be_empty_says_so_with_a_0(module):
+    module.NAMES = []
+    assert common.parse_settings(module, [], CHOICES | {"NAMES": (0, list)}).names == []
 
 
 def parse(module, *argv):
@@ -394,7 +442,7 @@ def test_what_a_launcher_sets_is_kept(shell):
     assert shell(**TORCHRUN) == TORCHRUN and not common.is_main()
     first = TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     assert shell(**first) == first and common.is_main()
-    alone = first | {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # torchrun --nproc_per_node 1
+    alone = first | {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"}  # --nproc_per_node 1
     assert shell(**alone) == alone and shell("merge_llama.py", **alone) == alone
 
 
@@ -408,6 +456,8 @@ def test_what_a_launcher_sets_is_kept(shell):
         {"RANK": "first"},
         {"PMI_RANK": "0", "PMI_SIZE": "1"},
         {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "worker-0", "MASTER_PORT": "23456"},  # a pod of Kubernetes
+        TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
+        TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
     ],
     ids=str,
 )

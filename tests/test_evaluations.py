@@ -1,6 +1,7 @@
 """evaluations.py promises: official scores, one file that appears whole or not at all, one sentence for bad input."""
 
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -401,6 +402,7 @@ def forms():
         "plain": json.dumps(whole).encode(),
         "BOM": json.dumps(whole).encode("utf-8-sig"),
         "UTF-16": json.dumps(whole).encode("utf-16"),
+        "lines in UTF-16": named.encode("utf-16"),
         "ids as numbers": json.dumps(whole | {"examples": numbers}).encode(),
         "nulls": json.dumps(
             whole | {"examples": [row | {"base_prediction": None, "nll": None} for row in rows]}
@@ -824,7 +826,7 @@ def test_several_trainings_are_one_system_and_one_of_them_is_as_without_a_seed(t
     printed, alone = report("base", "tuned")
     printed_too, one = report("base", "tuned@7")
     assert printed == printed_too and alone["seeds"] == one["seeds"] == {} and "trainings" not in printed
-    for key in evaluations.KEYS[5:]:
+    for key in ("perplexity", "general_text", "intervals", "seeds", "equal_predictions"):
         assert one[key] == alone[key], key
     assert alone["base"]["exact_match"] < alone["tuned"]["exact_match"] == one["tuned"]["exact_match"]
     printed, several = report("base", "tuned@0", "tuned@1", "tuned@2")
@@ -886,9 +888,10 @@ def test_perplexities_over_other_tokens_are_not_compared(tmp_path):
 
 # --- whose predictions these are
 
+ADAPTER = hashlib.sha256(b"weights").hexdigest()
 MADE_FROM = {
     "model": "/home/ann/llama",
-    "adapter": "a" * 16,
+    "adapter": ADAPTER[:16],
     "weights": ["b" * 16],
     "rows": "c" * 32,
     "4_bit": True,
@@ -905,11 +908,12 @@ def runs(folder, **others):
         prediction_file(outputs / f"{task}_predictions.json", task, examples=examples, settings=settings)
     (outputs / "adapter").mkdir(exist_ok=True)
     notes = {
-        "adapter_sha256": "a" * 64,
+        "adapter_sha256": ADAPTER,
         "steps": 5,
         "settings": {"learning_rate": 0.004},
         "run": {"train rows": "e" * 32},
     }
+    (outputs / "adapter/adapter_model.safetensors").write_bytes(b"weights")
     (outputs / "adapter/run.json").write_text(json.dumps(notes))
     (outputs / "adapter/log.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 1, "eval_samsum_loss": 1.5}\n')
     built(outputs, "e" * 64)
@@ -929,7 +933,7 @@ def test_the_report_says_what_the_predictions_were_made_from_and_how_that_was_tr
     assert done.returncode == 0, done.stderr
     report = result(outputs / "evaluation.json")
     assert report["samsum"]["made_from"] == report["trivia_qa"]["made_from"] == {"base": MADE_FROM, "tuned": MADE_FROM}
-    assert report["training"]["facts"] == {"adapter_sha256": "a" * 64, "steps": 5}
+    assert report["training"]["facts"] == {"adapter_sha256": ADAPTER, "steps": 5}
     assert report["training"]["settings"] == {"learning_rate": 0.004}
     assert report["training"]["loss"] == {"loss": [[1, 2.5]], "eval_samsum_loss": [[1, 1.5]]}
     assert report["data"] == {"samsum": {"train": {"kept": 9, "duplicate": 4}}}
@@ -967,6 +971,30 @@ def test_training_and_data_of_another_run_or_of_an_unknown_one_are_not_shown(tmp
     assert report["training"] is None and report["data"] is None
     page = (outputs / "evaluation.html").read_text()
     assert "What was trained" not in page and "The data set" not in page
+
+
+@pytest.mark.parametrize("notes", ["kept", "gone", "theirs"])
+def test_weights_that_were_replaced_are_another_adapter_whatever_the_notes_beside_them_say(tmp_path, notes):
+    outputs = runs(tmp_path)
+    weights, told = outputs / "adapter/adapter_model.safetensors", outputs / "adapter/run.json"
+    weights.write_bytes(b"others")
+    if notes == "gone":
+        told.unlink()
+    if notes == "theirs":
+        told.write_text(json.dumps(result(told) | {"adapter_sha256": hashlib.sha256(b"others").hexdigest()}))
+    done = run(tmp_path, "--resamples", "50")
+    report = result(outputs / "evaluation.json")
+    assert f"warning: {evaluations.OTHER_ADAPTER}" in done.stdout
+    assert report["other_adapter"] == evaluations.OTHER_ADAPTER and report["training"] is None
+
+
+@pytest.mark.parametrize("notes", ["{}", json.dumps({"adapter_sha256": "d" * 64})])
+def test_an_adapter_with_another_ones_notes_is_still_the_one_of_the_predictions(tmp_path, notes):
+    outputs = runs(tmp_path)
+    (outputs / "adapter/run.json").write_text(notes)
+    done = run(tmp_path, "--resamples", "50")
+    report = result(outputs / "evaluation.json")
+    assert done.returncode == 0 and "warning" not in done.stdout and report["training"] is None
 
 
 def test_a_data_set_with_the_same_test_rows_is_not_shown_beside_an_adapter_trained_on_other_rows(tmp_path):

@@ -1,5 +1,6 @@
 """evaluation.html promises: one file that works in a browser without the network, and never runs what it shows."""
 
+import hashlib
 import html
 import json
 import re
@@ -13,6 +14,7 @@ import page
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
+ADAPTER = hashlib.sha256(b"weights").hexdigest()
 NASTY = '</script><script>document.title = "run"</script></table><img src=x onerror=alert(1)> & "quoted" {{ 7 * 7 }}'
 
 
@@ -41,18 +43,24 @@ def folder(tmp_path_factory):
         for i in range(12)
     ]  # fmt: skip
     for task, rows in (("samsum", summaries), ("trivia_qa", answers)):
-        content = {"task": task, "model": NASTY, "examples": rows, "settings": {"adapter": "a" * 16, "rows": "b" * 32}}
+        content = {
+            "task": task,
+            "model": NASTY,
+            "examples": rows,
+            "settings": {"adapter": ADAPTER[:16], "rows": "b" * 32},
+        }
         (output / f"{task}_predictions.json").write_text(json.dumps(content))
     adapter = output / "adapter"
     adapter.mkdir()
     facts = {
-        "adapter_sha256": "a" * 64,
+        "adapter_sha256": ADAPTER,
         "base_model": NASTY,
         "run": {"train rows": "c" * 32},
         "steps": 2,
         "train_loss": 1.25,
         "settings": {"learning_rate": 2e-4, "note": NASTY},
     }
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
     (adapter / "run.json").write_text(json.dumps(facts))
     (adapter / "log.jsonl").write_text(
         '{"loss": 2.0, "step": 1}\n{"loss": 1.0, "step": 2}\n{"eval_loss": 1.5, "step": 2}'
@@ -258,9 +266,10 @@ def test_the_file_needs_no_network_and_is_whole_without_a_browser(folder):
 @pytest.mark.parametrize("broken", ["", "[]", '{"settings": 3, "tasks": [1]}', "\x00"])
 def test_notes_of_other_scripts_that_cannot_be_read_are_left_out(tmp_path, broken):
     content = {"task": "samsum", "examples": [{"id": "x", "references": ["a"], "prediction": "a"}]}
-    content |= {"settings": {"adapter": "a" * 16, "rows": "b" * 32}}
+    content |= {"settings": {"adapter": ADAPTER[:16], "rows": "b" * 32}}
     (tmp_path / "samsum_predictions.json").write_text(json.dumps(content))
     (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_model.safetensors").write_bytes(b"weights")
     for name in ("adapter/run.json", "adapter/log.jsonl", "dataset_report.json"):
         (tmp_path / name).write_text(broken)
     (tmp_path / "dataset" / "test").mkdir(parents=True)

@@ -71,6 +71,23 @@ def test_an_unknown_flag_and_an_abbreviated_one_are_refused(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("folder", ["", "e\udce9"])
+def test_an_output_folder_without_a_name_or_with_one_that_is_no_text_is_refused_at_once(name, folder, capsys):
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit, match="2"):
+        module.parse_args(["--output-dir", folder])
+    assert "error: --output-dir must " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_docstrings_help_has_the_flags_and_a_run_is_refused_in_one_sentence(name):
+    result = run(f"{name}.py", "--help", PYTHONOPTIMIZE="2")
+    assert result.returncode == 0 and "--output-dir" in result.stdout, result.stderr
+    # transformers and evaluate add to their docstrings
+    assert_refused(run(f"{name}.py", PYTHONOPTIMIZE="2"), "PYTHONOPTIMIZE")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_help_imports_nothing_heavy(name):
     code = (
         f"import sys, {name}\n"
