@@ -113,10 +113,10 @@ def fetch(model, weights=True):
 def weight_files(model):
     """The safetensors files that transformers loads of a model, sorted: a whole one goes before an index."""
     folder = fetch(model)
-    pickles = [*folder.glob("*.bin"), *folder.glob("*.pth")]
-    if pickles and not any(folder.glob("*.safetensors")):
-        fail(f"{model} has no model.safetensors, only {pickles[0].name}, a pickle: convert it to safetensors")
     shards, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
+    pickles = [*folder.glob("*.bin"), *folder.glob("*.pth")]
+    if pickles and not shards[0].is_file() and not index.is_file():
+        fail(f"{model} has no model.safetensors, only {pickles[0].name}, a pickle: convert it to safetensors")
     if index.is_file() and not shards[0].is_file():
         try:
             names = json.loads(index.read_text())["weight_map"].values()
@@ -317,6 +317,7 @@ def load_model(model, load_in_4bit, **options):
     device = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
     options = {"dtype": dtype, "device_map": None if under_fsdp() else device} | options
     options["quantization_config"] = nf4 if load_in_4bit else None
+    options["adapter_kwargs"] = {"subfolder": "config.json"}  # where none can be: one beside the base is not loaded
     try:
         loaded = AutoModelForCausalLM.from_pretrained(fetch(model), config=config, **options)
     except Exception as error:

@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import FIXTURES
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -110,6 +111,23 @@ def test_frequencies_of_early_llamas_and_both_copies_of_a_tied_head_are_taken(tm
     ids = torch.arange(20)[None]
     logits = [llama.load_model(folder, load_in_4bit=False)(ids).logits for folder in (base, str(TINY))]
     assert torch.equal(*logits)
+
+
+def test_an_adapter_that_lies_in_the_bases_folder_is_not_loaded_with_it(tmp_path):
+    base, ids = str(make_base(tmp_path / "base")), torch.arange(20)[None]
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), LoraConfig(init_lora_weights=False))
+    model.save_pretrained(base)
+    models = [llama.load_model(folder, load_in_4bit=False) for folder in (base, str(TINY))]
+    assert models[0].state_dict().keys() == models[1].state_dict().keys()
+    assert torch.equal(models[0](ids).logits, models[1](ids).logits)
+    assert llama.weights_identity(base) == llama.weights_identity(str(TINY))
+
+
+def test_a_pickle_beside_an_adapter_is_named(refused, tmp_path):
+    base = make_base(tmp_path / "base")
+    (base / "model.safetensors").rename(base / "adapter_model.safetensors")
+    (base / "pytorch_model.bin").write_bytes(b"a pickle")
+    assert "only pytorch_model.bin, a pickle: convert it" in refused(base)
 
 
 SWITCHES = {
