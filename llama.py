@@ -30,6 +30,7 @@ SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "README.md")  # what is fetche
 FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights, as safetensors calls them
 COMPUTED = "rotary_emb.inv_freq"  # in the files of early Llamas, and no longer read
 END_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "</s>")  # Llama 3 has more than one
+NO_NUMBERS = ("initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")  # settings that change no number
 # in front of a chat template: the prompt of a template that asks for today's date would be another one every day
 DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 CHAT_TEMPLATES = ("auto", "on", "off")
@@ -141,10 +142,13 @@ def tensors_in(path):
 
 
 def weights_identity(model):
-    """What a model's weights are, by content: the first digits of the SHA-256 of each file, joined by +."""
+    """What a model computes, by content: the first digits of the SHA-256 of each file and of its settings, by +."""
     files = [path.resolve() for path in weight_files(model)]
     # the hub's cache names a file by its SHA-256
     digests = [path.name if re.search("/blobs/[0-9a-f]{64}$", str(path)) else sha256(path) for path in files]
+    config = load_config(model)
+    settings = {name: getattr(config, name) for name in type(config).__annotations__ if name not in NO_NUMBERS}
+    digests.append(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest())
     return "+".join(digest[:16] for digest in digests)
 
 

@@ -249,6 +249,28 @@ def hub(tmp_path, monkeypatch):
     return tmp_path / "hub"
 
 
+LONGER = {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}
+NUMBERS = [{"rms_norm_eps": 1e-3}, {"hidden_act": "gelu"}, {"rope_parameters": LONGER}]
+NAMES = {"transformers_version": "4.40.0", "torch_dtype": "float32", "dtype": None, "use_cache": False, "name": "x"}
+NAMES |= {"_name_or_path": "/elsewhere", "pad_token_id": 7, "initializer_range": 0.01, "rope_scaling": None}
+
+
+def test_settings_that_change_numbers_are_part_of_a_bases_identity_and_others_are_not(tmp_path):
+    same = llama.weights_identity(str(make_base(tmp_path / "same", **NAMES)))
+    assert same == llama.weights_identity(str(TINY))
+    others = [llama.weights_identity(str(make_base(tmp_path / str(i), **own))) for i, own in enumerate(NUMBERS)]
+    assert len({same, *others}) == 4
+
+
+def test_rope_under_its_older_names_is_the_same_identity(tmp_path):
+    bases = [make_base(tmp_path / name, **own) for name, own in (("new", {"rope_parameters": LONGER}), ("old", {}))]
+    content = json.loads((bases[1] / "config.json").read_text())
+    del content["rope_parameters"], content["head_dim"]  # as many heads as make it the same
+    content |= {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    (bases[1] / "config.json").write_text(json.dumps(content))
+    assert llama.weights_identity(str(bases[0])) == llama.weights_identity(str(bases[1]))
+
+
 def test_a_hub_models_identity_is_that_of_its_files_whatever_the_commit(hub, monkeypatch):
     expected = llama.weights_identity(str(TINY))
     with monkeypatch.context() as patch:
