@@ -248,8 +248,8 @@ def load_tokenizer(model, chat_template="auto"):
 
 
 def tokenizer_identity(tokenizer):
-    """What makes ids of a text, by content: the tokenizer and its chat template."""
-    content = tokenizer.backend_tokenizer.to_str() + (tokenizer.chat_template or "")
+    """What makes ids of a row, by content: the tokenizer, its chat template and its end token."""
+    content = tokenizer.backend_tokenizer.to_str() + (tokenizer.chat_template or "") + tokenizer.eos_token
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

@@ -31,7 +31,9 @@ UNKNOWN = re.compile(
     r"|extra|deprecated|invalid (parameter|argument|field|key)|no (such|parameter|field|option)\b",
     re.IGNORECASE,
 )
-EXTRA = re.compile(r"""extra_forbidden['"], ['"]loc['"]: [\[(]['"]body['"], ['"](\w+)""")  # pydantic's
+EXTRA = re.compile(
+    r"""extra_forbidden['"], ['"]loc['"]: [\[(]['"]body['"], ['"](\w+)"""
+)  # pydantic's
 # Servers' names for an answer that is whole, and for one that its limit cut off, without case and `_`.
 WHOLE = ("stop", "eos", "eostoken", "endturn", "endofturn", "stopsequence", "stoptoken", "complete", "done")
 CUT_OFF = ("length", "maxtokens", "maxnewtokens", "maxlength", "maxoutputtokens", "modellength", "tokenlimit")
