@@ -167,7 +167,11 @@ def load_config(model):
     names = {*LlamaConfig.__annotations__, "rope_theta", "rope_scaling", "tokenizer_class"}
     names -= {"use_cache", "attention_dropout", "pretraining_tp"}
     try:
-        content = json.loads((fetch(model, weights=False) / "config.json").read_text(encoding="utf-8"))
+        folder = fetch(model, weights=False)
+        for path in (folder / name for name in ("config.json", "generation_config.json", "tokenizer_config.json")):
+            if path.is_file() and not read_json(path):  # transformers would find it late, or take other settings
+                fail(f"{path} is empty, or no JSON object in plain UTF-8 without a BOM: save it so, or get it again")
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if content.get("model_type") != "llama":
             fail(f"{model} is a {content.get('model_type', 'nameless')} model: these scripts train Llamas")
         if content.get("quantization_config") or content.get("compression_config"):
@@ -380,9 +384,11 @@ def end_tokens(model, tokenizer):
     """Ids that end a text: what a completion ends with, EOS, those of the generation config, the family's others."""
     ends = model.generation_config.eos_token_id
     vocabulary = tokenizer.get_vocab()
+    # some folders name -1, or a token of another tokenizer
+    own = {end for end in (ends if isinstance(ends, list) else [ends]) if end in vocabulary.values()}
     named = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
     trained = encode(tokenizer, {"id": ["sample"], "prompt": ["a"], "completion": [" a"]})["completion_ids"][0][-1]
-    return ({trained, tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} | named) - {None}
+    return {trained, tokenizer.eos_token_id} | own | named
 
 
 def encode(tokenizer, rows):

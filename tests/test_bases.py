@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -128,6 +129,24 @@ def test_a_pickle_beside_an_adapter_is_named(refused, tmp_path):
     (base / "model.safetensors").rename(base / "adapter_model.safetensors")
     (base / "pytorch_model.bin").write_bytes(b"a pickle")
     assert "only pytorch_model.bin, a pickle: convert it" in refused(base)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", ["[]", "{", "\ufeff{}"])
+def test_a_broken_settings_file_of_the_base_is_named_before_any_work(name, content, refused, tmp_path):
+    base = make_base(tmp_path / "base")
+    (base / name).write_text(content, encoding="utf-8")
+    assert f"{name} is empty, or no JSON object in plain UTF-8" in refused(base)
+
+
+@pytest.mark.parametrize("ends", [[2037, -1, 10**9, 2048, "x", None, [3]], -1, 10**9, "x", []])
+def test_end_tokens_that_the_tokenizer_does_not_have_are_left_out(ends):
+    model, tokenizer = SimpleNamespace(generation_config=SimpleNamespace()), llama.load_tokenizer(str(TINY))
+    found = []
+    for model.generation_config.eos_token_id in (None, ends):
+        found.append(llama.end_tokens(model, tokenizer))
+    assert found[0] == found[1]
+    assert {type(end) for end in found[1]} == {int}
 
 
 SWITCHES = {
