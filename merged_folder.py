@@ -21,7 +21,7 @@ def write_small_files(base, model, tokenizer, target, dtype, size):
     from transformers import GenerationConfig
 
     source = llama.fetch(base)
-    for path in (path for pattern in TOKENIZER_FILES for path in source.glob(pattern)):
+    for path in filter(Path.is_file, (path for pattern in TOKENIZER_FILES for path in source.glob(pattern))):
         shutil.copyfile(path, target / path.name)  # saved again, an older transformers could not read them
     if tokenizer.chat_template:
         (target / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
