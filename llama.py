@@ -346,11 +346,15 @@ def read_adapter(folder):
     config = Path(folder) / "adapter_config.json"
     if not config.is_file():
         fail(f"no adapter at {folder}: run train_llama.py first")
-    base = read_json(config).get("base_model_name_or_path")
+    settings = read_json(config)
+    base = settings.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         fail(f"cannot read {config}, or it names no base model: run train_llama.py again")
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         fail(f"no adapter_model.safetensors in {folder}: run train_llama.py again")
+    alpha = read_run(folder)["settings"].get("lora_alpha")  # an adapter from elsewhere does not say
+    if alpha and (settings.get("lora_alpha") != alpha or settings.get("use_rslora") or settings.get("alpha_pattern")):
+        say(f"warning: {config} scales the adapter otherwise than in training: it is taken as that file says")
     return base
 
 

@@ -96,6 +96,7 @@ def model_card(output_dir, base, run, report):
         hub_id=hub_id,
         licence=licence_of(base),
         report=report,
+        adapter=adapter,
         rank=max([adapter.get("r", 8), *(adapter.get("rank_pattern") or {}).values()]),
         run=run,
         built=built if rows == run.get("run", {}).get("train rows") else {},
