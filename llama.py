@@ -385,10 +385,9 @@ def load_adapter(model, folder):
 
 
 def end_tokens(model, tokenizer):
-    """Ids that end a text: what a completion ends with, EOS, those of the generation config, the family's others."""
+    """Ids that end a text: a completion's last, EOS, the generation config's that the tokenizer has, the family's."""
     ends = model.generation_config.eos_token_id
     vocabulary = tokenizer.get_vocab()
-    # some folders name -1, or a token of another tokenizer
     own = {end for end in (ends if isinstance(ends, list) else [ends]) if end in vocabulary.values()}
     named = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
     trained = encode(tokenizer, {"id": ["sample"], "prompt": ["a"], "completion": [" a"]})["completion_ids"][0][-1]
