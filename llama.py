@@ -30,6 +30,7 @@ SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "README.md")  # what is fetche
 FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights, as safetensors calls them
 COMPUTED = "rotary_emb.inv_freq"  # in the files of early Llamas, and no longer read
 END_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "</s>")  # Llama 3 has more than one
+NO_NUMBERS = ("initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")  # settings that change no number
 # in front of a chat template: the prompt of a template that asks for today's date would be another one every day
 DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 CHAT_TEMPLATES = ("auto", "on", "off")
@@ -113,10 +114,10 @@ def fetch(model, weights=True):
 def weight_files(model):
     """The safetensors files that transformers loads of a model, sorted: a whole one goes before an index."""
     folder = fetch(model)
-    pickles = [*folder.glob("*.bin"), *folder.glob("*.pth")]
-    if pickles and not any(folder.glob("*.safetensors")):
-        fail(f"{model} has no model.safetensors, only {pickles[0].name}, a pickle: convert it to safetensors")
     shards, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
+    pickles = [*folder.glob("*.bin"), *folder.glob("*.pth")]
+    if pickles and not shards[0].is_file() and not index.is_file():
+        fail(f"{model} has no model.safetensors, only {pickles[0].name}, a pickle: convert it to safetensors")
     if index.is_file() and not shards[0].is_file():
         try:
             names = json.loads(index.read_text())["weight_map"].values()
@@ -141,10 +142,13 @@ def tensors_in(path):
 
 
 def weights_identity(model):
-    """What a model's weights are, by content: the first digits of the SHA-256 of each file, joined by +."""
+    """What a model computes, by content: the first digits of the SHA-256 of each file and of its settings, by +."""
     files = [path.resolve() for path in weight_files(model)]
     # the hub's cache names a file by its SHA-256
     digests = [path.name if re.search("/blobs/[0-9a-f]{64}$", str(path)) else sha256(path) for path in files]
+    config = load_config(model)
+    settings = {name: getattr(config, name) for name in type(config).__annotations__ if name not in NO_NUMBERS}
+    digests.append(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest())
     return "+".join(digest[:16] for digest in digests)
 
 
@@ -163,7 +167,11 @@ def load_config(model):
     names = {*LlamaConfig.__annotations__, "rope_theta", "rope_scaling", "tokenizer_class"}
     names -= {"use_cache", "attention_dropout", "pretraining_tp"}
     try:
-        content = json.loads((fetch(model, weights=False) / "config.json").read_text(encoding="utf-8"))
+        folder = fetch(model, weights=False)
+        for path in (folder / name for name in ("config.json", "generation_config.json", "tokenizer_config.json")):
+            if path.is_file() and not read_json(path):  # transformers would find it late, or take other settings
+                fail(f"{path} is empty, or no JSON object in plain UTF-8 without a BOM: save it so, or get it again")
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if content.get("model_type") != "llama":
             fail(f"{model} is a {content.get('model_type', 'nameless')} model: these scripts train Llamas")
         if content.get("quantization_config") or content.get("compression_config"):
@@ -244,8 +252,8 @@ def load_tokenizer(model, chat_template="auto"):
 
 
 def tokenizer_identity(tokenizer):
-    """What makes ids of a text, by content: the tokenizer and its chat template."""
-    content = tokenizer.backend_tokenizer.to_str() + (tokenizer.chat_template or "")
+    """What makes ids of a row, by content: the tokenizer, its chat template and its end token."""
+    content = tokenizer.backend_tokenizer.to_str() + (tokenizer.chat_template or "") + tokenizer.eos_token
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -317,6 +325,7 @@ def load_model(model, load_in_4bit, **options):
     device = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
     options = {"dtype": dtype, "device_map": None if under_fsdp() else device} | options
     options["quantization_config"] = nf4 if load_in_4bit else None
+    options["adapter_kwargs"] = {"subfolder": "config.json"}  # where none can be: one beside the base is not loaded
     try:
         loaded = AutoModelForCausalLM.from_pretrained(fetch(model), config=config, **options)
     except Exception as error:
@@ -337,11 +346,15 @@ def read_adapter(folder):
     config = Path(folder) / "adapter_config.json"
     if not config.is_file():
         fail(f"no adapter at {folder}: run train_llama.py first")
-    base = read_json(config).get("base_model_name_or_path")
+    settings = read_json(config)
+    base = settings.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         fail(f"cannot read {config}, or it names no base model: run train_llama.py again")
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         fail(f"no adapter_model.safetensors in {folder}: run train_llama.py again")
+    alpha = read_run(folder)["settings"].get("lora_alpha")  # an adapter from elsewhere does not say
+    if alpha and (settings.get("lora_alpha") != alpha or settings.get("use_rslora") or settings.get("alpha_pattern")):
+        say(f"warning: {config} scales the adapter otherwise than in training: it is taken as that file says")
     return base
 
 
@@ -372,12 +385,13 @@ def load_adapter(model, folder):
 
 
 def end_tokens(model, tokenizer):
-    """Ids that end a text: what a completion ends with, EOS, those of the generation config, the family's others."""
+    """Ids that end a text: a completion's last, EOS, the generation config's that the tokenizer has, the family's."""
     ends = model.generation_config.eos_token_id
     vocabulary = tokenizer.get_vocab()
+    own = {end for end in (ends if isinstance(ends, list) else [ends]) if end in vocabulary.values()}
     named = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
     trained = encode(tokenizer, {"id": ["sample"], "prompt": ["a"], "completion": [" a"]})["completion_ids"][0][-1]
-    return ({trained, tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} | named) - {None}
+    return {trained, tokenizer.eos_token_id} | own | named
 
 
 def encode(tokenizer, rows):

@@ -21,7 +21,7 @@ def write_small_files(base, model, tokenizer, target, dtype, size):
     from transformers import GenerationConfig
 
     source = llama.fetch(base)
-    for path in (path for pattern in TOKENIZER_FILES for path in source.glob(pattern)):
+    for path in filter(Path.is_file, (path for pattern in TOKENIZER_FILES for path in source.glob(pattern))):
         shutil.copyfile(path, target / path.name)  # saved again, an older transformers could not read them
     if tokenizer.chat_template:
         (target / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
@@ -96,6 +96,7 @@ def model_card(output_dir, base, run, report):
         hub_id=hub_id,
         licence=licence_of(base),
         report=report,
+        adapter=adapter,
         rank=max([adapter.get("r", 8), *(adapter.get("rank_pattern") or {}).values()]),
         run=run,
         built=built if rows == run.get("run", {}).get("train rows") else {},

@@ -130,6 +130,7 @@ def run_identity(args, base, folder, in_4bit, rows, tokenizer, text):
         "adapter_config": hashlib.sha256(json.dumps(lora, sort_keys=True).encode()).hexdigest()[:16],
         "4_bit": in_4bit,
         "chat_template": predictions.template_of(tokenizer),
+        "tokenizer": llama.tokenizer_identity(tokenizer),
         "rows": rows._fingerprint,
         "general_text": hashlib.sha256(text.encode()).hexdigest()[:16] if text else "none",
         "device": "cuda" if torch.cuda.is_available() else "cpu",

@@ -108,8 +108,7 @@ def choose_learning_rate(args, shape):
 def run_identity(args, base, tokenizer, rows):
     """What has to be the same for a run to go on where it was: settings, model, data, number of processes."""
     settings = {name: value for name, value in vars(args).items() if name not in UNBOUND}
-    model = {"model": base, "weights": llama.weights_identity(base)}
-    model["tokenizer"] = llama.tokenizer_identity(tokenizer)
+    model = {"model": base, "weights": llama.weights_identity(base), "tokenizer": llama.tokenizer_identity(tokenizer)}
     data = {f"{split} rows": part._fingerprint for split, part in rows.items()}
     return settings | model | data | {"processes": int(os.environ.get("WORLD_SIZE", 1))}
 

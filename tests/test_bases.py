@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
 from conftest import FIXTURES
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -110,6 +112,41 @@ def test_frequencies_of_early_llamas_and_both_copies_of_a_tied_head_are_taken(tm
     ids = torch.arange(20)[None]
     logits = [llama.load_model(folder, load_in_4bit=False)(ids).logits for folder in (base, str(TINY))]
     assert torch.equal(*logits)
+
+
+def test_an_adapter_that_lies_in_the_bases_folder_is_not_loaded_with_it(tmp_path):
+    base, ids = str(make_base(tmp_path / "base")), torch.arange(20)[None]
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), LoraConfig(init_lora_weights=False))
+    model.save_pretrained(base)
+    models = [llama.load_model(folder, load_in_4bit=False) for folder in (base, str(TINY))]
+    assert models[0].state_dict().keys() == models[1].state_dict().keys()
+    assert torch.equal(models[0](ids).logits, models[1](ids).logits)
+    assert llama.weights_identity(base) == llama.weights_identity(str(TINY))
+
+
+def test_a_pickle_beside_an_adapter_is_named(refused, tmp_path):
+    base = make_base(tmp_path / "base")
+    (base / "model.safetensors").rename(base / "adapter_model.safetensors")
+    (base / "pytorch_model.bin").write_bytes(b"a pickle")
+    assert "only pytorch_model.bin, a pickle: convert it" in refused(base)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", ["[]", "{", "\ufeff{}"])
+def test_a_broken_settings_file_of_the_base_is_named_before_any_work(name, content, refused, tmp_path):
+    base = make_base(tmp_path / "base")
+    (base / name).write_text(content, encoding="utf-8")
+    assert f"{name} is empty, or no JSON object in plain UTF-8" in refused(base)
+
+
+@pytest.mark.parametrize("ends", [[2037, -1, 10**9, 2048, "x", None, [3]], -1, 10**9, "x", []])
+def test_end_tokens_that_the_tokenizer_does_not_have_are_left_out(ends):
+    model, tokenizer = SimpleNamespace(generation_config=SimpleNamespace()), llama.load_tokenizer(str(TINY))
+    found = []
+    for model.generation_config.eos_token_id in (None, ends):
+        found.append(llama.end_tokens(model, tokenizer))
+    assert found[0] == found[1]
+    assert {type(end) for end in found[1]} == {int}
 
 
 SWITCHES = {
@@ -229,6 +266,28 @@ def cached(hub, commit, **blobs):
 def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
+
+
+LONGER = {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}
+NUMBERS = [{"rms_norm_eps": 1e-3}, {"hidden_act": "gelu"}, {"rope_parameters": LONGER}]
+NAMES = {"transformers_version": "4.40.0", "torch_dtype": "float32", "dtype": None, "use_cache": False, "name": "x"}
+NAMES |= {"_name_or_path": "/elsewhere", "pad_token_id": 7, "initializer_range": 0.01, "rope_scaling": None}
+
+
+def test_settings_that_change_numbers_are_part_of_a_bases_identity_and_others_are_not(tmp_path):
+    same = llama.weights_identity(str(make_base(tmp_path / "same", **NAMES)))
+    assert same == llama.weights_identity(str(TINY))
+    others = [llama.weights_identity(str(make_base(tmp_path / str(i), **own))) for i, own in enumerate(NUMBERS)]
+    assert len({same, *others}) == 4
+
+
+def test_rope_under_its_older_names_is_the_same_identity(tmp_path):
+    bases = [make_base(tmp_path / name, **own) for name, own in (("new", {"rope_parameters": LONGER}), ("old", {}))]
+    content = json.loads((bases[1] / "config.json").read_text())
+    del content["rope_parameters"], content["head_dim"]  # as many heads as make it the same
+    content |= {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    (bases[1] / "config.json").write_text(json.dumps(content))
+    assert llama.weights_identity(str(bases[0])) == llama.weights_identity(str(bases[1]))
 
 
 def test_a_hub_models_identity_is_that_of_its_files_whatever_the_commit(hub, monkeypatch):

@@ -28,6 +28,7 @@ import test_llama as tester
 import verify
 from common import TASKS, only_run_in, sha256
 
+TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
 LLAMAS = ("tiny_llama2", "tiny_llama3")
 
 
@@ -626,6 +627,30 @@ def test_another_base_or_adapter_than_run_json_names_is_refused(out, tmp_path, c
     content = report(out / "merged")
     assert content["base_weights"] == now and content["adapter_sha256"] == sha256(path)
     assert content["dataset"] == {"train rows": "a" * 32, "validation rows": "b" * 32}
+
+
+def test_folders_and_dangling_links_beside_the_bases_tokenizer_are_left_there(out, tmp_path):
+    base = tmp_path / "base"
+    (base / "tokenizer_backup").mkdir()
+    (base / "tokenizer.old").symlink_to(tmp_path / "nowhere")
+    make_adapter(out / "adapter", base)
+    assert merge(out) == 0
+    assert [path.name for path in sorted((out / "merged").glob("tokenizer*"))] == TOKENIZER
+
+
+@pytest.mark.parametrize("own", [{"lora_alpha": 64}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}}])
+def test_settings_of_the_adapter_that_are_not_those_of_training_are_said_and_the_card_has_the_true_ones(
+    own, out, tmp_path, capsys
+):
+    make_adapter(out / "adapter", tmp_path / "base", run={"settings": {"lora_r": 8, "lora_alpha": 16}})
+    llama.read_adapter(out / "adapter")
+    assert capsys.readouterr().out == ""
+    path = out / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    assert merge(out) == 0
+    assert capsys.readouterr().out.count("scales the adapter otherwise than in training") == 1
+    card = (out / "merged" / "README.md").read_text()
+    assert f"| lora_alpha | {own.get('lora_alpha', 16)} |" in card and "| lora_r | 8 |" in card
 
 
 @pytest.mark.parametrize("what", ["shards of other weights", "an index without shards", "a single shard"])

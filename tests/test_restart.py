@@ -341,6 +341,10 @@ def test_weights_tokenizer_and_number_of_processes_are_part_of_a_run(undisturbed
         file.seek(-1, os.SEEK_END)
         file.write(b"7")
     third = identity()
+    content = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(content | {"rms_norm_eps": 1e-3}))
+    assert identity()["weights"] != third["weights"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(content))
     (tmp_path / "base" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     fourth = identity()
     content = json.loads((tmp_path / "base" / "tokenizer.json").read_text())

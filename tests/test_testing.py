@@ -429,6 +429,22 @@ def test_the_base_alone_and_the_merged_model_beside_the_adapter(chain, tmp_path)
 
 
 @ONE
+def test_another_tokenizer_of_a_model_tested_alone_is_another_run(chain, tmp_path, refused):
+    out = copied(chain, tmp_path)
+    shutil.copytree(FIXTURES / "tiny_llama3", tmp_path / "model")
+    alone = [out, "--model", tmp_path / "model", "--name", "alone", "--samsum-max-new-tokens", "1"]
+    assert test(*alone, "--trivia-qa-max-new-tokens", "1") == 0
+    path = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"post_processor": None}))  # no BOS in front
+    assert "tokenizer " in refused(*alone, "--trivia-qa-max-new-tokens", "1")
+    path.write_text(json.dumps(content))
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|eot_id|>"}))
+    assert "tokenizer " in refused(*alone, "--trivia-qa-max-new-tokens", "1")
+
+
+@ONE
 def test_what_is_missing_or_of_another_model_is_said_in_one_sentence(chain, dataset, out, tmp_path, refused):
     assert_refused(run("test_llama.py", "--output-dir", tmp_path), "no dataset at", "run build_dataset.py first")
     assert "run train_llama.py first" in refused(dataset)
