@@ -393,11 +393,11 @@ def train(args, base, rows):
     say(f"training {base} on {len(rows['train']):,} rows, validating on {len(rows['validation']):,}")
     shape, tokenizer = read_base(args, base)
     run = run_identity(args, base, tokenizer, rows)
-    start = where_to_start(args, run)
     adapter = Path(args.output_dir) / "adapter"
+    if is_main():
+        common.put_back(adapter)  # a kill may have left the one before beside it; a mount is refused
+    start = where_to_start(args, run)
     if not start:
-        if is_main():
-            common.put_back(adapter)  # a kill may have left the one before beside it
         say(f"{adapter} is finished, by the same settings on the same rows: nothing to do")
         return
     if tokenizer.chat_template:
