@@ -161,13 +161,13 @@ def load_failed(model, error):
 
 def load_config(model):
     """The model's config, of a Llama's own settings alone; exits 2 where it is no Llama's, or of quantised weights."""
+    folder = fetch(model, weights=False)
     from transformers import LlamaConfig
 
     # a Llama's own settings alone: what other tools' sessions left there, such as output_attentions, is not obeyed
     names = {*LlamaConfig.__annotations__, "rope_theta", "rope_scaling", "tokenizer_class"}
     names -= {"use_cache", "attention_dropout", "pretraining_tp"}
     try:
-        folder = fetch(model, weights=False)
         for path in (folder / name for name in ("config.json", "generation_config.json", "tokenizer_config.json")):
             if path.is_file() and not read_json(path):  # transformers would find it late, or take other settings
                 fail(f"{path} is empty, or no JSON object in plain UTF-8 without a BOM: save it so, or get it again")

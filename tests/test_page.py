@@ -330,7 +330,7 @@ def predictions_of(path, prediction, **changes):
     return path
 
 
-@pytest.mark.parametrize("name", ["_mine", "__", "模型", "モデル", "نموذج", "मॉडल", "a+b-c.d_e", "$x_1$", "<b>&"])
+@pytest.mark.parametrize("name", ["_mine", "模型", "نموذج", "$x_1$", "<b>&"])
 def test_every_system_is_in_the_legend_by_its_name_and_no_library_warns(name, tmp_path):
     base, other = predictions_of(tmp_path / "a.json", "a cat"), predictions_of(tmp_path / "b.json", "a dog")
     result = run("evaluations.py", "--resamples", 20, "--predictions", f"base={base}", f"{name}={other}", cwd=tmp_path)

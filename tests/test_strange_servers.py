@@ -14,7 +14,7 @@ from test_server import TASKS, Fake, Handler, ask, limit, read, says  # noqa: F4
 
 import judge as judging
 
-SEEDS = range(int(os.environ.get("SEEDS", 8)))
+SEEDS = range(int(os.environ.get("SEEDS", 4)))
 NO_REPLY = "close"
 WHOLE = ["stop", "STOP", "eos", "eos_token", "end_turn", "stop_sequence", "COMPLETE", "FinishReason.STOP"]
 CUT_OFF = ["length", "max_tokens", "MAX_TOKENS", "model_length"]
