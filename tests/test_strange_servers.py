@@ -31,7 +31,7 @@ def choice(text, chat, finish="stop", **more):
 def reply(rng, text, chat, tokens, cut):
     """(whether it is an answer, what the server sends: (status, body, headers), or NO_REPLY)
 
-    tokens: of the prompt. cut: as many as a server reads that cuts it.
+    tokens: of the prompt. cut: as many as a server reads that cuts it, or None.
     """
     usage = {"prompt_tokens": tokens, "completion_tokens": 5}
     good = [
@@ -93,7 +93,7 @@ def reply(rng, text, chat, tokens, cut):
         return True, (200, {"choices": [rng.choice(good)()], "usage": usage})
     if kind < 0.75:
         return False, (200, {"choices": [rng.choice(none)()], "usage": usage})
-    if kind < 0.8 and tokens:
+    if kind < 0.8 and cut:
         return False, (200, {"choices": [choice(text, chat)], "usage": usage | {"prompt_tokens": cut}})
     return False, rng.choice(sent)
 
@@ -126,8 +126,8 @@ class Strange(Fake):
         counts, sent = True, (200, {"choices": [choice(text, chat)], "usage": {"prompt_tokens": tokens}})
         first = not self.judges and limit(body) not in (96, 24)
         if not self.mended and not (first and self.first_are_good):
-            # where the server never gave sound counts, only much fewer tokens show
-            cut = tokens - 1 if self.first_are_good else tokens // 5
+            # a server that cut the first prompts, too, may as well have another tokenizer
+            cut = tokens - 1 if self.first_are_good and tokens else None
             counts, sent = reply(self.rng, text, chat, tokens, cut)
         if not first:
             self.were_answers[asked] = counts
