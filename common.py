@@ -79,9 +79,9 @@ def parse_settings(module, argv=None, choices=None):
         except (TypeError, ValueError):  # also what Python cannot convert
             number = "number from 0" if 0 in allowed else "number above 0"
             words = {int: f"a whole {number}", float: f"a {number}", bool: "True, False", str: "a text in UTF-8"}
-            told = [str(words.get(one, one)) for one in allowed if one not in (0, list)]
-            told = f"a list of {', '.join(told) or 'texts in UTF-8'}" if list in allowed else " or ".join(told)
-            parser.error(f"{flag_of(name)} must be {told}, not {value!r}")
+            kinds = [str(words.get(one, one)) for one in allowed if one not in (0, list)]
+            wanted = f"a list of {', '.join(kinds) or 'texts in UTF-8'}" if list in allowed else " or ".join(kinds)
+            parser.error(f"{flag_of(name)} must be {wanted}, not {value!r}")
     if vars(args).get("output_dir") == "":
         parser.error("--output-dir must not be empty")
     return args

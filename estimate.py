@@ -1,4 +1,4 @@
-"""What a training run costs, told before it starts: tokens, steps, memory, operations and time."""
+"""What a training run will cost: tokens, steps, memory, operations and time."""
 
 import importlib.util
 import math

@@ -145,8 +145,8 @@ def compare_types(output, check_rows):
                 if name in parameters:
                     parameters[name].data.copy_(weight.to(getattr(torch, dtype)))
             figures = verify.compare(tuned, verify.logits_of(merged, ids)[0], golds)
-            told = ", ".join(f"{name.replace('_', ' ')} {value:.5g}" for name, value in figures.items())
-            print(f"into {into}, {dtype}: {told}")
+            shown = ", ".join(f"{name.replace('_', ' ')} {value:.5g}" for name, value in figures.items())
+            print(f"into {into}, {dtype}: {shown}")
 
 
 def main():
