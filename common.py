@@ -16,7 +16,6 @@ import signal
 import string
 import subprocess
 import sys
-import tempfile
 import time
 import unicodedata
 from contextlib import contextmanager, suppress
@@ -322,10 +321,12 @@ def only_run_in(folder):
             fail(f"{folder} is in use by {holder_of(handle)}: wait for it, or give another --output-dir")
         except OSError:  # a mount that has none; which number it gives differs
             missing.append("locks")
-        with tempfile.TemporaryDirectory(dir=folder) as place, whole_folder(Path(place, "whole")) as fresh:
-            (fresh / "file").touch()  # what cannot be done fails now, not after the work
-            if not sync(fresh / "file"):
-                missing.append("fsync")
+        if is_main():
+            with whole_folder(folder / ".probe") as fresh:  # what cannot be done fails now, not after the work
+                (fresh / "file").touch()
+                if not sync(fresh / "file"):
+                    missing.append("fsync")
+            shutil.rmtree(folder / ".probe")  # what a kill leaves of it, the next run removes
         if missing:
             risk = "start no second run there, and give a command again that a crash of the machine ended"
             say(f"warning: the file system of {folder} has no {' and no '.join(missing)}: {risk}")
