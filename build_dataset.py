@@ -33,8 +33,10 @@ from typing import NamedTuple
 import huggingface_hub  # loads its parts where they are used
 import pyarrow.parquet
 
-import common
-from common import fail, first_line, holds, normalized, say
+from pipeline.files import only_run_in, put_back, sha256, whole_folder, write_whole
+from pipeline.script import fail, first_line, git_commit, progress, say, script, versions
+from pipeline.settings import flag_of, parse_settings
+from pipeline.texts import WORDS, holds, normalized
 
 # Settings: edit here, or override for one run on the command line.
 SAMSUM = "knkarthick/samsum"  # hub id or local folder with train.csv, validation.csv, test.csv
@@ -51,7 +53,12 @@ NUM_PROC = 0  # processes that choose contexts; 0 = one per CPU
 OUTPUT_DIR = "outputs"  # gets dataset/ and dataset_report.json
 
 # Fixed
-CHOICES = {"TASKS": (list, *common.TASKS), "CONTEXT": ("question", "first", "none"), "MAX_CONTEXT_WORDS": (int,)}
+CHOICES = {
+    "TASKS": (list, "samsum", "trivia_qa"),
+    "CONTEXT": ("question", "first", "none"),
+    "MAX_CONTEXT_WORDS": (int,),
+}
+CHOICES |= {"MAX_CONTEXT_WORDS": (int,)}
 CHOICES |= dict.fromkeys(("TRAIN_EXAMPLES_PER_TASK", "VALIDATION_EXAMPLES_PER_TASK"), (0, int))
 CHOICES |= dict.fromkeys(("TEST_EXAMPLES_PER_TASK", "SEED", "NUM_PROC"), (0, int))
 PROMPTS = {  # the prompt ends without a blank and the completion begins with one, so both tokenizers split there
@@ -105,12 +112,12 @@ class NearTexts:
 
 
 def word_5_grams(key):
-    words = key.translate(common.WORDS).split() or [key]  # also where a script has no blanks between them, or of emoji
+    words = key.translate(WORDS).split() or [key]  # also where a script has no blanks between them, or of emoji
     return {" ".join(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
 
 
 def parse_args(argv=None):
-    args = common.parse_settings(sys.modules[__name__], argv, CHOICES)
+    args = parse_settings(sys.modules[__name__], argv, CHOICES)
     if not re.fullmatch(r"[\w.-]+", args.trivia_qa_config):
         fail("--trivia-qa-config must be the name of a folder")
     args.tasks = sorted(set(args.tasks))
@@ -125,7 +132,7 @@ def find_files(task, args):
         folder = args.trivia_qa_config
         patterns = {"train": f"{folder}/train-*.parquet", "test": f"{folder}/validation-*.parquet"}
     root, place, remedy = source, source, "get it again, laid out like the hub repository, and nothing else into it"
-    network = f"check name and network, or give a local folder with {common.flag_of(task)}"
+    network = f"check name and network, or give a local folder with {flag_of(task)}"
     if not Path(root).is_dir():
         try:
             root = huggingface_hub.snapshot_download(source, repo_type="dataset", allow_patterns=[*patterns.values()])
@@ -147,7 +154,7 @@ def find_files(task, args):
             faults.append(f"{len(files[split])} files {pattern} where there should be {max(parts)}")
     if faults:
         fail(f"{task}: {' and '.join(faults)} in {place}: {remedy}")
-    hashes = {path.relative_to(root).as_posix(): common.sha256(path) for paths in files.values() for path in paths}
+    hashes = {path.relative_to(root).as_posix(): sha256(path) for paths in files.values() for path in paths}
     return files, {"source": source, "revision": revision, "licence": LICENCES[task], "sha256": hashes}
 
 
@@ -371,7 +378,7 @@ def render_trivia_qa(split, args, each, rows):
     render = partial(render_row_group, split=split, context=args.context, max_words=args.max_context_words)
     parts = each(render, groups.values())
     results = {}
-    for part in common.progress(parts, f"trivia_qa {split}", total=len(groups)):
+    for part in progress(parts, f"trivia_qa {split}", total=len(groups)):
         results |= part
     return [results[row.place] for row in rows]
 
@@ -457,12 +464,12 @@ def print_report(task, part, row):
         say(f"  {'answer in context, of all':<26}" + "".join(cells))
 
 
-@common.script
+@script
 def main(argv=None):
     args = parse_args(argv)
     output, folder = Path(args.output_dir), Path(args.output_dir) / "dataset"
-    with common.only_run_in(output):
-        common.put_back(folder)
+    with only_run_in(output):
+        put_back(folder)
         if folder.exists() and not (folder / "dataset_dict.json").exists() and any(folder.iterdir()):
             fail(f"{folder} is no data set: move it away, or choose another --output-dir")
         say(f"making {folder} of {' and '.join(args.tasks)}")
@@ -471,8 +478,8 @@ def main(argv=None):
             "settings": {name: value for name, value in vars(args).items() if name not in ("num_proc", "output_dir")},
             "sources": {task: source for task, (_, source) in sources.items()},
             "prompts": {task: template(task, args.context) for task in args.tasks},
-            "versions": common.versions("datasets"),
-            "git_commit": common.git_commit(),
+            "versions": versions("datasets"),
+            "git_commit": git_commit(),
             "tasks": {},
         }
         rows = []
@@ -482,9 +489,9 @@ def main(argv=None):
                 of_task, report["tasks"][task] = build_task(task, files, args, each)
             print_report(task, report["tasks"][task], of_task["train"][0])
             rows.append(of_task)
-        with common.whole_folder(folder) as fresh:
+        with whole_folder(folder) as fresh:
             report["splits"] = save(rows, args.seed, fresh)
-        common.write_whole(output / "dataset_report.json", json.dumps(report, indent=2) + "\n")
+        write_whole(output / "dataset_report.json", json.dumps(report, indent=2) + "\n")
         say(f"\nwrote {folder} and {output / 'dataset_report.json'}")
 
 

@@ -34,11 +34,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-import common
-import page
-import significance
-import swap
-from common import TASKS, check_url, fail, parse_settings, read_json, refuse_another, say, write_whole
+from pipeline.files import read_json, refuse_another, sha256, write_whole
+from pipeline.scoring import page, significance
+from pipeline.script import fail, say, script, versions
+from pipeline.settings import check_url, parse_settings
+from tasks import TASKS
+from tasks import swapped as swap
 
 # Settings: edit here, or override for one run on the command line.
 PREDICTIONS = ()  # FILE: base and tuned, of test_llama.py; NAME=FILE, NAME@SEED=FILE: another; none: OUTPUT_DIR's
@@ -72,6 +73,10 @@ def parse_args(argv=None):
     return args
 
 
+def lower(value):
+    return value.lower() if isinstance(value, str) else value
+
+
 def listed(value):
     return [value] if isinstance(value, str) else value
 
@@ -95,7 +100,7 @@ class Example(BaseModel, strict=True):
 class PredictionFile(BaseModel, strict=True):
     """What test_llama.py writes for a task; of another system's file `task` and `examples` are enough."""
 
-    task: Annotated[Literal[TASKS], BeforeValidator(lambda task: task.lower() if isinstance(task, str) else task)]
+    task: Annotated[Literal[tuple(TASKS)], BeforeValidator(lower)]
     examples: list[Example]
     perplexity: dict[str, dict[str, int | float]] = {}
     general_text: dict[str, dict[str, int | float]] = {}
@@ -334,7 +339,7 @@ def measure_groups(by_sums, tables, inside, args):
 
 def score_task(task, rows, args):
     """Everything evaluation.json says about a task; {system: {metric: 0 to 100}} stands at its top level."""
-    import metrics
+    from pipeline.scoring import metrics
 
     scores = {name: metrics.score(task, rows.references, system.predictions) for name, system in rows.systems.items()}
     tables = {name: metrics.table_of(task, scores[name], system.losses) for name, system in rows.systems.items()}
@@ -469,7 +474,7 @@ def print_judge(judge):
         say(f"judged, {judge['examples']} examples, {name}: {beside}; agrees with {agrees}")
 
 
-@common.script
+@script
 def main(argv=None):
     args = parse_args(argv)
     tasks = read_all(args)
@@ -482,7 +487,7 @@ def main(argv=None):
         pass
     judged, counts = {}, {}
     if args.judge_model:
-        import judge
+        from pipeline.scoring import judge
 
         judged, counts = judge.judge(tasks, args)
     report = {task: score_task(task, rows, args) for task, rows in tasks.items()}
@@ -492,14 +497,14 @@ def main(argv=None):
         report[SWAPPED] = swap.score(swapped, args)
     adjust(report)
     tested, weights = made_from(tasks, "adapter"), folder / "adapter" / "adapter_model.safetensors"
-    adapter = common.sha256(weights) if weights.is_file() else ""
+    adapter = sha256(weights) if weights.is_file() else ""
     training = read_training(folder, adapter) if adapter.startswith(tested) else None
     stale = adapter and not (args.predictions or adapter.startswith(tested) or tested == "unknown")
     report |= {
         "other_adapter": OTHER_ADAPTER if stale else None,
         "training": training,
         "data": read_data(folder, made_from(tasks, "rows"), training),
-        "versions": common.versions("evaluate", "matplotlib", "numpy", "rouge_score", "sacrebleu"),
+        "versions": versions("evaluate", "matplotlib", "numpy", "rouge_score", "sacrebleu"),
         "settings": {**vars(args), "stemmer": True},
     }
     html = page.page(report, tasks)

@@ -24,10 +24,12 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-import common
-import llama
-import merged_folder
-from common import fail, first_line, say
+from pipeline import machine, models
+from pipeline.files import load_rows, only_run_in, read_json, refuse_another, rows_of, sha256, whole_folder
+from pipeline.merging import merged_folder
+from pipeline.script import fail, first_line, git_commit, out_of_memory, progress, say, script, versions
+from pipeline.settings import parse_settings
+from pipeline.tokens import encode, load_tokenizer, tokenizer_of
 
 # Settings: edit here, or override for one run on the command line.
 MODEL = "auto"  # a folder or hub id with the same weights; auto: the base that the adapter names
@@ -40,7 +42,7 @@ OUTPUT_DIR = "outputs"  # holds adapter/ and dataset/, gets merged/
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a weight
 TRACE = 1e-4  # share of the weights that may be smaller than float16's smallest number, 6e-8
 SMALL_FILES = 2**26  # bytes of room for all that is not weights
-QUANTISED = "_proj.weight"  # how the names of the weights end that llama.load_model quantises
+QUANTISED = "_proj.weight"  # how the names of the weights end that models.load_model quantises
 # What adapter_config.json may have besides PEFT's defaults: what a later PEFT invents is refused, too.
 FOLLOWED = (
     *("base_model_name_or_path", "peft_version", "task_type", "inference_mode", "auto_mapping"),
@@ -51,14 +53,14 @@ FOLLOWED = (
 
 def parse_args(argv=None):
     choices = {"MERGE_BASE": ("auto", "16bit", "4bit"), "MERGE_DTYPE": ("auto", *DTYPES), "CHECK_ROWS": (int,)}
-    return common.parse_settings(sys.modules[__name__], argv, choices)
+    return parse_settings(sys.modules[__name__], argv, choices)
 
 
 def refuse_more_than_lora(folder):
     """Exit 2, naming it, on anything in adapter_config.json that is more than LoRA on linear layers."""
     from peft import LoraConfig
 
-    config, plain = common.read_json(folder / "adapter_config.json"), LoraConfig().to_dict()
+    config, plain = read_json(folder / "adapter_config.json"), LoraConfig().to_dict()
     # "init_lora_weights" too: PiSSA, OLoRA and so on start from other base weights
     strange = {name: value for name, value in config.items() if value and value != plain.get(name)}
     if strange.get("init_lora_weights") == "gaussian":  # another start, the base's own weights
@@ -69,25 +71,25 @@ def refuse_more_than_lora(folder):
 
 def read_run(folder, base):
     """run.json of the adapter with "adapter_sha256" and the base's "weights"; exits 2 where it names others."""
-    run = llama.read_run(folder)
-    found = {"adapter_sha256": common.sha256(folder / "adapter_model.safetensors")}
-    found["weights"] = llama.weights_identity(base)
+    run = models.read_run(folder)
+    found = {"adapter_sha256": sha256(folder / "adapter_model.safetensors")}
+    found["weights"] = models.weights_identity(base)
     named = {"adapter_sha256": run.get("adapter_sha256"), "weights": run["run"].get("weights")}
     named = {name: value or found[name] for name, value in named.items()}  # an adapter from elsewhere names nothing
     remedy = f"put back what {folder}/run.json names, give --model where it is now, or run train_llama.py again"
-    common.refuse_another(f"the adapter in {folder}, or its base {base},", named, found, remedy)
+    refuse_another(f"the adapter in {folder}, or its base {base},", named, found, remedy)
     return run | found
 
 
 def check_rows(args, tokenizer):
-    """CHECK_ROWS validation rows, the first of each task in turn, and their ids as llama.encode gives them."""
+    """CHECK_ROWS validation rows, the first of each task in turn, and their ids as encode gives them."""
     from datasets import interleave_datasets
 
-    rows = llama.load_rows(args.output_dir, "validation")
-    tasks = [llama.rows_of(rows, task) for task in sorted(rows.unique("task"))]
+    rows = load_rows(args.output_dir, "validation")
+    tasks = [rows_of(rows, task) for task in sorted(rows.unique("task"))]
     rows = interleave_datasets(tasks, stopping_strategy="all_exhausted_without_replacement")
     try:
-        return rows[: args.check_rows], llama.encode(tokenizer, rows[: args.check_rows])
+        return rows[: args.check_rows], encode(tokenizer, rows[: args.check_rows])
     except ValueError as error:
         fail(f"cannot compare on the validation rows: {first_line(error)}")
 
@@ -120,7 +122,7 @@ def merge_tensor(name, stored, lora, scales, in_4bit):
     if name not in scales and not quantised:
         return stored
     weight = stored.float()
-    if quantised:  # as llama.load_model does, and back
+    if quantised:  # as models.load_model does, and back
         weight = weight.to("cuda" if torch.cuda.is_available() else "cpu")
         weight = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True)).float().cpu()
     if name in scales:
@@ -139,7 +141,7 @@ def finite(tensor):
 
 def merged_tensors(path, changes):
     """(name, the base's tensor in `path`, what the adapter makes of it) in turn; see merge_tensor."""
-    for name, stored in llama.tensors_in(path):
+    for name, stored in models.tensors_in(path):
         if name != "model.embed_tokens.weight" and not finite(stored):  # there it may be rows of unused tokens
             fail(f"{path.name} of the base has numbers in {name} that are not finite: get it again")
         yield name, stored, merge_tensor(name, stored, *changes)
@@ -173,7 +175,7 @@ def merge(base, changes, fresh, dtype):
 
     counts = Counter()
     # the base's own names and shards: its index holds for the merged folder too
-    for path in common.progress(llama.weight_files(base), "merging", unit="shard"):
+    for path in progress(models.weight_files(base), "merging", unit="shard"):
         tensors, target = {}, fresh / path.name
         for name, stored, weight in merged_tensors(path, changes):
             tensors[name] = weight.to(getattr(torch, dtype))
@@ -206,18 +208,18 @@ def merge_in_its_type(args, model, base, changes, fresh):
 
 
 def merged_weights(base, changes):
-    for path in llama.weight_files(base):
+    for path in models.weight_files(base):
         for name, _, weight in merged_tensors(path, changes):
             yield name, weight
 
 
 def merge_and_check(args, base, run, fresh):
     """Merge into the folder `fresh` and compare it with base and adapter. Returns what merge.json says of that."""
-    import verify  # and torch, transformers, PEFT
+    from pipeline.merging import verify  # and torch, transformers, PEFT
 
     folder = Path(args.output_dir) / "adapter"
     into = "16bit" if args.merge_base == "auto" else args.merge_base
-    tokenizer = llama.tokenizer_of(base, folder, run["settings"].get("chat_template", "auto"))
+    tokenizer = tokenizer_of(base, folder, run["settings"].get("chat_template", "auto"))
     rows, ids = check_rows(args, tokenizer)
     begun, place = time.time(), verify.roomy_place(base)
     exact = place[1] == "float32"
@@ -231,7 +233,7 @@ def merge_and_check(args, base, run, fresh):
     merged_at = time.time()
     problems, comparison = [], {}
     try:
-        if llama.encode(llama.load_tokenizer(str(fresh)), rows) != ids:
+        if encode(load_tokenizer(str(fresh)), rows) != ids:
             problems.append("the base's tokenizer makes other tokens than the adapter's")
         problems += verify.wrong_tensors(model, base, fresh, dtype)
         model = None  # one in memory at a time; torch's modules and PEFT's refer to one another
@@ -240,7 +242,7 @@ def merge_and_check(args, base, run, fresh):
         comparison = verify.compare_folder(fresh, dtype, weights, ids, tuned, golds, place)
         problems += verify.problems_of(comparison, dtype, exact)
     except Exception as error:  # whatever the libraries raise, it is no whole folder
-        if common.out_of_memory(error):
+        if out_of_memory(error):
             raise
         problems.append(f"it cannot be loaded ({first_line(error)})")
     return {
@@ -271,7 +273,7 @@ def show(report):
         written = " (written)" if name == report["dtype"] else ""
         say(line.format(f"merged {name}{written}", **figures))
     took = "{check_rows} validation rows, merged in {seconds_merging:.1f} s, checked in {seconds_verifying:.1f} s"
-    say(f"{took.format(**report)}, peak memory {llama.peak_memory():.2f} GB")
+    say(f"{took.format(**report)}, peak memory {machine.peak_memory():.2f} GB")
 
 
 def finish(args, base, run, report, fresh):
@@ -281,26 +283,26 @@ def finish(args, base, run, report, fresh):
         "base_weights": run["weights"],
         "adapter_sha256": run["adapter_sha256"],
         "dataset": {name: value for name, value in run["run"].items() if name.endswith(" rows")},
-        "versions": common.versions("torch", "transformers", "peft", "bitsandbytes", "safetensors"),
-        "git_commit": common.git_commit(),
+        "versions": versions("torch", "transformers", "peft", "bitsandbytes", "safetensors"),
+        "git_commit": git_commit(),
     }
     (fresh / "README.md").write_text(merged_folder.model_card(args.output_dir, base, run, report), encoding="utf-8")
-    report["sha256"] = {path.name: common.sha256(path) for path in sorted(fresh.iterdir())}
+    report["sha256"] = {path.name: sha256(path) for path in sorted(fresh.iterdir())}
     (fresh / "merge.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-@common.script
+@script
 def main(argv=None):
     args = parse_args(argv)
     folder, target = Path(args.output_dir) / "adapter", Path(args.output_dir) / "merged"
-    named = llama.read_adapter(folder)
-    base = llama.find_model(named if args.model == "auto" else args.model)
-    with common.only_run_in(args.output_dir):
-        llama.quiet()
+    named = models.read_adapter(folder)
+    base = models.find_model(named if args.model == "auto" else args.model)
+    with only_run_in(args.output_dir):
+        models.quiet()
         refuse_more_than_lora(folder)
         run = read_run(folder, base)
         say(f"merging {folder} into {base}")
-        with common.whole_folder(target) as fresh:
+        with whole_folder(target) as fresh:
             report = merge_and_check(args, base, run, fresh)
             finish(args, base, run, report, fresh)
             show(report)

@@ -29,11 +29,15 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import common
-import llama
-import predictions
-from common import fail, first_line, is_main, say
-from swap import swap_answers
+from pipeline import machine, models
+from pipeline.attention import choose_attention
+from pipeline.files import load_rows, only_run_in, read_json, refuse_another, rows_of, sha256
+from pipeline.script import fail, first_line, is_main, progress, say, script
+from pipeline.settings import check_url, parse_settings
+from pipeline.testing import predictions
+from pipeline.tokens import CHAT_TEMPLATES, encode, end_tokens, tokenizer_identity, tokenizer_of
+from tasks import TASKS
+from tasks.swapped import swap_answers
 
 # Settings: edit here, or override for one run on the command line.
 ADAPTER = "auto"  # a folder, or none: the base alone; auto: OUTPUT_DIR/adapter, or none where MODEL is given
@@ -46,7 +50,7 @@ LOAD_IN_4BIT = None  # True, False; None: as the adapter was trained, and a mode
 MAX_BATCH_TOKENS = 16384  # tokens of a batch, prompts and predictions; an 8B model's keys and values: 2 GB
 SAMSUM_MAX_NEW_TOKENS = 96  # the longest gold summaries have some 80 tokens
 TRIVIA_QA_MAX_NEW_TOKENS = 24  # an answer is a few words; it ends at the line's end
-GENERAL_TEXT = "general_text.txt"  # a text file, here or beside the script, whose perplexity is told; empty: none
+GENERAL_TEXT = "general_text.txt"  # a text file, here or in pipeline/testing/, whose perplexity is told; empty: none
 SERVER = ""  # http(s)://host/v1 of an OpenAI-compatible server that is asked; empty: the model is loaded here
 SERVER_MODEL = ""  # its name there; empty: the only one that the server has
 SERVER_API = "auto"  # completions, chat; auto: chat where the prompts have a chat template or there is nothing else
@@ -60,7 +64,7 @@ OVERWRITE = False  # replace predictions of another run
 OUTPUT_DIR = "outputs"  # holds dataset/ and adapter/, gets the predictions
 
 # Fixed
-CHOICES = {"CHAT_TEMPLATE": llama.CHAT_TEMPLATES, "SERVER_API": ("auto", "completions", "chat")}
+CHOICES = {"CHAT_TEMPLATE": CHAT_TEMPLATES, "SERVER_API": ("auto", "completions", "chat")}
 CHOICES |= {"LOAD_IN_4BIT": (bool, None), "SERVER_CONCURRENCY": (int,), "SERVER_TIMEOUT": (float,)}
 CHOICES |= dict.fromkeys(("COMPARE_WITH_BASE", "SWAP_ANSWERS", "OVERWRITE"), (bool,))
 CHOICES |= dict.fromkeys(("MAX_BATCH_TOKENS", "SAMSUM_MAX_NEW_TOKENS", "TRIVIA_QA_MAX_NEW_TOKENS"), (int,))
@@ -71,13 +75,13 @@ UNBOUND = ("adapter", "model", "chat_template", "load_in_4bit", "general_text", 
 
 
 def parse_args(argv=None):
-    args = common.parse_settings(sys.modules[__name__], argv, CHOICES)
+    args = parse_settings(sys.modules[__name__], argv, CHOICES)
     if not re.fullmatch(r"[\w-]*", args.name):
         fail("--name must be made of letters, digits, dashes and underscores")
     if re.fullmatch(r"(.*_)?swapped", args.name.lower()):
         fail("--name must be another one: files whose names end in swapped are those that swap answers")
     if args.server:
-        common.check_url("--server", args.server)
+        check_url("--server", args.server)
     return args
 
 
@@ -86,11 +90,11 @@ def choose_system(args):
     given = args.model != "auto"
     alone = args.adapter == "none" or (args.adapter == "auto" and given)
     if alone and given:
-        return llama.find_model(args.model), None, bool(args.load_in_4bit), None
+        return models.find_model(args.model), None, bool(args.load_in_4bit), None
     folder = Path(args.output_dir, "adapter") if args.adapter in ("auto", "none") else Path(args.adapter)
-    base = llama.read_adapter(folder)
-    base = llama.find_model(args.model if given else base)
-    trained, in_4bit = llama.read_run(folder)["settings"], args.load_in_4bit
+    base = models.read_adapter(folder)
+    base = models.find_model(args.model if given else base)
+    trained, in_4bit = models.read_run(folder)["settings"], args.load_in_4bit
     if in_4bit is None:
         in_4bit = bool(trained.get("load_in_4bit", True))  # most are QLoRA's
     if not trained:
@@ -105,7 +109,7 @@ def read_general_text(args):
     """The text of GENERAL_TEXT, empty where none is asked for; exits 2 where it cannot be read."""
     if not args.general_text:
         return ""
-    here, beside = Path(args.general_text), Path(__file__).parent / args.general_text
+    here, beside = Path(args.general_text), Path(__file__).parent / "pipeline" / "testing" / args.general_text
     try:
         text = (here if here.is_file() else beside).read_text(encoding="utf-8").strip()
         if not text:
@@ -120,17 +124,17 @@ def run_identity(args, base, folder, in_4bit, rows, tokenizer, text):
     """What has to be the same for a run to go on where it was, `settings` in the files: weights, rows, settings."""
     import torch
 
-    lora = common.read_json(folder / "adapter_config.json") if folder else {}
+    lora = read_json(folder / "adapter_config.json") if folder else {}
     for name in ("base_model_name_or_path", "peft_version", "lora_dropout"):  # change no number
         lora.pop(name, None)
     run = {
         "model": base,
-        "weights": llama.weights_identity(base),
-        "adapter": common.sha256(folder / "adapter_model.safetensors")[:16] if folder else "none",
+        "weights": models.weights_identity(base),
+        "adapter": sha256(folder / "adapter_model.safetensors")[:16] if folder else "none",
         "adapter_config": hashlib.sha256(json.dumps(lora, sort_keys=True).encode()).hexdigest()[:16],
         "4_bit": in_4bit,
         "chat_template": predictions.template_of(tokenizer),
-        "tokenizer": llama.tokenizer_identity(tokenizer),
+        "tokenizer": tokenizer_identity(tokenizer),
         "rows": rows._fingerprint,
         "general_text": hashlib.sha256(text.encode()).hexdigest()[:16] if text else "none",
         "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -142,7 +146,7 @@ def run_identity(args, base, folder, in_4bit, rows, tokenizer, text):
 def plan(task, rows, tokenizer, new, limit, max_tokens):
     """The batches of the rows that fit the model's `limit`, as dicts with their place, ids and most tokens, length."""
     try:
-        ids = llama.encode(tokenizer, rows.to_dict())
+        ids = encode(tokenizer, rows.to_dict())
     except ValueError as error:
         fail(f"cannot test: {first_line(error)}")
     fitting = []
@@ -175,19 +179,19 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state)
     """Test this process' share of the batches, appending each to its work file as soon as it is done."""
     import torch
 
-    import decoding
+    from pipeline.testing import decoding
 
     new = getattr(args, f"{task}_max_new_tokens")
-    attention = llama.choose_attention("packed")
+    attention = choose_attention("packed")
     max_tokens = args.max_batch_tokens if attention == "packed" else 1  # else nothing keeps the rows apart
     everything = plan(task, rows, tokenizer, new, model.config.max_position_embeddings, max_tokens)
     done = predictions.examples_done(path, run)
     state.wait_for_everyone()  # all have read what is done before any adds to it
     undone = [batch for batch in everything if not all(row["place"] in done for row in batch)]
     share = undone[state.process_index :: state.num_processes]
-    ends = llama.end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     started, tokens = time.time(), 0
-    bar = common.progress(total=sum(map(len, share)), desc=task, unit=" rows")
+    bar = progress(total=sum(map(len, share)), desc=task, unit=" rows")
     part = path.with_name(f".{path.stem}.part{state.process_index}.jsonl")
     with part.open("a") as file, bar, torch.inference_mode():
         for batch in share:
@@ -207,16 +211,16 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state)
 
 def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
     """Test the tasks that are not finished; the paths of all that have rows."""
-    import decoding  # and torch, transformers
+    from pipeline.testing import decoding  # and torch, transformers
 
     text = read_general_text(args)
     run = run_identity(args, base, folder, in_4bit, rows, tokenizer, text)
     if folder and args.model == "auto":  # an adapter from elsewhere names no weights
-        trained_on = llama.read_run(folder)["run"].get("weights", run["weights"])
+        trained_on = models.read_run(folder)["run"].get("weights", run["weights"])
         remedy = f"put back what {folder}/run.json names, or give --model {base} to test on this one all the same"
-        common.refuse_another(f"{base}, the base of {folder},", run | {"weights": trained_on}, run, remedy)
-    parts = {task: llama.rows_of(rows, task) for task in common.TASKS}
-    paths = predictions.paths_of(args.output_dir, args.name, args.swap_answers)
+        refuse_another(f"{base}, the base of {folder},", run | {"weights": trained_on}, run, remedy)
+    parts = {task: rows_of(rows, task) for task in TASKS}
+    paths = predictions.paths_of(TASKS, args.output_dir, args.name, args.swap_answers)
     done = [task for task, path in paths.items() if predictions.finished(args, path, run)]
     state.wait_for_everyone()  # all have looked before any changes a file
     if any(len(part) for task, part in parts.items() if task not in done):
@@ -238,36 +242,38 @@ def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
     return [path for path in paths.values() if path.exists()]
 
 
-@common.script
+@script
 def main(argv=None):
     args = parse_args(argv)
     if args.server and os.environ.get("WORLD_SIZE", "1") != "1":
         fail("--server is for one process: start the script with python, not with torchrun or accelerate launch")
     started = time.time()
-    rows = llama.load_rows(args.output_dir, "test")
+    rows = load_rows(args.output_dir, "test")
     if args.swap_answers:
         rows, args.swap_answers = swap_answers(rows)  # how many, for the settings in the file
     base, folder, in_4bit, source = choose_system(args)
     say(f"testing {args.server or folder or base} on {len(rows):,} rows")
+    if unknown := set(rows.unique("task")) - TASKS.keys():
+        fail(f"test of {args.output_dir}/dataset has an unknown task {min(unknown)}: run build_dataset.py again")
     prompts = dict(zip(rows["id"], rows["prompt"], strict=True))
     if args.server:
-        from served import test_server
+        from pipeline.testing.served import test_server
 
-        tokenizer = llama.tokenizer_of(base, source, args.chat_template)
+        tokenizer = tokenizer_of(base, source, args.chat_template)
         test_server(args, base, tokenizer, rows, prompts)
         return
     import torch
     from accelerate import PartialState
 
-    llama.own_gpu("test_llama.py")
-    llama.quiet()
-    with common.only_run_in(args.output_dir):
+    machine.own_gpu("test_llama.py")
+    models.quiet()
+    with only_run_in(args.output_dir):
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
-        tokenizer = llama.tokenizer_of(base, source, args.chat_template)
+        tokenizer = tokenizer_of(base, source, args.chat_template)
         paths = test_undone(args, base, folder, in_4bit, tokenizer, rows, state)
         if is_main():
-            predictions.show([common.read_json(path) for path in paths], prompts)
-        say(f"\n{time.time() - started:.0f} s, peak memory {llama.peak_memory():.2f} GB")
+            predictions.show([read_json(path) for path in paths], prompts)
+        say(f"\n{time.time() - started:.0f} s, peak memory {machine.peak_memory():.2f} GB")
         state.wait_for_everyone()
         state.destroy_process_group()
 

@@ -2,7 +2,7 @@
 
 Works on CUDA, on one GPU or several, and, really in 4-bit, on the CPU. The defaults fit an 8B model on one GPU of
 24 GB; --dry-run says beforehand what a run costs. A killed run goes on where it was when its command is given again.
-The training step itself, with its loss and validation, is in trainer.py.
+The training step itself, with its loss and validation, is in pipeline/training/trainer.py.
 
 Reads:  OUTPUT_DIR/dataset/ (train and validation) and the base model.
 Writes: OUTPUT_DIR/checkpoints/ and OUTPUT_DIR/adapter/ (PEFT adapter, tokenizer, run.json, log.jsonl, loss.png).
@@ -21,13 +21,26 @@ import sys
 import time
 from pathlib import Path
 
-import common
-import llama
-from common import fail, first_line, is_main, say
-from estimate import GPUS, SAVERS, choose_kernels, dry_run, model_shape, optimizer_steps, settle
+from pipeline import machine, models
+from pipeline.attention import ATTENTIONS, choose_attention
+from pipeline.files import (
+    load_rows,
+    only_run_in,
+    put_back,
+    read_json,
+    read_manifest,
+    refuse_another,
+    rows_of,
+    sha256,
+    whole_folder,
+)
+from pipeline.script import fail, first_line, git_commit, is_main, out_of_memory, say, script, versions
+from pipeline.settings import parse_settings
+from pipeline.tokens import CHAT_TEMPLATES, encode, tokenizer_identity, tokenizer_of
+from pipeline.training.estimate import GPUS, SAVERS, choose_kernels, dry_run, model_shape, optimizer_steps, settle
 
 # Settings: edit here, or override for one run on the command line.
-MODEL = "llama3"  # a key of MODELS in llama.py, a hub id or a local folder
+MODEL = "llama3"  # a key of MODELS in pipeline/models.py, a hub id or a local folder
 CHAT_TEMPLATE = "auto"  # on, off; auto: prompts go through the tokenizer's chat template where it has one
 LOAD_IN_4BIT = True  # NF4 with double quantisation; False loads 16-bit weights
 LORA_R = 8  # rank of the update
@@ -70,9 +83,9 @@ CHOICES = {
     **dict.fromkeys(("ACTIVATION_CHECKPOINTING", "USE_LIGER_KERNEL"), ("auto", "on", "off")),
     "TARGET_MODULES": (list,),
     "NUM_TRAIN_EPOCHS": (float,),
-    "CHAT_TEMPLATE": llama.CHAT_TEMPLATES,
+    "CHAT_TEMPLATE": CHAT_TEMPLATES,
     "LEARNING_RATE": ("auto", float),
-    "ATTN_IMPLEMENTATION": llama.ATTENTIONS,
+    "ATTN_IMPLEMENTATION": ATTENTIONS,
     "REPORT_TO": ("none", "tensorboard", "trackio", "wandb"),
     "DRY_RUN_GPU": ("here", *GPUS),
 }
@@ -85,7 +98,7 @@ HIDDEN = ("settings", "run", "versions", "git_commit", "adapter_sha256")  # of r
 
 
 def parse_args(argv=None):
-    args = common.parse_settings(sys.modules[__name__], argv, CHOICES)
+    args = parse_settings(sys.modules[__name__], argv, CHOICES)
     if args.lora_dropout >= 1:
         fail("--lora-dropout must be below 1")
     if args.use_liger_kernel == "on" and not importlib.util.find_spec("liger_kernel"):
@@ -108,7 +121,7 @@ def choose_learning_rate(args, shape):
 def run_identity(args, base, tokenizer, rows):
     """What has to be the same for a run to go on where it was: settings, model, data, number of processes."""
     settings = {name: value for name, value in vars(args).items() if name not in UNBOUND}
-    model = {"model": base, "weights": llama.weights_identity(base), "tokenizer": llama.tokenizer_identity(tokenizer)}
+    model = {"model": base, "weights": models.weights_identity(base), "tokenizer": tokenizer_identity(tokenizer)}
     data = {f"{split} rows": part._fingerprint for split, part in rows.items()}
     return settings | model | data | {"processes": int(os.environ.get("WORLD_SIZE", 1))}
 
@@ -117,7 +130,7 @@ def last_checkpoint(folder):
     """The newest whole checkpoint and its manifest, or (None, {}); broken ones are passed over and removed."""
     found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
     for path in sorted(found, key=step_of, reverse=True):
-        manifest, broken = common.read_manifest(path)
+        manifest, broken = read_manifest(path)
         if not broken:
             return path, manifest
         say(f"warning: {path} is broken ({', '.join(broken)}): going back to the one before")
@@ -136,8 +149,8 @@ def where_to_start(args, run):
     Exits 2 where another run stands. A stopped run goes on, with --overwrite too, whatever older adapter is there.
     """
     adapter = Path(args.output_dir) / "adapter"
-    old, weights = common.read_json(adapter / "run.json"), adapter / "adapter_model.safetensors"
-    finished = old.get("run") == run and weights.is_file() and old.get("adapter_sha256") == common.sha256(weights)
+    old, weights = read_json(adapter / "run.json"), adapter / "adapter_model.safetensors"
+    finished = old.get("run") == run and weights.is_file() and old.get("adapter_sha256") == sha256(weights)
     if finished and not args.overwrite:
         return None
     checkpoint, manifest = last_checkpoint(Path(args.output_dir) / "checkpoints")
@@ -145,9 +158,9 @@ def where_to_start(args, run):
         return checkpoint, manifest
     remedy = "give its settings again to go on with it, or --overwrite to start afresh, or another --output-dir"
     if checkpoint and not args.overwrite:
-        common.refuse_another(checkpoint, manifest.get("run", {}), run, remedy)
+        refuse_another(checkpoint, manifest.get("run", {}), run, remedy)
     if any(adapter.glob("*")) and not args.overwrite:
-        common.refuse_another(adapter, old.get("run", {}), run, remedy)
+        refuse_another(adapter, old.get("run", {}), run, remedy)
     return None, {}
 
 
@@ -155,7 +168,7 @@ def tokenize(rows, tokenizer, max_length, what):
     """The rows with `input_ids` and `labels` (-100 on the prompt); those longer than max_length or the model drop."""
 
     def batch(examples):
-        ids = llama.encode(tokenizer, examples)
+        ids = encode(tokenizer, examples)
         pairs = list(zip(ids["prompt_ids"], ids["completion_ids"], strict=True))
         return {"input_ids": [p + c for p, c in pairs], "labels": [[-100] * len(p) + c for p, c in pairs]}
 
@@ -187,7 +200,7 @@ def validation_sets(rows, tokenizer, args):
     """{task: packed validation sequences}"""
     sets = {}
     for task in sorted(rows.unique("task")):
-        tokens = tokenize(llama.rows_of(rows, task), tokenizer, args.max_length, f"validation {task}")
+        tokens = tokenize(rows_of(rows, task), tokenizer, args.max_length, f"validation {task}")
         sets[task] = pack(tokens, args)
     return sets
 
@@ -209,7 +222,7 @@ def sft_config(args):
     import torch
     from trl import SFTConfig
 
-    cuda, dtype = torch.cuda.is_available(), llama.compute_dtype()
+    cuda, dtype = torch.cuda.is_available(), machine.compute_dtype()
     return SFTConfig(
         output_dir=str(Path(args.output_dir) / "checkpoints"),
         num_train_epochs=args.num_train_epochs,
@@ -241,15 +254,15 @@ def sft_config(args):
 
 
 def make_trainer(args, model, tokenizer, train, validation, run=None, seconds=0.0):
-    """A QLoRATrainer of packed sequences `train` and {task: sequences} `validation`; see trainer.py."""
+    """A QLoRATrainer of packed sequences `train` and {task: sequences} `validation`."""
     from transformers import set_seed
     from transformers.integrations.liger import apply_liger_kernel
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    from lora import fuse_lora
-    from trainer import QLoRATrainer
+    from pipeline.lora import fuse_lora
+    from pipeline.training.trainer import QLoRATrainer
 
-    model.set_attn_implementation(llama.choose_attention(args.attn_implementation))
+    model.set_attn_implementation(choose_attention(args.attn_implementation))
     # the Trainer sorts checkpoints of one second by their numbers instead
     logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime" not in record.msg)
     if args.use_liger_kernel == "on":  # but its loss, which would compute the logits of all tokens
@@ -271,7 +284,7 @@ def make_trainer(args, model, tokenizer, train, validation, run=None, seconds=0.
         patience=args.early_stopping_patience,
         save_minutes=args.save_minutes,
     )
-    if not args.lora_dropout and not llama.under_fsdp():  # FSDP takes the weights away between forward and backward
+    if not args.lora_dropout and not machine.under_fsdp():  # FSDP takes the weights away between forward and backward
         fuse_lora(trainer.model)
     return trainer
 
@@ -280,7 +293,7 @@ def train_until_done(trainer, checkpoint):
     """Run trainer.train, from the folder of a checkpoint or None; what ends it early ends the script in a sentence."""
     from transformers import TrainerState
 
-    from trainer import catch_signals, out_of_patience
+    from pipeline.training.trainer import catch_signals, out_of_patience
 
     if checkpoint:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -291,7 +304,7 @@ def train_until_done(trainer, checkpoint):
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except Exception as error:
-        if not common.out_of_memory(error):
+        if not out_of_memory(error):
             raise
         where = "GPU memory" if "CUDA" in str(error) else "memory"
         fail(f"out of {where} ({first_line(error)}): {SAVERS}", in_any_process=True)
@@ -336,8 +349,8 @@ def summary(args, base, trainer, train_rows):
         "base_model": base,
         "settings": vars(args),
         "run": trainer.run,
-        "versions": common.versions("torch", "transformers", "trl", "peft", "bitsandbytes"),
-        "git_commit": common.git_commit(),
+        "versions": versions("torch", "transformers", "trl", "peft", "bitsandbytes"),
+        "git_commit": git_commit(),
         "chat_template": bool(trainer.processing_class.chat_template),
         "attention": trainer.model.config._attn_implementation,
         "train_rows": train_rows,
@@ -348,7 +361,7 @@ def summary(args, base, trainer, train_rows):
         **{key: value for key, value in sorted(best.items()) if key.startswith("eval_")},
         "tokens": state.num_input_tokens_seen,
         "tokens_per_second": state.num_input_tokens_seen / seconds,
-        "peak_memory_gb": llama.peak_memory(),
+        "peak_memory_gb": machine.peak_memory(),
         "seconds": seconds,
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     }
@@ -356,15 +369,15 @@ def summary(args, base, trainer, train_rows):
 
 def save_adapter(args, tokenizer, trainer, run):
     """Put adapter/ in place: the files of the best checkpoint, with what a reader wants to know of the run."""
-    from trainer import log_lines
+    from pipeline.training.trainer import log_lines
 
     output = Path(args.output_dir)
     best = output / "checkpoints" / f"checkpoint-{run['best_step']}"
-    _, broken = common.read_manifest(best)
+    _, broken = read_manifest(best)
     if broken:
         fail(f"{best}, the best one, is broken ({', '.join(broken)}): something else wrote there; train again")
     log = log_lines(trainer.state.log_history)
-    with common.whole_folder(output / "adapter") as fresh:
+    with whole_folder(output / "adapter") as fresh:
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             shutil.copyfile(best / name, fresh / name)  # without its mode, which some mounts cannot set
         tokenizer.save_pretrained(fresh)
@@ -373,19 +386,19 @@ def save_adapter(args, tokenizer, trainer, run):
             draw_loss([json.loads(line) for line in log.splitlines()], run["best_step"], fresh / "loss.png")
         except Exception as error:  # a matplotlibrc that it cannot read, a font that is not here
             say(f"warning: there is no loss.png, matplotlib cannot draw it ({first_line(error)})")
-        run["adapter_sha256"] = common.sha256(fresh / "adapter_model.safetensors")
+        run["adapter_sha256"] = sha256(fresh / "adapter_model.safetensors")
         (fresh / "run.json").write_text(json.dumps(run, indent=2) + "\n")
 
 
 def read_base(args, base):
     """Sizes and tokenizer of the base; exits 2 where it cannot be trained, tested or merged."""
-    config = llama.load_config(base)
+    config = models.load_config(base)
     # a dry run does without weights
     if not args.dry_run or any(path.suffix in (".safetensors", ".bin", ".pth") for path in Path(base).glob("*")):
-        llama.check_weights(base, config)
+        models.check_weights(base, config)
     shape = model_shape(base, config, lora_config(args))
     choose_learning_rate(args, shape)
-    return shape, llama.tokenizer_of(base, None, args.chat_template)
+    return shape, tokenizer_of(base, None, args.chat_template)
 
 
 def train(args, base, rows):
@@ -395,7 +408,7 @@ def train(args, base, rows):
     run = run_identity(args, base, tokenizer, rows)
     adapter = Path(args.output_dir) / "adapter"
     if is_main():
-        common.put_back(adapter)  # a kill may have left the one before beside it; a mount is refused
+        put_back(adapter)  # a kill may have left the one before beside it; a mount is refused
     start = where_to_start(args, run)
     if not start:
         say(f"{adapter} is finished, by the same settings on the same rows: nothing to do")
@@ -405,7 +418,7 @@ def train(args, base, rows):
     tokens = tokenize(rows["train"], tokenizer, args.max_length, "train")
     packed = pack(tokens, args)
     validation = validation_sets(rows["validation"], tokenizer, args)
-    model = llama.load_model(base, args.load_in_4bit)
+    model = models.load_model(base, args.load_in_4bit)
     settle(shape, packed, args)
     checkpoint, manifest = start
     trainer = make_trainer(args, model, tokenizer, packed, validation, run, manifest.get("seconds", 0.0))
@@ -427,15 +440,15 @@ def train(args, base, rows):
     say(f"\nwrote {adapter}")
 
 
-@common.script
+@script
 def main(argv=None):
     args = parse_args(argv)
-    base = llama.find_model(args.model)
-    rows = {split: llama.load_rows(args.output_dir, split) for split in ("train", "validation")}
-    llama.own_gpu("train_llama.py")
-    llama.quiet()
+    base = models.find_model(args.model)
+    rows = {split: load_rows(args.output_dir, split) for split in ("train", "validation")}
+    machine.own_gpu("train_llama.py")
+    models.quiet()
     if not args.dry_run:
-        with common.only_run_in(args.output_dir):
+        with only_run_in(args.output_dir):
             train(args, base, rows)
         return
     shape, tokenizer = read_base(args, base)

@@ -167,24 +167,25 @@ def rates(bench):
 
 def trainer_of(bench, model, **changes):
     """A trainer as train_llama.py makes it for the shape's rows, with `changes` (see VARIANTS), and its sequences."""
-    import llama
-    import lora
     import train_llama
-    from estimate import model_shape, settle
+    from pipeline import lora, models
+    from pipeline.files import load_rows
+    from pipeline.tokens import load_tokenizer
+    from pipeline.training.estimate import model_shape, settle
 
     flags = {name: changes.pop(name) for name in list(changes) if hasattr(train_llama, name.upper())}
     fused = changes.pop("fused", True)
     output = bench.build("training")
     args = train_llama.parse_args(["--model", str(bench.model()), "--output-dir", str(output)])
     vars(args).update(flags | {"max_steps": STEPS, "logging_steps": 1, "eval_steps": 10**6, "save_steps": 10**6})
-    base = llama.find_model(args.model)
-    tokenizer = llama.load_tokenizer(base)
-    rows = {split: llama.load_rows(output, split) for split in ("train", "validation")}
+    base = models.find_model(args.model)
+    tokenizer = load_tokenizer(base)
+    rows = {split: load_rows(output, split) for split in ("train", "validation")}
     with contextlib.redirect_stdout(io.StringIO()):
         tokens = train_llama.tokenize(rows["train"], tokenizer, args.max_length, "train")
         packed = train_llama.pack(tokens, args)
         validation = train_llama.validation_sets(rows["validation"], tokenizer, args)
-    shape = model_shape(base, llama.load_config(base), train_llama.lora_config(args))
+    shape = model_shape(base, models.load_config(base), train_llama.lora_config(args))
     config, fuse = train_llama.sft_config, lora.fuse_lora
 
     def changed(*options):
@@ -247,9 +248,9 @@ def measured(bench, trainer):
 def training(bench):
     import gc
 
-    import llama
+    from pipeline import models
 
-    model = llama.load_model(str(bench.model()), load_in_4bit=True)
+    model = models.load_model(str(bench.model()), load_in_4bit=True)
     plain = [name for name in TRL if "Liger" not in name] + [name for name in VARIANTS if "Liger" not in name]
     for name in plain + [name for name in TRL | VARIANTS if "Liger" in name and bench.cuda]:
         if time.time() > bench.ends or (bench.only and not any(some in name for some in bench.only)):
@@ -265,7 +266,7 @@ def training(bench):
 
 def own_run(bench, model, changes):
     """A training of train_llama.py, its peak beside the estimate, and the FLOP/s it comes to."""
-    from estimate import memory, operations, pass_size
+    from pipeline.training.estimate import memory, operations, pass_size
 
     trainer, args, shape, packed = trainer_of(bench, model, **changes)
     with restored(trainer):
@@ -291,8 +292,9 @@ def trl_trainer(bench, model, changes):
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    import llama
     import train_llama
+    from pipeline.files import load_rows
+    from pipeline.tokens import load_tokenizer
 
     class Speed(TrainerCallback):
         """Useful tokens (no padding) of a step over its time."""
@@ -313,7 +315,7 @@ def trl_trainer(bench, model, changes):
             return super().training_step(model, inputs, *more)
 
     model.set_attn_implementation("sdpa")
-    rows = llama.load_rows(bench.build("training"), "train").select_columns(["prompt", "completion"])
+    rows = load_rows(bench.build("training"), "train").select_columns(["prompt", "completion"])
     options = {"per_device_train_batch_size": 8, "max_length": 2048} | changes
     options |= {"max_steps": STEPS, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     options |= {"learning_rate": 2e-4, "use_cpu": not bench.cuda, "bf16": bench.cuda}
@@ -322,7 +324,7 @@ def trl_trainer(bench, model, changes):
     args = train_llama.parse_args([])
     speed = Speed()
     trainer = Counting(model, args=config, train_dataset=rows, peft_config=train_llama.lora_config(args),
-                       processing_class=llama.load_tokenizer(str(bench.model())), callbacks=[speed])  # fmt: skip
+                       processing_class=load_tokenizer(str(bench.model())), callbacks=[speed])  # fmt: skip
     speed.trainer, trainer.useful = trainer, 0
     return trainer
 
@@ -332,9 +334,9 @@ def profile(bench):
     import torch
     from torch.profiler import ProfilerActivity
 
-    import llama
+    from pipeline import models
 
-    model = llama.load_model(str(bench.model()), load_in_4bit=True)
+    model = models.load_model(str(bench.model()), load_in_4bit=True)
     for name in ("2048 x 4", "8192 x 1", *(["as shipped, Liger installed"] if bench.cuda else [])):
         trainer, *_ = trainer_of(bench, model, **VARIANTS[name])
         with restored(trainer):
@@ -370,25 +372,28 @@ def exactness(bench):
     from peft import get_peft_model
     from transformers.integrations.liger import apply_liger_kernel
 
-    import llama
     import train_llama
-    from lora import fuse_lora
-    from trainer import summed_loss
+    from pipeline import machine, models
+    from pipeline.attention import choose_attention
+    from pipeline.files import load_rows
+    from pipeline.lora import fuse_lora
+    from pipeline.tokens import encode, load_tokenizer
+    from pipeline.training.trainer import summed_loss
 
     args = train_llama.parse_args([])
-    tokenizer = llama.load_tokenizer(str(MODEL))
-    rows = llama.load_rows(bench.build("training"), "train").select(range(12)).to_dict()
-    ids = llama.encode(tokenizer, rows)
+    tokenizer = load_tokenizer(str(MODEL))
+    rows = load_rows(bench.build("training"), "train").select(range(12)).to_dict()
+    ids = encode(tokenizer, rows)
     pairs = list(zip(ids["prompt_ids"], ids["completion_ids"], strict=True))
-    own, truth = llama.compute_dtype, None
+    own, truth = machine.compute_dtype, None
     kinds = {"float32": torch.float32}
     if bench.cuda:
         kinds |= {"bfloat16": torch.bfloat16, "float16": torch.float16, "bfloat16, Liger": torch.bfloat16}
     for kind, dtype in kinds.items():
-        llama.compute_dtype = lambda dtype=dtype: dtype
+        machine.compute_dtype = lambda dtype=dtype: dtype
         torch.manual_seed(0)
-        model = get_peft_model(llama.load_model(str(MODEL), load_in_4bit=True), train_llama.lora_config(args)).train()
-        llama.compute_dtype = own
+        model = get_peft_model(models.load_model(str(MODEL), load_in_4bit=True), train_llama.lora_config(args)).train()
+        machine.compute_dtype = own
         trained = [p for p in model.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.data = torch.randn_like(parameter.float()) * 0.02
@@ -413,7 +418,7 @@ def exactness(bench):
             loss.backward()
             return loss.item(), torch.cat([p.grad.flatten().double() for p in trained])
 
-        llama.choose_attention("packed")
+        choose_attention("packed")
         packed, packed_gradient = loss_and_gradients(pairs, "packed")
         alone = [loss_and_gradients([pair], "sdpa") for pair in pairs]
         loss, gradient = sum(loss for loss, _ in alone), sum(gradient for _, gradient in alone)
@@ -448,7 +453,7 @@ def chain(bench):
     """The scripts as they are on the tiny model; a training that is killed ends with which adapter?"""
     from safetensors.torch import load_file
 
-    from common import MANIFEST
+    from pipeline.files import MANIFEST
 
     outputs = [bench.build("chain"), bench.build("killed")]
     whole, killed = ([sys.executable, "train_llama.py", *TINY, "--output-dir", output] for output in outputs)
@@ -479,7 +484,8 @@ def chain(bench):
 
 
 def float16(bench):
-    half = "import llama, torch; llama.compute_dtype = lambda: torch.float16; import train_llama; train_llama.main()"
+    half = "import torch; from pipeline import machine; machine.compute_dtype = lambda: torch.float16; "
+    half += "import train_llama; train_llama.main()"
     older = [sys.executable, "-c", half, *TINY, "--attn-implementation", "sdpa"]
     _, said = bench.run("train_half", [*older, "--output-dir", bench.build("half")])
     run = json.loads((bench.build("half") / "adapter" / "run.json").read_text())
@@ -513,13 +519,14 @@ def commands(bench):
 
 def peers(bench):
     """Unsloth and LLaMA-Factory, in processes and packages of their own: they ask for older libraries than ours."""
-    import llama
     import train_llama
+    from pipeline.files import load_rows
+    from pipeline.tokens import load_tokenizer
 
     if not (bench.cuda and bench.packages):
         return bench.note("peers", not_run="it needs a GPU and --packages")
     args = train_llama.parse_args([])
-    rows, tokenizer = llama.load_rows(bench.build("training"), "train"), llama.load_tokenizer(str(bench.model()))
+    rows, tokenizer = load_rows(bench.build("training"), "train"), load_tokenizer(str(bench.model()))
     with contextlib.redirect_stdout(io.StringIO()):
         tokens = train_llama.tokenize(rows, tokenizer, args.max_length, "train")
     data = bench.folder / "peers"
@@ -565,9 +572,9 @@ def main(argv=None):
     bench = Bench(args)
     if not bench.cuda and args.shape != "tiny":
         sys.exit("error: there is no GPU: give --shape tiny to see that every part works on the CPU")
-    import llama
+    from pipeline import models
 
-    llama.quiet()
+    models.quiet()
     for stage in args.stages:
         if time.time() > bench.ends:
             bench.note(stage, error="no time left")

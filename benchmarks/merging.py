@@ -126,18 +126,19 @@ def compare_types(output, check_rows):
     sys.path.insert(0, str(ROOT))
     import torch
 
-    import llama
     import merge_llama
-    import verify
+    from pipeline import models
+    from pipeline.merging import verify
+    from pipeline.tokens import tokenizer_of
 
     args = merge_llama.parse_args(["--output-dir", output, "--check-rows", str(check_rows)])
     folder = Path(output) / "adapter"
-    base = llama.find_model(llama.read_adapter(folder))
-    _, ids = merge_llama.check_rows(args, llama.tokenizer_of(base, folder))
+    base = models.find_model(models.read_adapter(folder))
+    _, ids = merge_llama.check_rows(args, tokenizer_of(base, folder))
     model = verify.load_tuned(base, folder, "16bit", "cpu", "float32")
     tuned, golds = verify.logits_of(model, ids)
     print(f"base + adapter: perplexity {verify.perplexity(tuned, golds):.5g}")
-    merged = llama.load_model(base, load_in_4bit=False, device_map="cpu", dtype=torch.float32)
+    merged = models.load_model(base, load_in_4bit=False, device_map="cpu", dtype=torch.float32)
     parameters = dict(merged.named_parameters())
     for into in ("16bit", "4bit"):
         for dtype in merge_llama.DTYPES:

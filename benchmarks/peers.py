@@ -105,7 +105,7 @@ def machine():
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
     names = ("torch", "transformers", "trl", "peft", "bitsandbytes")
     sys.path.insert(0, str(ROOT))
-    from common import git_commit
+    from pipeline.script import git_commit
 
     return {
         "cpu": cpu,
@@ -199,10 +199,12 @@ def prepare(folder, count=0, model=MODEL, samsum=None):
     from transformers import AutoModelForCausalLM
 
     sys.path.insert(0, str(ROOT))
-    import llama
     import train_llama
+    from pipeline import models
+    from pipeline.files import load_rows
+    from pipeline.tokens import load_tokenizer
 
-    llama.quiet()
+    models.quiet()
     data = folder / "data"
     shutil.rmtree(data, ignore_errors=True)
     build = ["--samsum", ROOT / "tests/fixtures/samsum", "--trivia-qa", ROOT / "tests/fixtures/trivia_qa"]
@@ -217,7 +219,7 @@ def prepare(folder, count=0, model=MODEL, samsum=None):
         parts.save_to_disk(str(data / "fewer"))
         shutil.rmtree(data / "dataset")
         (data / "fewer").rename(data / "dataset")
-    rows, tokenizer = llama.load_rows(data, "train"), llama.load_tokenizer(str(model), "off")
+    rows, tokenizer = load_rows(data, "train"), load_tokenizer(str(model), "off")
     rows.select_columns(["prompt", "completion"]).to_parquet(str(data / "rows" / "train.parquet"))
     write_alpaca(rows, tokenizer, data / "alpaca")
     # LLaMA-Factory computes in the dtype of the files: the same numbers, in float32
@@ -329,7 +331,7 @@ def perplexities(folder, system, name):
 
 def train(name, args, number):
     """One run: loop's and command's seconds, peak GB, optimizer steps, FLOP/s of a matrix product; and its adapter."""
-    from estimate import matrix_rate
+    from pipeline.training.estimate import matrix_rate
 
     output = args.folder / f"{name.replace(' ', '_').replace(',', '')}_{number}"
     shutil.rmtree(output, ignore_errors=True)
@@ -352,12 +354,12 @@ def train(name, args, number):
 
 def training(args):
     tokens = prepare(args.folder, args.rows, args.model, args.samsum)
-    import llama
     import train_llama
-    from estimate import labelled, model_shape, operations
+    from pipeline import models
+    from pipeline.training.estimate import labelled, model_shape, operations
 
     lora = train_llama.lora_config(train_llama.parse_args([]))
-    shape = model_shape(args.model, llama.load_config(str(args.model)), lora)
+    shape = model_shape(args.model, models.load_config(str(args.model)), lora)
     lengths, completions = list(map(len, tokens["labels"])), sum(map(labelled, tokens["labels"]))
     total, flop = sum(lengths), operations(shape, lengths, completions, checkpointing=False)
     print(f"{len(tokens)} rows, {total:,} tokens, {completions:,} of them with a loss, {flop:.3g} FLOP", flush=True)

@@ -25,19 +25,22 @@ BATCH_SIZE = 16
 PLAIN = """
 import json, sys, time
 import torch
-import llama, test_llama
+import test_llama
+from pipeline import models
+from pipeline.files import load_rows
+from pipeline.tokens import encode, end_tokens, load_tokenizer
 from peft import PeftModel
-llama.quiet()
+models.quiet()
 output_dir, result, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
 folder = output_dir + "/adapter"
-tokenizer = llama.load_tokenizer(folder)
-model = PeftModel.from_pretrained(llama.load_model(llama.read_adapter(folder), True), folder).eval()
-rows = llama.load_rows(output_dir, "test")
+tokenizer = load_tokenizer(folder)
+model = PeftModel.from_pretrained(models.load_model(models.read_adapter(folder), True), folder).eval()
+rows = load_rows(output_dir, "test")
 new = {"samsum": test_llama.SAMSUM_MAX_NEW_TOKENS, "trivia_qa": test_llama.TRIVIA_QA_MAX_NEW_TOKENS}
-ends = llama.end_tokens(model, tokenizer)
+ends = end_tokens(model, tokenizer)
 line_ends = {i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])}
 ends = {"samsum": ends, "trivia_qa": ends | line_ends}
-ids = llama.encode(tokenizer, rows[:])
+ids = encode(tokenizer, rows[:])
 rows = [row | {"prompt_ids": p, "completion_ids": c} for row, p, c in zip(rows, *ids.values())]
 rows.sort(key=lambda row: (row["task"], -len(row["prompt_ids"])))
 

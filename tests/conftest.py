@@ -17,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and other tests run 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
 TRANSFORMERS = Path(sys.executable).parent / "transformers"  # the command
+TASKS = ("samsum", "trivia_qa")  # of the fixtures
 SOURCES = ["--samsum", str(FIXTURES / "samsum"), "--trivia-qa", str(FIXTURES / "trivia_qa")]
 SMALL = ["--train-examples-per-task", "12", "--validation-examples-per-task", "4", "--test-examples-per-task", "6"]
 SMALL += ["--max-context-words", "60"]

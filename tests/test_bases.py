@@ -12,9 +12,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-import llama
 import train_llama
-from common import sha256
+from pipeline import models
+from pipeline.files import load_rows, sha256
+from pipeline.tokens import encode, end_tokens, load_tokenizer, tokenizer_of
 
 TINY = FIXTURES / "tiny_llama3"  # its head is tied to its embeddings
 
@@ -99,7 +100,7 @@ def test_what_automodel_saved_can_be_saved_again_as_the_sentence_says(refused, t
     AutoModel.from_pretrained(base).save_pretrained(base)
     assert "load it by AutoModelForCausalLM" in refused(base)
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(base)
-    llama.check_weights(str(base), llama.load_config(str(base)))
+    models.check_weights(str(base), models.load_config(str(base)))
 
 
 def test_frequencies_of_early_llamas_and_both_copies_of_a_tied_head_are_taken(tmp_path):
@@ -110,7 +111,7 @@ def test_frequencies_of_early_llamas_and_both_copies_of_a_tied_head_are_taken(tm
 
     base = str(make_base(tmp_path / "base", early))
     ids = torch.arange(20)[None]
-    logits = [llama.load_model(folder, load_in_4bit=False)(ids).logits for folder in (base, str(TINY))]
+    logits = [models.load_model(folder, load_in_4bit=False)(ids).logits for folder in (base, str(TINY))]
     assert torch.equal(*logits)
 
 
@@ -118,10 +119,10 @@ def test_an_adapter_that_lies_in_the_bases_folder_is_not_loaded_with_it(tmp_path
     base, ids = str(make_base(tmp_path / "base")), torch.arange(20)[None]
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), LoraConfig(init_lora_weights=False))
     model.save_pretrained(base)
-    models = [llama.load_model(folder, load_in_4bit=False) for folder in (base, str(TINY))]
-    assert models[0].state_dict().keys() == models[1].state_dict().keys()
-    assert torch.equal(models[0](ids).logits, models[1](ids).logits)
-    assert llama.weights_identity(base) == llama.weights_identity(str(TINY))
+    loaded = [models.load_model(folder, load_in_4bit=False) for folder in (base, str(TINY))]
+    assert loaded[0].state_dict().keys() == loaded[1].state_dict().keys()
+    assert torch.equal(loaded[0](ids).logits, loaded[1](ids).logits)
+    assert models.weights_identity(base) == models.weights_identity(str(TINY))
 
 
 def test_a_pickle_beside_an_adapter_is_named(refused, tmp_path):
@@ -141,10 +142,10 @@ def test_a_broken_settings_file_of_the_base_is_named_before_any_work(name, conte
 
 @pytest.mark.parametrize("ends", [[2037, -1, 10**9, 2048, "x", None, [3]], -1, 10**9, "x", []])
 def test_end_tokens_that_the_tokenizer_does_not_have_are_left_out(ends):
-    model, tokenizer = SimpleNamespace(generation_config=SimpleNamespace()), llama.load_tokenizer(str(TINY))
+    model, tokenizer = SimpleNamespace(generation_config=SimpleNamespace()), load_tokenizer(str(TINY))
     found = []
     for model.generation_config.eos_token_id in (None, ends):
-        found.append(llama.end_tokens(model, tokenizer))
+        found.append(end_tokens(model, tokenizer))
     assert found[0] == found[1]
     assert {type(end) for end in found[1]} == {int}
 
@@ -174,13 +175,13 @@ SWITCHES = {
 
 def test_switches_that_other_tools_left_in_the_config_are_not_obeyed(tmp_path):
     base, ids = str(make_base(tmp_path / "base", **SWITCHES)), torch.arange(20)[None]
-    configs = [llama.load_config(folder).to_dict() | {"_name_or_path": ""} for folder in (base, str(TINY))]
+    configs = [models.load_config(folder).to_dict() | {"_name_or_path": ""} for folder in (base, str(TINY))]
     assert configs[0] == configs[1]
-    models = [llama.load_model(folder, load_in_4bit=False) for folder in (base, str(TINY))]
-    outputs = [model.train()(input_ids=ids) for model in models]
+    loaded = [models.load_model(folder, load_in_4bit=False) for folder in (base, str(TINY))]
+    outputs = [model.train()(input_ids=ids) for model in loaded]
     assert torch.equal(outputs[0].logits, outputs[1].logits)
     assert outputs[0].keys() == outputs[1].keys()
-    assert llama.load_tokenizer(base)("a b").input_ids == llama.load_tokenizer(str(TINY))("a b").input_ids
+    assert load_tokenizer(base)("a b").input_ids == load_tokenizer(str(TINY))("a b").input_ids
 
 
 LINEAR = {"type": "linear", "factor": 2.0}
@@ -196,7 +197,7 @@ def test_rope_is_read_under_its_older_names(old, new, tmp_path):
     content = json.loads((base / "config.json").read_text())
     del content["rope_parameters"]
     (base / "config.json").write_text(json.dumps(content | old))
-    assert llama.load_config(str(base)).rope_parameters.items() >= new.items()
+    assert models.load_config(str(base)).rope_parameters.items() >= new.items()
 
 
 @pytest.mark.parametrize("kind", ["nowhere", "in special_tokens_map.json alone", "empty, as BOS and UNK"])
@@ -217,17 +218,17 @@ def test_other_special_tokens_may_be_empty(tmp_path):
     base = make_base(tmp_path / "base")
     path = base / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "", "unk_token": "", "pad_token": ""}))
-    tokenizer = llama.load_tokenizer(str(base))
+    tokenizer = load_tokenizer(str(base))
     assert tokenizer.bos_token is None and tokenizer.pad_token == tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path / "saved")
-    assert llama.load_tokenizer(str(tmp_path / "saved"))("a b").input_ids == tokenizer("a b").input_ids
+    assert load_tokenizer(str(tmp_path / "saved"))("a b").input_ids == tokenizer("a b").input_ids
 
 
 @pytest.mark.parametrize("positions, max_length", [(170, 512), (170, 160), (2048, 170), (100, 512)])
 def test_rows_beyond_the_models_positions_are_dropped_and_counted(positions, max_length, dataset, tmp_path, capsys):
     base = str(make_base(tmp_path / "base", max_position_embeddings=positions))
-    tokenizer, rows = llama.tokenizer_of(base, None), llama.load_rows(dataset, "train")
-    ids = llama.encode(tokenizer, rows.to_dict())
+    tokenizer, rows = tokenizer_of(base, None), load_rows(dataset, "train")
+    ids = encode(tokenizer, rows.to_dict())
     lengths = [len(prompt) + len(end) for prompt, end in zip(ids["prompt_ids"], ids["completion_ids"], strict=True)]
     limit = min(positions, max_length)
     kept = [length for length in lengths if length <= limit]
@@ -275,9 +276,9 @@ NAMES |= {"_name_or_path": "/elsewhere", "pad_token_id": 7, "initializer_range":
 
 
 def test_settings_that_change_numbers_are_part_of_a_bases_identity_and_others_are_not(tmp_path):
-    same = llama.weights_identity(str(make_base(tmp_path / "same", **NAMES)))
-    assert same == llama.weights_identity(str(TINY))
-    others = [llama.weights_identity(str(make_base(tmp_path / str(i), **own))) for i, own in enumerate(NUMBERS)]
+    same = models.weights_identity(str(make_base(tmp_path / "same", **NAMES)))
+    assert same == models.weights_identity(str(TINY))
+    others = [models.weights_identity(str(make_base(tmp_path / str(i), **own))) for i, own in enumerate(NUMBERS)]
     assert len({same, *others}) == 4
 
 
@@ -287,30 +288,30 @@ def test_rope_under_its_older_names_is_the_same_identity(tmp_path):
     del content["rope_parameters"], content["head_dim"]  # as many heads as make it the same
     content |= {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     (bases[1] / "config.json").write_text(json.dumps(content))
-    assert llama.weights_identity(str(bases[0])) == llama.weights_identity(str(bases[1]))
+    assert models.weights_identity(str(bases[0])) == models.weights_identity(str(bases[1]))
 
 
 def test_a_hub_models_identity_is_that_of_its_files_whatever_the_commit(hub, monkeypatch):
-    expected = llama.weights_identity(str(TINY))
+    expected = models.weights_identity(str(TINY))
     with monkeypatch.context() as patch:
-        patch.setattr(llama, "sha256", lambda path: pytest.fail("16 GB were read for what a name says"))
-        assert llama.weights_identity("own/tiny") == expected if cached(hub, "1" * 40) else None
+        patch.setattr(models, "sha256", lambda path: pytest.fail("16 GB were read for what a name says"))
+        assert models.weights_identity("own/tiny") == expected if cached(hub, "1" * 40) else None
         cached(hub, "2" * 40)
         (hub / "models--own--tiny" / "snapshots" / ("2" * 40) / "README.md").write_text("new")
-        assert llama.weights_identity("own/tiny") == expected
+        assert models.weights_identity("own/tiny") == expected
     cached(hub, "3" * 40, model="an-etag-that-is-no-sha256")
-    assert llama.weights_identity("own/tiny") == expected
+    assert models.weights_identity("own/tiny") == expected
     snapshot = cached(hub, "4" * 40)
     (snapshot / "model.safetensors").unlink()
     shutil.copy(TINY / "model.safetensors", snapshot)  # a file system without links
-    assert llama.weights_identity("own/tiny") == expected
+    assert models.weights_identity("own/tiny") == expected
 
 
 def test_a_hub_model_keeps_its_name(hub):
     cached(hub, "1" * 40)
-    model = llama.load_model("own/tiny", load_in_4bit=False)
+    model = models.load_model("own/tiny", load_in_4bit=False)
     assert model.name_or_path == model.config.name_or_path == "own/tiny"
-    assert llama.load_tokenizer("own/tiny").eos_token == "<|end_of_text|>"
+    assert load_tokenizer("own/tiny").eos_token == "<|end_of_text|>"
 
 
 @pytest.mark.parametrize("safe", [True, False])
@@ -324,11 +325,11 @@ def test_a_pickle_in_the_cache_is_refused_only_where_the_hub_has_nothing_else(sa
         return str(tmp_path / "cache")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
-    config = llama.load_config("own/tiny")
+    config = models.load_config("own/tiny")
     if safe:
-        llama.check_weights("own/tiny", config)
-        assert llama.load_model("own/tiny", load_in_4bit=False).name_or_path == "own/tiny"
+        models.check_weights("own/tiny", config)
+        assert models.load_model("own/tiny", load_in_4bit=False).name_or_path == "own/tiny"
     else:
         with pytest.raises(SystemExit):
-            llama.check_weights("own/tiny", config)
+            models.check_weights("own/tiny", config)
         assert "a pickle: convert it to safetensors" in capsys.readouterr().err

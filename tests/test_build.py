@@ -24,7 +24,7 @@ from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
 from make_fixtures import PLANTED, SAMSUM_ROWS, TRIVIA_QA_ROWS
 
 import build_dataset
-import common
+from pipeline.files import only_run_in
 
 
 def build(output, *arguments):
@@ -756,6 +756,6 @@ def test_links_to_other_disks_are_followed(link, there, dataset, tmp_path):
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path):
-    with common.only_run_in(tmp_path):
+    with only_run_in(tmp_path):
         assert_refused(build(tmp_path), "in use", "--output-dir")
     assert build(tmp_path).returncode == 0

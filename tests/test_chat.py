@@ -15,13 +15,13 @@ from types import SimpleNamespace
 import openai
 import pytest
 import torch
-from conftest import FIXTURES, assert_refused, run
+from conftest import FIXTURES, TASKS, assert_refused, run
 from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import llama
-import merged_folder
-from common import TASKS
+from pipeline.files import load_rows
+from pipeline.merging import merged_folder
+from pipeline.tokens import encode, end_tokens, load_tokenizer, tokenizer_of
 
 SHORT = ["--samsum-max-new-tokens", "8", "--trivia-qa-max-new-tokens", "8"]
 MERGE = ["--check-rows", 2, "--merge-dtype", "float32"]  # as test_llama.py reckons on a CPU
@@ -75,25 +75,25 @@ def tokens_by_hand(tokenizer, name, prompt, completion):
 
 @pytest.mark.parametrize("name", CHATS)
 def test_a_row_is_the_users_and_the_assistants_turn_as_a_chat_endpoint_reads_them(name, dataset, tmp_path):
-    tokenizer = llama.load_tokenizer(str(chat_model(tmp_path / "base", name)))
+    tokenizer = load_tokenizer(str(chat_model(tmp_path / "base", name)))
     rows = load_from_disk(str(dataset / "dataset"))["train"]
-    ids = llama.encode(tokenizer, rows.to_dict())
+    ids = encode(tokenizer, rows.to_dict())
     for row, prompt, completion in zip(rows, ids["prompt_ids"], ids["completion_ids"], strict=True):
         assert (prompt, completion) == tokens_by_hand(tokenizer, name, row["prompt"], row["completion"])
         messages = [{"role": "user", "content": row["prompt"]}]
         assert prompt == tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
         assert (prompt + completion).count(tokenizer.bos_token_id) == (name != "lines")
-        assert completion[-1] in llama.end_tokens(NO_CONFIG, tokenizer)
+        assert completion[-1] in end_tokens(NO_CONFIG, tokenizer)
 
 
 @pytest.mark.parametrize("name", CHATS)
 def test_special_tokens_in_a_dialogue_stay_text_and_those_of_the_template_are_tokens(name, tmp_path):
-    tokenizer = llama.load_tokenizer(str(chat_model(tmp_path / "base", name)))
+    tokenizer = load_tokenizer(str(chat_model(tmp_path / "base", name)))
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     shouted = "Tom: <s></s><|eot_id|> hi <|start_header_id|>assistant<|end_of_text|><|begin_of_text|> Ann: [/INST]"
     count = {}
     for text in ("Tom: hi", shouted):
-        ids = llama.encode(tokenizer, {"id": ["x"], "prompt": [text], "completion": [f" {text} !"]})
+        ids = encode(tokenizer, {"id": ["x"], "prompt": [text], "completion": [f" {text} !"]})
         (prompt,), (completion,) = ids["prompt_ids"], ids["completion_ids"]
         count[text] = [sum(token in special for token in part) for part in (prompt, completion)]
         assert text in tokenizer.decode(prompt) and text in tokenizer.decode(completion[:-1])
@@ -103,12 +103,12 @@ def test_special_tokens_in_a_dialogue_stay_text_and_those_of_the_template_are_to
 @pytest.mark.parametrize("setting", ["auto", "on"])
 def test_off_gives_the_plain_prompt_and_on_wants_a_template(setting, dataset, tmp_path, capsys):
     base, rows = chat_model(tmp_path / "base", "llama3"), load_from_disk(str(dataset / "dataset"))["train"].to_dict()
-    bare = llama.load_tokenizer(str(FIXTURES / "tiny_llama3"))
-    assert llama.encode(llama.load_tokenizer(str(base), "off"), rows) == llama.encode(bare, rows)
-    assert llama.encode(llama.load_tokenizer(str(base), setting), rows) != llama.encode(bare, rows)
+    bare = load_tokenizer(str(FIXTURES / "tiny_llama3"))
+    assert encode(load_tokenizer(str(base), "off"), rows) == encode(bare, rows)
+    assert encode(load_tokenizer(str(base), setting), rows) != encode(bare, rows)
     if setting == "on":
         with pytest.raises(SystemExit):
-            llama.load_tokenizer(str(FIXTURES / "tiny_llama3"), "on")
+            load_tokenizer(str(FIXTURES / "tiny_llama3"), "on")
         assert "has no chat template: take the instruct model, or give --chat-template off" in capsys.readouterr().err
 
 
@@ -124,7 +124,7 @@ def test_a_template_that_does_not_fit_is_one_sentence(dataset, tmp_path):
     for template, words in UNFIT.values():
         (base / "chat_template.jinja").write_text(template)
         with pytest.raises(ValueError, match=f"{re.escape(words)}.*train and test with --chat-template off"):
-            llama.encode(llama.load_tokenizer(str(base)), rows)
+            encode(load_tokenizer(str(base)), rows)
     result = run("train_llama.py", "--dry-run", "--model", base, "--output-dir", dataset)
     assert_refused(result, "cannot train on train: ", "train and test with --chat-template off")
 
@@ -133,12 +133,12 @@ def test_a_template_that_asks_for_the_date_is_the_same_tomorrow(tmp_path):
     base = chat_model(tmp_path / "base", "llama3")
     for template in ("{{ strftime_now('%d %b %Y') }}" + LLAMA3, LLAMA3):
         (base / "chat_template.jinja").write_text(template)
-        tokenizer = llama.load_tokenizer(str(base))
+        tokenizer = load_tokenizer(str(base))
         messages = [{"role": "user", "content": "hi"}]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         assert text == ("26 Jul 2024" if template != LLAMA3 else "") + "<|begin_of_text|>" + text.split("_text|>")[-1]
         tokenizer.save_pretrained(tmp_path / "again")
-        assert llama.load_tokenizer(str(tmp_path / "again")).chat_template == tokenizer.chat_template
+        assert load_tokenizer(str(tmp_path / "again")).chat_template == tokenizer.chat_template
 
 
 def read_modelfile(path):
@@ -154,14 +154,14 @@ def read_modelfile(path):
 @pytest.mark.parametrize("name", [*CHATS, "tiny_llama3", "tiny_llama2"])
 def test_the_modelfile_asks_and_stops_as_in_training(name, dataset, tmp_path):
     base = chat_model(tmp_path / "base", name) if name in CHATS else FIXTURES / name
-    tokenizer = llama.load_tokenizer(str(base))
-    ends = llama.end_tokens(NO_CONFIG, tokenizer)
+    tokenizer = load_tokenizer(str(base))
+    ends = end_tokens(NO_CONFIG, tokenizer)
     text = merged_folder.modelfile(tokenizer, sorted(ends))
     found = read_modelfile(text)
     assert found["FROM"] == ["."] and found["temperature"] == ["0"] and found["repeat_penalty"] == ["1"]
     assert {tokenizer.convert_tokens_to_ids(token) for token in found["stop"]} == ends
     rows = load_from_disk(str(dataset / "dataset"))["test"]
-    ids = llama.encode(tokenizer, rows.to_dict())["prompt_ids"]
+    ids = encode(tokenizer, rows.to_dict())["prompt_ids"]
     # as llama.cpp under Ollama: special tokens in the text are tokens, and BOS comes in front as the tokenizer has it
     asked = [tokenizer(found["TEMPLATE"][0].replace("{{ .Prompt }}", prompt)).input_ids for prompt in rows["prompt"]]
     assert (asked == ids) == (not text.startswith("# Ollama reads other tokens")) == (name not in ("llama2", "lines"))
@@ -191,7 +191,7 @@ def examples(folder, task, name=""):
 
 def test_training_testing_and_merging_go_the_same_way(runs, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(runs / "base")
-    row = llama.load_rows(runs / "auto", "test")[0]
+    row = load_rows(runs / "auto", "test")[0]
     prompt, completion = tokens_by_hand(tokenizer, "llama3", row["prompt"], row["completion"])
     plain = tokenizer(row["prompt"]).input_ids
     parts = {"auto": (prompt, completion), "off": (plain, tokenizer(row["prompt"] + row["completion"]).input_ids)}
@@ -240,7 +240,7 @@ def test_a_checkpoint_is_tested_as_it_was_trained_like_the_adapter(setting, runs
         assert adapter["perplexity"] == checkpoint["perplexity"]
     shutil.copytree(runs / "base", base)
     (base / "chat_template.jinja").write_text(LINES)
-    tokenizer = llama.tokenizer_of(str(base), checkpoint_folder, setting)
+    tokenizer = tokenizer_of(str(base), checkpoint_folder, setting)
     assert bool(tokenizer.chat_template) == (setting == "auto")
     warned = "was trained with other prompts: another tokenizer, or another --chat-template" in capsys.readouterr().out
     assert warned == (setting == "auto")
@@ -253,7 +253,7 @@ def test_the_cards_example_of_a_chat_model_runs(runs, monkeypatch, capsys):
     scope = {}
     exec(compile(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], "card", "exec"), scope)
     row = {"id": ["x"], "prompt": [scope["prompt"]], "completion": [" y"]}
-    assert scope["inputs"].input_ids[0].tolist() == llama.encode(scope["tokenizer"], row)["prompt_ids"][0]
+    assert scope["inputs"].input_ids[0].tolist() == encode(scope["tokenizer"], row)["prompt_ids"][0]
     assert capsys.readouterr().out.count("\n") == 1
 
 
@@ -282,7 +282,7 @@ def serving(tmp_path_factory):
 def test_transformers_serve_answers_as_test_llama_predicted(runs, serving):
     """The chat model at /v1/chat/completions, the other at /v1/completions."""
     client = openai.OpenAI(base_url=serving, api_key="none", max_retries=0, timeout=120)
-    prompts = {row["id"]: row["prompt"] for row in llama.load_rows(runs / "auto", "test")}
+    prompts = {row["id"]: row["prompt"] for row in load_rows(runs / "auto", "test")}
     for setting in ("auto", "off"):
         options = {"model": str(runs / setting / "merged"), "temperature": 0, "max_tokens": 8}
         for task in TASKS:
@@ -318,11 +318,11 @@ CUT = "{% for m in messages %}{{ m.role }}: {{ (m.content | trim)[:20] }}{{ eos_
 
 @pytest.mark.parametrize("template", [DROPPED, CUT])
 def test_a_template_that_drops_or_cuts_the_text_is_refused(template, tmp_path):
-    tokenizer = llama.load_tokenizer(str(chat_model(tmp_path / "model", "llama3")))
+    tokenizer = load_tokenizer(str(chat_model(tmp_path / "model", "llama3")))
     tokenizer.chat_template = template
     row = {"id": ["x"], "prompt": ["Summarise this dialogue, please: A: hi. B: ho."], "completion": [" They greet."]}
     with pytest.raises(ValueError, match="does not write the whole text"):
-        llama.encode(tokenizer, row)
+        encode(tokenizer, row)
 
 
 @pytest.mark.parametrize("template", [[{"name": "tool_use", "template": "x"}], 5])
@@ -331,6 +331,6 @@ def test_a_template_that_is_none_is_one_sentence(template, tmp_path, capsys):
     path = tmp_path / "model" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
     with pytest.raises(SystemExit) as stopped:
-        llama.load_tokenizer(str(tmp_path / "model"))
+        load_tokenizer(str(tmp_path / "model"))
     assert stopped.value.code == 2 and "train and test with --chat-template off" in capsys.readouterr().err
-    assert llama.load_tokenizer(str(tmp_path / "model"), "off").chat_template is None
+    assert load_tokenizer(str(tmp_path / "model"), "off").chat_template is None

@@ -5,9 +5,12 @@ import fcntl
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import unicodedata
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -15,11 +18,14 @@ import torch
 from conftest import ROOT
 
 import build_dataset
-import common
 import evaluations
-import llama
 import merge_llama
 import test_llama
+from pipeline import models
+from pipeline.files import only_run_in, read_manifest, refuse_another, whole_folder, write_manifest, write_whole
+from pipeline.script import fail, is_main, progress, say, script, settle_environment
+from pipeline.settings import parse_settings
+from pipeline.texts import WITHOUT_BLANKS, holds, normalize_answer, words_of
 
 BLOCK = '''"""A script.
 
@@ -153,7 +159,7 @@ SAID = {  # a setting's choices, what it is edited to, what the sentence says th
 def test_a_setting_that_cannot_be_meant_is_refused_in_plain_words(allowed, value, told, module, capsys):
     module.NAMES = value
     with pytest.raises(SystemExit, match="2"):
-        common.parse_settings(module, [], {**CHOICES, "NAMES": allowed})
+        parse_settings(module, [], {**CHOICES, "NAMES": allowed})
     assert f"error: --names {told}\n" in capsys.readouterr().err
 
 
@@ -168,11 +174,11 @@ def test_a_setting_that_was_taken_out_of_the_block_is_missing_in_one_sentence(li
 
 def test_a_list_that_may_be_empty_says_so_with_a_0(module):
     module.NAMES = []
-    assert common.parse_settings(module, [], CHOICES | {"NAMES": (0, list)}).names == []
+    assert parse_settings(module, [], CHOICES | {"NAMES": (0, list)}).names == []
 
 
 def parse(module, *argv):
-    return vars(common.parse_settings(module, argv, choices=CHOICES))
+    return vars(parse_settings(module, argv, choices=CHOICES))
 
 
 def test_flags_come_from_the_settings_block_and_nothing_else(module, capsys):
@@ -230,7 +236,7 @@ def test_a_constant_edited_to_none_is_refused_where_none_means_nothing(module, c
 
 def test_a_setting_may_be_a_word_or_a_number(module, capsys):
     def parse(*argv):
-        return common.parse_settings(module, argv, choices=CHOICES | {"SIZE": ("auto", float)}).size
+        return parse_settings(module, argv, choices=CHOICES | {"SIZE": ("auto", float)}).size
 
     path, module.SIZE = module.__file__, "auto"
     with open(path) as file:
@@ -256,10 +262,10 @@ def test_a_setting_may_be_a_word_or_a_number(module, capsys):
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "folder"
-    with common.whole_folder(target) as fresh:
+    with whole_folder(target) as fresh:
         (fresh / "a").write_text("first")
         assert not target.exists()
-    with pytest.raises(KeyError), common.whole_folder(target) as fresh:
+    with pytest.raises(KeyError), whole_folder(target) as fresh:
         (fresh / "a").write_text("second")
         raise KeyError
     assert (target / "a").read_text() == "first" and os.listdir(tmp_path) == ["folder"]
@@ -269,7 +275,7 @@ def test_a_kill_between_the_last_two_renames_is_mended_by_the_next_call(tmp_path
     (tmp_path / ".folder.old").mkdir()
     (tmp_path / ".folder.old" / "a").write_text("first")
     (tmp_path / ".folder.new").mkdir()
-    with pytest.raises(KeyError), common.whole_folder(tmp_path / "folder"):
+    with pytest.raises(KeyError), whole_folder(tmp_path / "folder"):
         assert (tmp_path / "folder" / "a").read_text() == "first"
         raise KeyError
     assert (tmp_path / "folder" / "a").read_text() == "first"
@@ -278,27 +284,27 @@ def test_a_kill_between_the_last_two_renames_is_mended_by_the_next_call(tmp_path
 def test_what_a_link_points_to_is_replaced(tmp_path):
     (tmp_path / "disk" / "real").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
-    with common.whole_folder(tmp_path / "link") as fresh:
+    with whole_folder(tmp_path / "link") as fresh:
         assert fresh.parent == tmp_path / "disk"  # a rename does not cross disks
         (fresh / "a").write_text("new")
-    common.write_whole(tmp_path / "link" / "b", "text")
+    write_whole(tmp_path / "link" / "b", "text")
     assert (tmp_path / "link").is_symlink()
     assert sorted(os.listdir(tmp_path / "disk" / "real")) == ["a", "b"] and os.listdir(tmp_path / "disk") == ["real"]
 
 
 def test_a_manifest_knows_every_file(tmp_path):
     (tmp_path / "a").write_text("one")
-    assert common.read_manifest(tmp_path) == ({}, ["unfinished"])
-    common.write_manifest(tmp_path, {"run": 1})
-    assert common.read_manifest(tmp_path)[1] == []
+    assert read_manifest(tmp_path) == ({}, ["unfinished"])
+    write_manifest(tmp_path, {"run": 1})
+    assert read_manifest(tmp_path)[1] == []
     (tmp_path / "a").write_text("two")
-    assert common.read_manifest(tmp_path)[1] == ["a"]
+    assert read_manifest(tmp_path)[1] == ["a"]
 
 
 def test_each_difference_to_another_run_is_named_also_what_that_one_lacks(capsys):
-    common.refuse_another("it", {"rate": 1, "gone": 2}, {"rate": 1}, "")
+    refuse_another("it", {"rate": 1, "gone": 2}, {"rate": 1}, "")
     with pytest.raises(SystemExit):
-        common.refuse_another("it", {"rate": 1, "gone": 2}, {"rate": 3, "lora_r": 8}, "mend it")
+        refuse_another("it", {"rate": 1, "gone": 2}, {"rate": 3, "lora_r": 8}, "mend it")
     differences = "(rate 1 there, 3 now; lora r unknown there, 8 now)"
     assert capsys.readouterr().err == f"error: it is of another run {differences}: mend it\n"
 
@@ -308,7 +314,7 @@ def test_where_nobody_watches_a_line_a_minute_takes_the_bars_place(monkeypatch, 
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
 
     def printed(rows, seconds):
-        for _ in common.progress(range(rows), "merging", unit="shard"):
+        for _ in progress(range(rows), "merging", unit="shard"):
             clock[0] += seconds
         return capsys.readouterr().err
 
@@ -333,8 +339,9 @@ def test_where_nobody_watches_a_line_a_minute_takes_the_bars_place(monkeypatch, 
 
 
 SCRIPT = """
-import sys, common
-@common.script
+import sys
+from pipeline.script import fail, say, script
+@script
 def main(argv=None):
     {body}
 main()
@@ -361,10 +368,10 @@ def test_a_full_disk_and_ctrl_c_end_in_one_sentence():
 
 def test_a_full_gpu_ends_in_one_sentence_wherever_it_is_met(capsys):
     def main(argv):
-        llama.load_failed("base", torch.OutOfMemoryError("CUDA out of memory. Tried\nto"))
+        models.load_failed("base", torch.OutOfMemoryError("CUDA out of memory. Tried\nto"))
 
     with pytest.raises(SystemExit) as stopped:
-        common.script(main)()
+        script(main)()
     told = capsys.readouterr().err
     assert stopped.value.code == 2 and told.count("error:") == 1
     assert "the GPU's memory is too small (CUDA out of memory" in told and "missing or broken" not in told
@@ -386,7 +393,7 @@ MEMORY = [
 @pytest.mark.parametrize("error", MEMORY, ids=lambda error: str(error)[:30])
 def test_a_host_without_memory_ends_in_one_sentence_whatever_a_library_takes_it_for(error, capsys):
     def loading(argv):
-        llama.load_failed("base", error)
+        models.load_failed("base", error)
 
     def working(argv):
         raise error
@@ -395,11 +402,11 @@ def test_a_host_without_memory_ends_in_one_sentence_whatever_a_library_takes_it_
         try:
             raise error
         except Exception:
-            common.fail("cannot read train: run build_dataset.py again")
+            fail("cannot read train: run build_dataset.py again")
 
     for main in (loading, working, reading):
         with pytest.raises(SystemExit) as stopped:
-            common.script(main)()
+            script(main)()
         message = capsys.readouterr().err
         assert stopped.value.code == 2 and message.count("error:") == 1
         assert "memory is too small" in message and "missing or broken" not in message and "again" not in message
@@ -410,7 +417,7 @@ def test_an_error_that_is_not_the_machine_s_is_raised(capsys):
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        common.script(main)()
+        script(main)()
     assert capsys.readouterr().err == ""
 
 
@@ -429,7 +436,7 @@ def shell(monkeypatch):
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        common.settle_environment(script)
+        settle_environment(script)
         return {name: os.environ[name] for name in variables if name in os.environ}
 
     monkeypatch.setenv("MPLBACKEND", "before")  # is put back
@@ -439,9 +446,9 @@ def shell(monkeypatch):
 
 
 def test_what_a_launcher_sets_is_kept(shell):
-    assert shell(**TORCHRUN) == TORCHRUN and not common.is_main()
+    assert shell(**TORCHRUN) == TORCHRUN and not is_main()
     first = TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    assert shell(**first) == first and common.is_main()
+    assert shell(**first) == first and is_main()
     alone = first | {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"}  # --nproc_per_node 1
     assert shell(**alone) == alone and shell("merge_llama.py", **alone) == alone
 
@@ -462,7 +469,7 @@ def test_what_a_launcher_sets_is_kept(shell):
     ids=str,
 )
 def test_what_is_left_of_a_launcher_in_a_shell_leaves_a_run_in_one_process(left, shell):
-    assert not set(shell(**left)) - {"MASTER_ADDR", "MASTER_PORT"} and common.is_main()
+    assert not set(shell(**left)) - {"MASTER_ADDR", "MASTER_PORT"} and is_main()
 
 
 @pytest.mark.parametrize(
@@ -511,8 +518,8 @@ def test_a_script_that_is_one_process_says_so_once_under_a_launcher(
     script, rank, shell, monkeypatch, tmp_path, capsys
 ):
     waited = []
-    monkeypatch.setattr(common.time, "sleep", waited.append)  # for the main process to speak first
-    monkeypatch.setattr(common.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(time, "sleep", waited.append)  # for the main process to speak first
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     shell(**TORCHRUN | {"RANK": rank})
     with pytest.raises(SystemExit) as stopped:
         script.main(["--output-dir", str(tmp_path / "out"), *["--server", "http://x"] * (script is test_llama)])
@@ -540,11 +547,11 @@ def refusing(number):
 def test_a_mount_without_locks_and_fsync_takes_a_run_with_one_warning(number, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", refusing(number))
     monkeypatch.setattr(os, "fsync", refusing(number))
-    with common.only_run_in(tmp_path / "out"):
+    with only_run_in(tmp_path / "out"):
         warned = capsys.readouterr().out  # before any work
-        with common.whole_folder(tmp_path / "out" / "dataset") as fresh:
+        with whole_folder(tmp_path / "out" / "dataset") as fresh:
             (fresh / "rows").write_text("rows")
-        common.write_whole(tmp_path / "out" / "report.json", "{}")
+        write_whole(tmp_path / "out" / "report.json", "{}")
     assert warned.count("warning:") == 1 and f"{tmp_path}/out has no locks and no fsync" in warned
     assert capsys.readouterr().out == ""
     assert (tmp_path / "out" / "dataset" / "rows").read_text() == "rows"
@@ -555,18 +562,18 @@ def test_a_mount_without_locks_and_fsync_takes_a_run_with_one_warning(number, tm
 def test_a_disk_that_loses_what_is_written_is_no_mount_without_fsync(number, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", refusing(number))
     with pytest.raises(OSError, match=os.strerror(number)):
-        common.write_whole(tmp_path / "report.json", "{}")
+        write_whole(tmp_path / "report.json", "{}")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("call, number", [("mkdir", errno.EACCES), ("open", errno.EACCES), ("rename", errno.ENOSYS)])
 def test_a_folder_that_cannot_take_a_result_is_named_before_the_work(call, number, tmp_path, monkeypatch, capsys):
-    @common.script
+    @script
     def main(argv=None):
-        with common.only_run_in(tmp_path):
+        with only_run_in(tmp_path):
             raise AssertionError("it worked")
 
-    monkeypatch.setattr(*{"open": (common.Path, "open")}.get(call, (os, call)), refusing(number))
+    monkeypatch.setattr(*{"open": (Path, "open")}.get(call, (os, call)), refusing(number))
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2 and os.strerror(number) in capsys.readouterr().err
@@ -579,13 +586,13 @@ def test_a_terminal_that_was_closed_ends_no_run(monkeypatch):
             raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(sys, "stdout", Closed())
-    common.say("step 1")
-    common.say("step 2")
+    say("step 1")
+    say("step 2")
 
 
 def test_a_terminal_that_is_not_utf8_and_a_reader_that_goes_away():
     assert outcome("print('žluť 😀')", PYTHONIOENCODING="ascii").stdout == "?lu? ?\n"
-    code = SCRIPT.format(body="[common.say('line') for _ in range(99999)]; open(sys.argv[1], 'w').write('done')")
+    code = SCRIPT.format(body="[say('line') for _ in range(99999)]; open(sys.argv[1], 'w').write('done')")
     command = f'{sys.executable} -c "$CODE" $FILE | head -n 1; cat $FILE'
     environment = os.environ | {"CODE": code, "FILE": os.path.join(os.environ.get("TMPDIR", "/tmp"), f"{os.getpid()}")}
     result = subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -605,7 +612,7 @@ OFFICIAL = {  # worked out by hand from the official script's five steps
 
 @pytest.mark.parametrize("text", OFFICIAL)
 def test_answers_are_normalised_by_the_official_rules(text):
-    assert common.normalize_answer(text) == OFFICIAL[text]
+    assert normalize_answer(text) == OFFICIAL[text]
 
 
 HELD = {  # a text and an answer that stands in it
@@ -651,18 +658,18 @@ NOT_HELD = {  # a text and an answer that does not stand in it
 
 @pytest.mark.parametrize(("text", "answer"), HELD.values(), ids=HELD.keys())
 def test_an_answer_in_any_script_is_found_between_whatever_is_no_letter_digit_or_mark(text, answer):
-    assert common.holds(text, ["nothing of it", answer]) and common.holds(text, [common.words_of(answer)])
+    assert holds(text, ["nothing of it", answer]) and holds(text, [words_of(answer)])
 
 
 @pytest.mark.parametrize(("text", "answer"), NOT_HELD.values(), ids=NOT_HELD.keys())
 def test_an_answer_inside_a_word_or_without_a_word_is_found_nowhere(text, answer):
-    assert not common.holds(text, [answer])
+    assert not holds(text, [answer])
 
 
 def test_of_all_characters_those_that_end_a_word_are_no_letters_digits_or_marks():
     for char in map(chr, range(0x20, 0x3000)):
-        kind, word = unicodedata.category(char), unicodedata.name(char, "").startswith(common.WITHOUT_BLANKS)
+        kind, word = unicodedata.category(char), unicodedata.name(char, "").startswith(WITHOUT_BLANKS)
         invisible = kind in ("Cf", "Me") and char != "\u200b"  # soft hyphens and joiners, the frames of keycaps
         if not word and unicodedata.is_normalized("NFC", char):
             inside = kind[0] in "LNM" or invisible
-            assert common.holds(f"is{char}1986{char}b", ["1986"]) != inside, hex(ord(char))
+            assert holds(f"is{char}1986{char}b", ["1986"]) != inside, hex(ord(char))

@@ -16,11 +16,11 @@ from conftest import FIXTURES, assert_refused, run
 from test_packing import make_trainer
 from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-import estimate
-import llama
 import train_llama
-from lora import fuse_lora
-from trainer import summed_loss
+from pipeline import machine, models
+from pipeline.lora import fuse_lora
+from pipeline.training import estimate
+from pipeline.training.trainer import summed_loss
 
 META_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 META_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
@@ -36,7 +36,7 @@ def without_weights(folder, sizes):
 
 
 def shape_of(folder, args):
-    return estimate.model_shape(str(folder), llama.load_config(str(folder)), train_llama.lora_config(args))
+    return estimate.model_shape(str(folder), models.load_config(str(folder)), train_llama.lora_config(args))
 
 
 @pytest.mark.parametrize("sizes, parameters", [(META_8B, "8,030,261,248"), (META_70B, "70,553,706,496")])
@@ -191,7 +191,7 @@ def test_operations_are_those_that_torch_counts(tmp_path):
     folder = without_weights(tmp_path / "model", sizes)
     shape = shape_of(folder, args)
     model = get_peft_model(
-        AutoModelForCausalLM.from_config(llama.load_config(str(folder))), train_llama.lora_config(args)
+        AutoModelForCausalLM.from_config(models.load_config(str(folder))), train_llama.lora_config(args)
     )
     model.enable_input_require_grads()  # else the first layer passes nothing on, of which the estimate knows nothing
     fuse_lora(model)
@@ -278,7 +278,7 @@ def test_as_much_of_a_step_goes_at_once_as_fits_the_gpu(room, settled, tmp_path,
     args = train_llama.parse_args([])
     shape = shape_of(without_weights(tmp_path / "model", META_8B), args)
     packed = {"labels": [[-100] * 1900 + [1] * 148] * 8}
-    monkeypatch.setattr(estimate, "machine", lambda args: (room * 1e9, 2))
+    monkeypatch.setattr(estimate, "room_and_width", lambda args: (room * 1e9, 2))
     estimate.settle(shape, packed, args)
     assert tuple(getattr(args, name) for name in SETTLED) == settled
     given = ["--activation-checkpointing", "off", "--per-device-train-batch-size", "2"]
@@ -300,7 +300,7 @@ def test_a_cpu_takes_one_packed_row_at_a_time_and_checkpoints_where_memory_is_sh
     shape = shape_of(without_weights(tmp_path / "model", META_8B), train_llama.parse_args([]))
     packed = {"labels": [[-100] * 1900 + [1] * 148] * 8}
     for room, checkpointing in ((64e9, "off"), (32e9, "on")):
-        monkeypatch.setattr(estimate, "host_memory", lambda room=room: room)
+        monkeypatch.setattr(machine, "host_memory", lambda room=room: room)
         args = train_llama.parse_args([])
         estimate.settle(shape, packed, args)
         assert tuple(getattr(args, name) for name in SETTLED) == (checkpointing, 1, 4)
@@ -311,7 +311,7 @@ def from_these(path, files, read, *more):
 
 
 def test_a_host_s_memory_is_what_its_control_group_allows(monkeypatch, tmp_path):
-    free = estimate.host_memory()
+    free = machine.host_memory()
     assert 0 < free <= psutil.virtual_memory().total
     read = Path.read_text
     second = {"/proc/self/cgroup": "0::/box\n", "/sys/fs/cgroup/box/memory.max": f"{free // 2}\n"}
@@ -320,20 +320,20 @@ def test_a_host_s_memory_is_what_its_control_group_allows(monkeypatch, tmp_path)
     for files in (first, second):
         made = {os.path.normpath(path): text for path, text in files.items()}
         monkeypatch.setattr(Path, "read_text", functools.partialmethod(from_these, made, read))
-        assert estimate.host_memory() == free // 2
+        assert machine.host_memory() == free // 2
     made["/sys/fs/cgroup/box/memory.max"] = "max\n"
-    assert estimate.host_memory() > free // 2
+    assert machine.host_memory() > free // 2
 
 
 def test_a_host_s_memory_is_limited_by_every_group_above_and_in_a_container_by_the_mount(monkeypatch, tmp_path):
-    free = estimate.host_memory()
+    free = machine.host_memory()
 
     def limited(groups, **limits):
         root = tmp_path / str(len(list(tmp_path.iterdir())))
         for path, text in {"proc/self/cgroup": groups, **limits}.items():
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             (root / path).write_text(text)
-        return estimate.host_memory(root)
+        return machine.host_memory(root)
 
     second, first = "sys/fs/cgroup", "sys/fs/cgroup/memory"
     slices = {f"{second}/a.slice/b/memory.max": "max\n", f"{second}/a.slice/memory.max": "2000000\n"}

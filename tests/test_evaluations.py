@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 
 import evaluations
-import metrics
-import significance
+from pipeline.scoring import metrics, significance
 
 SCRIPT = Path(evaluations.__file__).resolve()
 

@@ -12,7 +12,7 @@ from datasets import DatasetDict, load_from_disk
 
 import test_llama
 import train_llama
-import trainer
+from pipeline.training import trainer
 
 SECOND = {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 

@@ -13,8 +13,8 @@ import pytest
 from conftest import FIXTURES, TRANSFORMERS, start
 
 import evaluations
-import judge as judging
-import server as asking
+from pipeline import server as asking
+from pipeline.scoring import judge as judging
 
 KEY = "sk-test-0123456789-secret"
 GOOD = '{"reason": "because", "score": 3}'

@@ -6,15 +6,15 @@ import shutil
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT
+from conftest import FIXTURES, ROOT, TASKS
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, LlamaConfig
 
 import merge_llama
 import test_llama
 import train_llama
-import trainer
-from common import TASKS
+from pipeline.files import load_rows
+from pipeline.training import trainer
 
 LLAMA3_2 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 # name: tokenizer of, what its tokenizer_config and config have, type of the file, end tokens, BOS in front of a text
@@ -101,7 +101,9 @@ def perplexity(model, tokenizer, rows):
 
 def general_perplexity(model, tokenizer, bos):
     """Of the text in the repository, in windows of 1,024 tokens, BOS among them."""
-    ids = tokenizer((ROOT / "general_text.txt").read_text().strip(), add_special_tokens=False).input_ids
+    ids = tokenizer(
+        (ROOT / "pipeline" / "testing" / "general_text.txt").read_text().strip(), add_special_tokens=False
+    ).input_ids
     front, total, count = [tokenizer.bos_token_id] * bos, 0, 0
     while ids:
         part = torch.tensor([front + ids[: 1024 - bos]])
@@ -131,7 +133,7 @@ def test_the_whole_chain_is_what_transformers_and_peft_compute(name, dataset, tm
     merge_llama.main(["--check-rows", "4", *where])
 
     tokenizer, model = AutoTokenizer.from_pretrained(base), plain(base, out / "adapter")
-    splits = {split: merge_llama.llama.load_rows(out, split).to_list() for split in ("validation", "test")}
+    splits = {split: load_rows(out, split).to_list() for split in ("validation", "test")}
     for task in TASKS:
         rows = {split: [row for row in all_rows if row["task"] == task] for split, all_rows in splits.items()}
         prompt, whole = encoded(tokenizer, rows["test"][0])

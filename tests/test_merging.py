@@ -14,19 +14,18 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import FIXTURES, PROCESSES, run, snapshot
+from conftest import FIXTURES, PROCESSES, TASKS, run, snapshot
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import estimate
-import llama
 import merge_llama
-import merged_folder
 import test_llama as tester
-import verify
-from common import TASKS, only_run_in, sha256
+from pipeline import machine, models
+from pipeline.files import load_rows, only_run_in, sha256
+from pipeline.merging import merged_folder, verify
+from pipeline.tokens import END_TOKENS
 
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
 LLAMAS = ("tiny_llama2", "tiny_llama3")
@@ -143,12 +142,11 @@ def test_every_tensor_is_that_of_pefts_merge_and_the_others_are_the_bases(
 
 @pytest.mark.parametrize("targets", ["all-linear", ["v_proj"]])
 def test_4bit_is_pefts_merge_into_the_base_as_loaded_in_4_bits(targets, out, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        llama, "compute_dtype", lambda: torch.bfloat16
-    )  # as on a GPU; NF4 is made of float32 there too
+    # as on a GPU; NF4 is made of float32 there too
+    monkeypatch.setattr(machine, "compute_dtype", lambda: torch.bfloat16)
     make_adapter(out / "adapter", tmp_path / "base", trained_in_4bit=True, target_modules=targets)
     assert merge(out, "--merge-base", "4bit") == 0 and report(out / "merged")["merge_base"] == "4bit"
-    model = llama.load_model(str(tmp_path / "base"), load_in_4bit=True, dtype="float32").dequantize()
+    model = models.load_model(str(tmp_path / "base"), load_in_4bit=True, dtype="float32").dequantize()
     expected = PeftModel.from_pretrained(model, out / "adapter").merge_and_unload().state_dict()
     before, differ = tensors(tmp_path / "base"), set()
     for name, tensor in tensors(out / "merged").items():
@@ -176,7 +174,7 @@ def test_the_figures_are_those_of_the_whole_models(into, out, tmp_path, capsys):
     content = report(out / "merged")
     assert content["check_rows"] == 5 and content["trained_on"] == "4bit" and content["merge_base"] == into
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
-    rows = llama.load_rows(out, "validation")
+    rows = load_rows(out, "validation")
     tasks = [[row for row in rows if row["task"] == task] for task in TASKS]
     rows = [row for pair in zip(*tasks, strict=True) for row in pair][:5]
     prompts = [tokenizer(row["prompt"]).input_ids for row in rows]
@@ -185,11 +183,11 @@ def test_the_figures_are_those_of_the_whole_models(into, out, tmp_path, capsys):
     assert content["answer_tokens"] == len(gold)
 
     def merged(kind, dtype):
-        base = llama.load_model(str(tmp_path / "base"), load_in_4bit=kind == "4bit")
+        base = models.load_model(str(tmp_path / "base"), load_in_4bit=kind == "4bit")
         model = PeftModel.from_pretrained(base.dequantize() if kind == "4bit" else base, out / "adapter")
         return logits_of(model.merge_and_unload().to(dtype).float(), prompts, wholes)
 
-    base = llama.load_model(str(tmp_path / "base"), load_in_4bit=into == "4bit")
+    base = models.load_model(str(tmp_path / "base"), load_in_4bit=into == "4bit")
     adapter = logits_of(PeftModel.from_pretrained(base, out / "adapter"), prompts, wholes)
     entropy = torch.nn.functional.cross_entropy
     assert content["adapter_perplexity"] == pytest.approx(entropy(adapter, gold).exp().item(), rel=1e-3)
@@ -241,7 +239,7 @@ def test_where_memory_holds_no_float32_the_folder_is_compared_all_the_same(out, 
     size, seen, read = sum(path.stat().st_size for path in shards(tmp_path / "base")), [], verify.logits_of
     monkeypatch.setattr(verify, "logits_of", lambda model, ids: (seen.append(model.dtype), read(model, ids))[1])
     for room in (1.5 * size, 0.5 * size):  # for 16 bit; not for that either
-        monkeypatch.setattr(estimate, "host_memory", lambda room=room: estimate.LIBRARIES + room)
+        monkeypatch.setattr(machine, "host_memory", lambda room=room: machine.LIBRARIES + room)
         assert merge(out, "--merge-dtype", "auto") == 0
         assert "no room for the model in float32" in capsys.readouterr().out
         assert list(report(out / "merged")["comparison"]) == ["float16"]
@@ -260,25 +258,25 @@ def test_where_memory_holds_no_float32_the_folder_is_compared_all_the_same(out, 
 )  # fmt: skip
 def test_an_8b_model_is_compared_where_it_has_room(gpu, host, place, monkeypatch, capsys):
     sizes = [SimpleNamespace(stat=lambda: SimpleNamespace(st_size=4.015e9))] * 4  # in 16 bit
-    monkeypatch.setattr(llama, "weight_files", lambda base: sizes)
-    monkeypatch.setattr(llama, "compute_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(models, "weight_files", lambda base: sizes)
+    monkeypatch.setattr(machine, "compute_dtype", lambda: torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu > 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gpu * 1e9, 80e9))
-    monkeypatch.setattr(estimate, "host_memory", lambda: host * 1e9)
+    monkeypatch.setattr(machine, "host_memory", lambda: host * 1e9)
     assert verify.roomy_place("base") == place
     assert ("on the CPU, which takes longer" in capsys.readouterr().out) == (gpu > 0 and place[0] == "cpu")
 
 
 def test_one_model_is_in_memory_at_a_time(out, tmp_path, monkeypatch):
-    def models():
+    def count():
         gc.collect()
         return sum(type(thing) is LlamaForCausalLM for thing in gc.get_objects())
 
     make_adapter(out / "adapter", tmp_path / "base", trained_in_4bit=True)
-    before, seen = models(), []
-    for module, name in ((llama, "load_model"), (verify, "load_merged")):
+    before, seen = count(), []
+    for module, name in ((models, "load_model"), (verify, "load_merged")):
         real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, real=real, **o: (seen.append(models()), real(*a, **o))[1])
+        monkeypatch.setattr(module, name, lambda *a, real=real, **o: (seen.append(count()), real(*a, **o))[1])
     assert merge(out, "--check-rows", 1) == 0
     assert seen == [before] * 2
 
@@ -604,15 +602,17 @@ def test_tied_lm_head_and_trained_embeddings_are_refused(out, tmp_path, capsys):
 
 def identified(base):
     """What run.json of a new adapter says of what it was made from."""
-    return {"run": {"weights": llama.weights_identity(str(base)), "train rows": "a" * 32, "validation rows": "b" * 32}}
+    return {
+        "run": {"weights": models.weights_identity(str(base)), "train rows": "a" * 32, "validation rows": "b" * 32}
+    }
 
 
 def test_another_base_or_adapter_than_run_json_names_is_refused(out, tmp_path, capsys):
     base = tmp_path / "base"
     make_adapter(out / "adapter", base, run=identified(base))
-    path, now = out / "adapter" / "adapter_model.safetensors", llama.weights_identity(str(base))
+    path, now = out / "adapter" / "adapter_model.safetensors", models.weights_identity(str(base))
     flip(shards(base)[-1])
-    then = llama.weights_identity(str(base))
+    then = models.weights_identity(str(base))
     assert merge(out) == 2 and stands(out)
     error = capsys.readouterr().err
     assert now in error and then in error and str(base) in error and "run train_llama.py again" in error
@@ -643,7 +643,7 @@ def test_settings_of_the_adapter_that_are_not_those_of_training_are_said_and_the
     own, out, tmp_path, capsys
 ):
     make_adapter(out / "adapter", tmp_path / "base", run={"settings": {"lora_r": 8, "lora_alpha": 16}})
-    llama.read_adapter(out / "adapter")
+    models.read_adapter(out / "adapter")
     assert capsys.readouterr().out == ""
     path = out / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | own))
@@ -808,7 +808,7 @@ def test_a_reader_that_knows_rope_theta_and_rope_scaling_alone_turns_by_the_same
     old = {"rope_theta": 1e3, "rope_scaling": None if kind == "default" else rope}
     new = {"rope_parameters": rope | {"rope_theta": 1e3}}
     (base / "config.json").write_text(json.dumps(content | (new if "5" in form else old)))
-    model = llama.load_model(str(base), load_in_4bit=False)
+    model = models.load_model(str(base), load_in_4bit=False)
     written = json.loads(json.dumps(merged_folder.config_of(model, "float16")))
     assert written["rope_theta"] == 1e3 and (written["rope_scaling"] is None) == (kind == "default")
     assert kind == "default" or rope.items() <= written["rope_scaling"].items()
@@ -923,7 +923,7 @@ def test_the_folder_ends_at_every_end_token_holds_no_code_and_its_cards_example_
     assert content["sha256"] == {n: sha256(merged / n) for n in names - {"merge.json"}}
     generation = json.loads((merged / "generation_config.json").read_text())
     vocabulary = AutoTokenizer.from_pretrained(merged).get_vocab()
-    assert set(generation["eos_token_id"]) >= {vocabulary[t] for t in llama.END_TOKENS if t in vocabulary}
+    assert set(generation["eos_token_id"]) >= {vocabulary[t] for t in END_TOKENS if t in vocabulary}
     assert generation["do_sample"] is False and "temperature" not in generation
     card = (merged / "README.md").read_text()
     assert not any(str(path) in card + json.dumps(content) for path in (base, out, Path.home(), "/secret"))

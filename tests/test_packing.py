@@ -11,11 +11,12 @@ from datasets import load_from_disk
 from peft import get_peft_model
 from safetensors.torch import load_file
 
-import llama
-import lora
 import train_llama
-from lora import fuse_lora
-from trainer import summed_loss
+from pipeline import lora, models
+from pipeline.attention import packed_attention
+from pipeline.lora import fuse_lora
+from pipeline.tokens import load_tokenizer
+from pipeline.training.trainer import summed_loss
 
 BOTH = pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
 
@@ -26,11 +27,11 @@ def make_trainer(dataset, output, name="tiny_llama3", arguments=(), attention="a
     arguments += ["--per-device-train-batch-size", "1", "--activation-checkpointing", "off"]
     args = train_llama.parse_args(arguments)
     rows = {split: load_from_disk(str(dataset / "dataset"))[split] for split in ("train", "validation")}
-    tokenizer = llama.load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
     tokens = train_llama.tokenize(rows["train"], tokenizer, args.max_length, "train")
     validation = train_llama.tokenize(rows["validation"], tokenizer, args.max_length, "validation")
     by_task = train_llama.validation_sets(rows["validation"], tokenizer, args)
-    model = llama.load_model(args.model, load_in_4bit=True)
+    model = models.load_model(args.model, load_in_4bit=True)
     args.attn_implementation = attention
     made = train_llama.make_trainer(args, model, tokenizer, train_llama.pack(tokens, args), by_task)
     for parameter_name, parameter in made.model.named_parameters():
@@ -84,7 +85,7 @@ def lora_step(in_4bit, fused, half):
     """Loss and gradients of one step; half: as mixed precision has it, bf16 weights, float32 adapter, autocast."""
     ids = torch.randint(0, 2000, (2, 60), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    model = llama.load_model(str(FIXTURES / "tiny_llama3"), in_4bit)
+    model = models.load_model(str(FIXTURES / "tiny_llama3"), in_4bit)
     args = train_llama.parse_args(["--lora-r", "4", "--lora-alpha", "12"])
     model = get_peft_model(model, train_llama.lora_config(args)).train()
     for name, parameter in model.named_parameters():
@@ -125,11 +126,11 @@ def trainer_args(**changes):
 def test_packed_attention_refuses_to_guess_where_rows_begin():
     query = torch.zeros(1, 2, 5, 4)
     with pytest.raises(ValueError, match="cu_seq_lens_q"):
-        llama.packed_attention(None, query, query, query, None)
+        packed_attention(None, query, query, query, None)
 
 
 def test_packing_keeps_every_row_whole(dataset, tmp_path):
-    tokenizer = llama.load_tokenizer(str(FIXTURES / "tiny_llama3"))
+    tokenizer = load_tokenizer(str(FIXTURES / "tiny_llama3"))
     rows = load_from_disk(str(dataset / "dataset"))["train"]
     tokens = train_llama.tokenize(rows, tokenizer, 512, "train")
     pieces = []

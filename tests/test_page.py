@@ -9,7 +9,7 @@ import shutil
 import pytest
 from conftest import ROOT, run
 
-import page
+from pipeline.scoring import page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
@@ -321,7 +321,7 @@ def test_a_page_whose_figures_cannot_be_drawn_is_written_without_them(folder, tm
 
 
 def test_the_template_stands_beside_the_script():
-    assert (ROOT / "evaluation.html.jinja").is_file()
+    assert (ROOT / "pipeline" / "scoring" / "evaluation.html.jinja").is_file()
 
 
 def predictions_of(path, prediction, **changes):

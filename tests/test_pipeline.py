@@ -12,7 +12,7 @@ import time
 import pytest
 from conftest import FIXTURES, ROOT, SMALL, SOURCES, assert_refused, run, snapshot, start
 
-from common import sha256
+from pipeline.files import sha256
 
 TRAIN = ["--max-steps", "4", "--max-length", "512", "--warmup-steps", "0", "--logging-steps", "1"]
 TRAIN += ["--gradient-accumulation-steps", "1", "--eval-steps", "2", "--save-steps", "2"]

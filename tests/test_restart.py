@@ -19,9 +19,10 @@ from conftest import FIXTURES, ROOT, assert_refused, run, snapshot, start
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
-import llama
 import train_llama
-import trainer
+from pipeline.files import load_rows
+from pipeline.tokens import load_tokenizer
+from pipeline.training import trainer
 
 STEPS = 30
 COMMAND = ["--model", FIXTURES / "tiny_llama2", "--max-steps", STEPS, "--max-length", 256, "--warmup-steps", 0]
@@ -329,12 +330,12 @@ def test_a_reader_that_goes_away_does_not_end_the_training(undisturbed, tmp_path
 
 def test_weights_tokenizer_and_number_of_processes_are_part_of_a_run(undisturbed, tmp_path, monkeypatch):
     args = train_llama.parse_args(COMMAND)
-    rows = {split: llama.load_rows(undisturbed, split) for split in ("train", "validation")}
+    rows = {split: load_rows(undisturbed, split) for split in ("train", "validation")}
     shutil.copytree(FIXTURES / "tiny_llama2", tmp_path / "base")
     base = str(tmp_path / "base")
 
     def identity():
-        return train_llama.run_identity(args, base, llama.load_tokenizer(base), rows)
+        return train_llama.run_identity(args, base, load_tokenizer(base), rows)
 
     first = identity()
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -417,6 +418,7 @@ def one_process(dataset, tmp_path_factory):
 
 # accelerate makes plain DDP of several CPU processes: accelerate/state.py has FSDP only for its list of accelerators.
 # Taken for a GPU, the CPU shards the 4-bit weights over gloo as GPUs do over NCCL.
+FSDP = ROOT / "pipeline" / "training" / "fsdp.yaml"
 AS_GPUS = """
 import sys
 import accelerate.state
@@ -446,7 +448,7 @@ def test_two_processes_follow_the_curve_of_one(kind, one_process, tmp_path):
     options = {}
     if kind == "fsdp":
         (tmp_path / "as_gpus.py").write_text(AS_GPUS.format(root=str(ROOT)))
-        launcher = ("-m", "accelerate.commands.launch", "--config_file", ROOT / "fsdp.yaml", "--mixed_precision", "no",
+        launcher = ("-m", "accelerate.commands.launch", "--config_file", FSDP, "--mixed_precision", "no",
                     "--main_process_port", "0")  # fmt: skip
         options = {"launcher": launcher, "script": tmp_path / "as_gpus.py"}
     result = launched(output, "--max-steps", 8, "--save-minutes", 0.0001, **options)

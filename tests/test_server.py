@@ -18,9 +18,9 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from transformers import AutoTokenizer
 
 import evaluations
-import served
-import server as asking
 import test_llama as tester
+from pipeline import server as asking
+from pipeline.testing import served
 
 KEY = "sk-test-0123456789-secret"
 TASKS = ("samsum", "trivia_qa")

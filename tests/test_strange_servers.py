@@ -12,7 +12,7 @@ import pytest
 from test_judge import GOOD, judge, write  # noqa: F401
 from test_server import TASKS, Fake, Handler, ask, limit, read, says  # noqa: F401
 
-import judge as judging
+from pipeline.scoring import judge as judging
 
 SEEDS = range(int(os.environ.get("SEEDS", 4)))
 NO_REPLY = "close"

@@ -8,7 +8,7 @@ from conftest import assert_refused, run, snapshot
 from datasets import Dataset, DatasetDict
 from test_testing import test
 
-import swap
+from tasks import swapped as swap
 
 PROMPT = "Answer the question from the context.\n\nContext:\n{}\n\nQuestion: {}\nAnswer:"
 

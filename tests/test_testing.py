@@ -23,12 +23,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers.cache_utils import DynamicLayer
 
-import decoding
-import estimate
-import llama
-import predictions
 import test_llama as tester
-from common import only_run_in
+from pipeline import machine, models
+from pipeline.attention import choose_attention
+from pipeline.files import only_run_in, rows_of
+from pipeline.testing import decoding, predictions
+from pipeline.tokens import encode, end_tokens, load_tokenizer
 
 TASKS = ("samsum", "trivia_qa")
 BOTH = pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
@@ -83,11 +83,11 @@ def refused(capsys):
 
 
 def base_of(chain):
-    return llama.read_adapter(chain / "adapter")
+    return models.read_adapter(chain / "adapter")
 
 
 def prompts_of(model_folder, out):
-    return llama.load_tokenizer(str(model_folder)), load_from_disk(str(out / "dataset"))["test"]
+    return load_tokenizer(str(model_folder)), load_from_disk(str(out / "dataset"))["test"]
 
 
 def same_columns(out, other, *keys, name="", other_name="", **tolerance):
@@ -110,13 +110,13 @@ def test_perplexity_is_that_of_transformers_own_loss_row_by_row_whatever_the_bat
     out = copied(chain, tmp_path, predictions=True)
     for budget in (1, 700):
         assert test(out, *SHORT, "--max-batch-tokens", budget, "--name", budget) == 0
-    monkeypatch.setattr(llama, "choose_attention", lambda name: "sdpa")  # an old GPU, without packed attention
+    monkeypatch.setattr(tester, "choose_attention", lambda name: "sdpa")  # an old GPU, without packed attention
     assert test(out, *SHORT, "--name", "sdpa") == 0
     tokenizer, data = prompts_of(base_of(chain), chain)
-    model = llama.load_adapter(llama.load_model(base_of(chain), load_in_4bit=True), chain / "adapter")
+    model = models.load_adapter(models.load_model(base_of(chain), load_in_4bit=True), chain / "adapter")
     for task in TASKS:
         losses, bases, counts, text = [], [], [], ""
-        for row in llama.rows_of(data, task):
+        for row in rows_of(data, task):
             prompt = tokenizer(row["prompt"]).input_ids
             ids = tokenizer(row["prompt"] + row["completion"]).input_ids + [tokenizer.eos_token_id]
             labels = [-100] * len(prompt) + ids[len(prompt) :]
@@ -150,9 +150,9 @@ def test_figures_of_a_case_done_by_hand():
 
 @BOTH
 def test_a_model_that_knows_nothing_has_the_vocabulary_size_as_perplexity(name):
-    model = llama.load_model(str(FIXTURES / name), load_in_4bit=False)
+    model = models.load_model(str(FIXTURES / name), load_in_4bit=False)
     model.get_output_embeddings().weight.data.zero_()
-    llama.choose_attention("packed")  # registers it
+    choose_attention("packed")  # registers it
     with torch.inference_mode():
         nll, _ = decoding.read_rows(model, [[1, 5, 6], [1, 5]], [[7, 8], list(range(3, 1003))], "packed")
     assert math.exp(sum(nll) / 1002) == pytest.approx(model.config.vocab_size, rel=1e-6)
@@ -162,7 +162,7 @@ def test_a_row_in_a_batch_is_predicted_and_scored_as_alone_and_as_by_generate(ch
     base = base_of(chain)
     model, _ = decoding.load_system(base, chain / "adapter", True, compare=True)
     tokenizer, data = prompts_of(base, chain)
-    llama.choose_attention("packed")  # registers it
+    choose_attention("packed")  # registers it
     prompts = tokenizer(list(data["prompt"])).input_ids
     prompts += [sum(prompts[:6], []), prompts[0][:3], prompts[1][:2], prompts[0][:1]]
     completions = [prompts[(i + 1) % 12][1 : 2 + 3 * i] for i in range(len(prompts))]
@@ -228,9 +228,9 @@ def test_batches_hold_every_row_once_and_no_more_than_their_budget():
 
 @ONE
 def test_an_answer_ends_at_the_line_and_keeps_what_shares_its_last_token(chain, out, monkeypatch):
-    tokenizer = llama.load_tokenizer(str(chain / "adapter"))
+    tokenizer = load_tokenizer(str(chain / "adapter"))
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=1))
-    ends = llama.end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     assert {tokenizer.convert_tokens_to_ids(t) for t in ("<|end_of_text|>", "<|eot_id|>")} <= ends
     last = next(i for i in range(len(tokenizer)) if tokenizer.decode([i]).startswith(".\n"))
     name, more = tokenizer([" Lydbrook", " more"], add_special_tokens=False).input_ids
@@ -249,7 +249,7 @@ def test_an_answer_ends_at_the_line_and_keeps_what_shares_its_last_token(chain, 
     [("\n\n", "Paris"), (" \n \n", "Paris."), ("\n", ". Paris"), ("", "Paris is"), (" ", "Paris")],
 )
 def test_line_ends_in_front_of_an_answer_do_not_end_it(name, front, answer):
-    tokenizer = llama.load_tokenizer(str(FIXTURES / name))
+    tokenizer = load_tokenizer(str(FIXTURES / name))
     ids, behind = (tokenizer(text, add_special_tokens=False).input_ids for text in (front + answer + "\n", "and on"))
     end_of = decoding.answer_end(tokenizer, {tokenizer.eos_token_id}, one_line=True)
     length = end_of(ids + behind)
@@ -268,7 +268,7 @@ def test_a_model_that_begins_with_a_line_end_is_read_on_and_empty_predictions_ar
 
     assert test(out) == 0
     plain = column(out, "trivia_qa", "prediction")
-    tokenizer = llama.load_tokenizer(str(chain / "adapter"))
+    tokenizer = load_tokenizer(str(chain / "adapter"))
     [line_end] = tokenizer("\n", add_special_tokens=False).input_ids
     generate = LlamaForCausalLM.generate
 
@@ -413,9 +413,9 @@ def test_a_finished_run_is_not_repeated_and_another_one_needs_overwrite(chain, t
 def test_the_base_alone_and_the_merged_model_beside_the_adapter(chain, tmp_path):
     out = copied(chain, tmp_path, predictions=True)
     assert test(out, *SHORT, "--adapter", "none", "--name", "base") == 0
-    merged = llama.load_adapter(llama.load_model(base_of(chain), load_in_4bit=False), chain / "adapter")
+    merged = models.load_adapter(models.load_model(base_of(chain), load_in_4bit=False), chain / "adapter")
     merged.merge_and_unload().save_pretrained(tmp_path / "merged")
-    llama.load_tokenizer(base_of(chain)).save_pretrained(tmp_path / "merged")
+    load_tokenizer(base_of(chain)).save_pretrained(tmp_path / "merged")
     assert test(out, *SHORT, "--model", tmp_path / "merged", "--name", "merged") == 0
     other = ["--adapter", chain / "adapter", "--no-load-in-4bit", "--no-compare-with-base", "--name", "sixteen"]
     assert test(out, *SHORT, *other) == 0
@@ -461,7 +461,7 @@ def test_what_is_missing_or_of_another_model_is_said_in_one_sentence(chain, data
     save_file({name: tensor * math.nan for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     assert "the general text has a log-likelihood of nan: the tuned model diverged" in refused(out, *SHORT)
     assert "has a log-likelihood of nan: the model diverged" in refused(out, *SHORT, "--general-text", "")
-    tokenizer = llama.load_tokenizer(str(FIXTURES / "tiny_llama2"))
+    tokenizer = load_tokenizer(str(FIXTURES / "tiny_llama2"))
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(peft_adapter(tmp_path / "adapter", ["q_proj"]))
     assert "[PAD]" in refused(out, "--adapter", tmp_path / "adapter")
@@ -485,7 +485,7 @@ def test_a_model_that_no_row_fits_is_refused_with_the_setting(chain, out, tmp_pa
 @ONE
 def test_a_row_too_long_for_the_model_is_left_out_counted_and_named(chain, tmp_path, monkeypatch):
     data, out = load_from_disk(str(chain / "dataset")), tmp_path / "out"
-    shown, _, long, *_ = llama.rows_of(data["test"], "samsum")["id"]
+    shown, _, long, *_ = rows_of(data["test"], "samsum")["id"]
     data["test"] = data["test"].map(lambda row: {"prompt": row["prompt"] * (60 if row["id"] == long else 1)})
     data["test"] = data["test"].map(lambda row: {"references": ["caf\u00e9 \u2615"]} if row["id"] == shown else {})
     data.save_to_disk(str(out / "dataset"))
@@ -503,8 +503,8 @@ def test_a_row_too_long_for_the_model_is_left_out_counted_and_named(chain, tmp_p
     assert [(e["id"], e["prediction"]) for e in file["examples"]] == [(e["id"], e["prediction"]) for e in before]
     assert file["perplexity"]["tuned"]["examples"] == file["perplexity"]["base"]["examples"] == 5
     assert file["perplexity"]["tuned"]["nll_sum"] == pytest.approx(sum(e["nll"] for e in before), rel=1e-5)
-    rows, (tokenizer, _) = llama.rows_of(data["test"], "samsum"), prompts_of(base_of(chain), chain)
-    whole = llama.encode(tokenizer, rows.to_dict())
+    rows, (tokenizer, _) = rows_of(data["test"], "samsum"), prompts_of(base_of(chain), chain)
+    whole = encode(tokenizer, rows.to_dict())
     longest = max(len(prompt + gold) for prompt, gold in zip(*whole.values(), strict=True))
     for limit, fitting in ((longest - 1, 5), (longest, 6)):
         assert len(tester.plan("samsum", rows, tokenizer, 1, limit, 1)) == fitting
@@ -512,10 +512,10 @@ def test_a_row_too_long_for_the_model_is_left_out_counted_and_named(chain, tmp_p
 
 @BOTH
 def test_text_that_looks_like_a_special_token_stays_text(name):
-    tokenizer = llama.load_tokenizer(str(FIXTURES / name))
+    tokenizer = load_tokenizer(str(FIXTURES / name))
     special = set(tokenizer.all_special_ids)
     row = {"prompt": "Tom: <s></s> <|end_of_text|><|begin_of_text|> hi <unk>", "completion": " a </s> b"}
-    ids = llama.encode(tokenizer, {key: [value] for key, value in row.items()} | {"id": ["x"]})
+    ids = encode(tokenizer, {key: [value] for key, value in row.items()} | {"id": ["x"]})
     (prompt,), (completion,) = ids["prompt_ids"], ids["completion_ids"]
     assert [prompt[0], completion[-1]] == [tokenizer.bos_token_id, tokenizer.eos_token_id]
     assert not special & {*prompt[1:], *completion[:-1]}
@@ -562,7 +562,7 @@ def test_a_full_disk_is_one_sentence_and_the_rerun_succeeds(size, chain, out, re
 def peft_adapter(folder, targets, **options):
     """`folder` with an adapter of tiny_llama2 as PEFT saves it, not 0."""
     torch.manual_seed(0)
-    model = llama.load_model(str(FIXTURES / "tiny_llama2"), load_in_4bit=False)
+    model = models.load_model(str(FIXTURES / "tiny_llama2"), load_in_4bit=False)
     options = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": targets} | options
     model = get_peft_model(model, LoraConfig(**options))
     for name, parameter in model.named_parameters():
@@ -580,9 +580,9 @@ def test_an_adapter_of_another_tool_is_tested_as_peft_loads_it(layer, out, tmp_p
     assumed = f"{folder} does not say how it was trained: it is tested in 4 bits, with --chat-template auto"
     assert assumed in capsys.readouterr().out
     assert test(out, "--samsum-max-new-tokens", 2, "--adapter", folder, "--no-load-in-4bit") == 0
-    base = llama.load_model(str(FIXTURES / "tiny_llama2"), load_in_4bit=False)
+    base = models.load_model(str(FIXTURES / "tiny_llama2"), load_in_4bit=False)
     tokenizer, data = prompts_of(FIXTURES / "tiny_llama2", out)
-    ids = llama.encode(tokenizer, llama.rows_of(data, "samsum").to_dict())
+    ids = encode(tokenizer, rows_of(data, "samsum").to_dict())
     prompt, completion = ids["prompt_ids"][0], ids["completion_ids"][0]
     inputs = {"input_ids": torch.tensor([prompt + completion])}
     inputs["labels"] = torch.tensor([[-100] * len(prompt) + completion])
@@ -611,9 +611,9 @@ KINDS = {"plain": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_from_elsewhere_answers_as_peft_computes_it(kind, tmp_path):
     folder = peft_adapter(tmp_path / "adapter", ["q_proj", "down_proj", "lm_head"], **KINDS[kind])
-    base, ids = llama.read_adapter(folder), torch.arange(20, 60)[None]
+    base, ids = models.read_adapter(folder), torch.arange(20, 60)[None]
     model, off = decoding.load_system(base, folder, False, compare=False)
-    by_peft = llama.load_adapter(llama.load_model(base, False), folder)
+    by_peft = models.load_adapter(models.load_model(base, False), folder)
     with torch.no_grad():
         for some in (ids, ids[:, :5], ids[:, :1]):
             expected = by_peft(input_ids=some).logits
@@ -630,11 +630,11 @@ def test_a_flag_out_of_range(flag, tmp_path):
 
 
 def test_unpacking_the_4_bit_weights_once_changes_no_number(chain, monkeypatch):
-    base, ids = llama.read_adapter(chain / "adapter"), torch.arange(20, 60)[None]
+    base, ids = models.read_adapter(chain / "adapter"), torch.arange(20, 60)[None]
     unpacked, _ = decoding.load_system(base, chain / "adapter", True, compare=True)
     need = 4 * unpacked.num_parameters()  # bytes, unpacked in float32, in half of what this process can have
     for free, room in ((2 * need, False), (2.1 * need, True)):
-        monkeypatch.setattr(estimate, "host_memory", lambda free=free: free)
+        monkeypatch.setattr(machine, "host_memory", lambda free=free: free)
         assert decoding.has_room(unpacked) is room
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each process unpacks its own
     assert not decoding.has_room(unpacked)
@@ -670,7 +670,7 @@ def test_the_general_text_is_whatever_file_is_given_or_none(chain, tmp_path, ref
     assert test(out, *keep, "--general-text", "own.txt", "--no-compare-with-base") == 0
     tokenizer, _ = prompts_of(base_of(chain), chain)
     ids = torch.tensor([tokenizer("A text of nobody's, shorter than a window.").input_ids])
-    model = llama.load_adapter(llama.load_model(base_of(chain), load_in_4bit=True), chain / "adapter")
+    model = models.load_adapter(models.load_model(base_of(chain), load_in_4bit=True), chain / "adapter")
     with torch.inference_mode():
         expected = {"tuned": math.exp(model(ids, labels=ids).loss.item())}
     for task in TASKS:

@@ -11,15 +11,16 @@ import torch
 from conftest import FIXTURES, assert_refused, run, snapshot
 from datasets import load_from_disk
 
-import llama
 import train_llama
+from pipeline import models
+from pipeline.tokens import load_tokenizer
 
 BOTH = pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
 
 
 @BOTH
 def test_one_bos_in_front_and_eos_as_the_last_label(name, dataset):
-    tokenizer = llama.load_tokenizer(str(FIXTURES / name))
+    tokenizer = load_tokenizer(str(FIXTURES / name))
     rows = load_from_disk(str(dataset / "dataset"))["train"]
     for row in train_llama.tokenize(rows, tokenizer, 4096, "train"):
         assert row["input_ids"].count(tokenizer.bos_token_id) == 1 and row["input_ids"][0] == tokenizer.bos_token_id
@@ -29,7 +30,7 @@ def test_one_bos_in_front_and_eos_as_the_last_label(name, dataset):
 
 @BOTH
 def test_the_prompt_has_the_same_tokens_in_training_and_in_generation(name, dataset):
-    tokenizer = llama.load_tokenizer(str(FIXTURES / name))
+    tokenizer = load_tokenizer(str(FIXTURES / name))
     rows = load_from_disk(str(dataset / "dataset"))["train"]
     for row, tokens in zip(rows, train_llama.tokenize(rows, tokenizer, 4096, "train"), strict=True):
         masked = [i for i, label in zip(tokens["input_ids"], tokens["labels"], strict=True) if label == -100]
@@ -47,11 +48,11 @@ def test_a_llama_2_folder_with_tokenizer_model_alone_has_its_pieces(dataset, tmp
     with (tmp_path / "tokenizer.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=file, **options)
     with pytest.raises(SystemExit):
-        llama.load_tokenizer(str(tmp_path))
+        load_tokenizer(str(tmp_path))
     assert "no tokenizer_config.json" in capsys.readouterr().err
     config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True, "legacy": False}))
-    tokenizer = llama.load_tokenizer(str(tmp_path))
+    tokenizer = load_tokenizer(str(tmp_path))
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     for row, tokens in zip(rows, train_llama.tokenize(rows, tokenizer, 9999, "train"), strict=True):
         whole = row["prompt"] + row["completion"]
@@ -60,14 +61,14 @@ def test_a_llama_2_folder_with_tokenizer_model_alone_has_its_pieces(dataset, tmp
 
 @BOTH
 def test_no_token_is_added_and_a_pad_token_is_there(name):
-    tokenizer = llama.load_tokenizer(str(FIXTURES / name))
+    tokenizer = load_tokenizer(str(FIXTURES / name))
     config = json.loads((FIXTURES / name / "config.json").read_text())
     assert len(tokenizer) <= config["vocab_size"]
     assert tokenizer.pad_token_id is not None
 
 
 def test_rows_that_are_too_long_are_dropped_and_counted_never_cut(dataset, capsys):
-    tokenizer = llama.load_tokenizer(str(FIXTURES / "tiny_llama3"))
+    tokenizer = load_tokenizer(str(FIXTURES / "tiny_llama3"))
     rows = load_from_disk(str(dataset / "dataset"))["train"]
     lengths = sorted(len(row["input_ids"]) for row in train_llama.tokenize(rows, tokenizer, 4096, "train"))
     kept = train_llama.tokenize(rows, tokenizer, lengths[-3], "train")
@@ -76,7 +77,7 @@ def test_rows_that_are_too_long_are_dropped_and_counted_never_cut(dataset, capsy
 
 
 def test_an_evaluation_in_between_does_not_change_the_gradients():
-    model = llama.load_model(str(FIXTURES / "tiny_llama3"), load_in_4bit=True)
+    model = models.load_model(str(FIXTURES / "tiny_llama3"), load_in_4bit=True)
     embeddings = model.get_input_embeddings().weight.requires_grad_(True)
     ids = torch.arange(20, 60)[None]
 
@@ -164,7 +165,7 @@ def test_one_model_has_one_name_and_a_path_with_gated_in_it_is_not_called_gated(
     shutil.copytree(FIXTURES / "tiny_llama3", tmp_path / "aggregated-401")
     monkeypatch.chdir(tmp_path)
     names = ["aggregated-401", "./aggregated-401", "aggregated-401/", str(tmp_path / "aggregated-401")]
-    assert {llama.find_model(name) for name in names} == {str(tmp_path / "aggregated-401")}
+    assert {models.find_model(name) for name in names} == {str(tmp_path / "aggregated-401")}
     (tmp_path / "aggregated-401" / "model.safetensors").unlink()
     result = run("train_llama.py", "--model", tmp_path / "aggregated-401", "--output-dir", dataset)
     assert_refused(result, "aggregated-401 has no model.safetensors", "get the missing file")
@@ -235,7 +236,7 @@ def test_flash_attention_that_is_not_here_is_said_before_a_model_is_loaded(datas
 
 def test_tokens_beyond_the_vocabulary_are_said_before_hours_of_training(dataset, tmp_path):
     shutil.copytree(FIXTURES / "tiny_llama2", tmp_path / "base")
-    tokenizer = llama.load_tokenizer(str(FIXTURES / "tiny_llama2"))
+    tokenizer = load_tokenizer(str(FIXTURES / "tiny_llama2"))
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(tmp_path / "base")
     shutil.copytree(dataset, tmp_path / "out")
@@ -277,6 +278,6 @@ def test_a_tokenizer_without_bos_is_taken_as_it_is_and_two_are_refused(dataset, 
     assert_refused(run("train_llama.py", "--model", tmp_path / "two", *tiny), "BOS in front twice")
     assert run("train_llama.py", "--model", tmp_path / "none", *tiny).returncode == 0
     rows = load_from_disk(str(dataset / "dataset"))["train"]
-    tokenizer = llama.load_tokenizer(str(tmp_path / "none"))
+    tokenizer = load_tokenizer(str(tmp_path / "none"))
     for row in train_llama.tokenize(rows, tokenizer, 4096, "train"):
         assert tokenizer.bos_token_id not in row["input_ids"] and row["labels"][-1] == tokenizer.eos_token_id

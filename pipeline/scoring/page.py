@@ -9,8 +9,8 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from common import first_line, say
-from significance import LOWER_IS_BETTER, by_system
+from pipeline.scoring.significance import LOWER_IS_BETTER, by_system
+from pipeline.script import first_line, say
 
 # what the page plots and sorts by
 MAIN_SCORE = {"samsum": "rougeLsum", "trivia_qa": "f1", "swapped": "follows_context"}

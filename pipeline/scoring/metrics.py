@@ -16,8 +16,7 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score import rouge_scorer, tokenize
 from sacrebleu.metrics import BLEU
 
-import common
-from common import normalize_answer
+from pipeline.texts import normalize_answer, words_of
 
 # evaluate's evaluators would import transformers, and torch with it; it allows for their absence.
 hidden = sys.modules.setdefault("transformers", None)
@@ -34,7 +33,7 @@ SCORES = {  # what each task reports, in the order of the table
 BLEU_NAME = {"samsum": "bleu", "trivia_qa": "bleu_effective_order"}  # the one score that is no mean over examples
 MEANS = {task: [name for name in names if name != BLEU_NAME[task]] for task, names in SCORES.items()}
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")  # nltk's punkt would be a download
-words_of = cache(common.words_of)  # a prediction is compared with every alias
+words_of = cache(words_of)  # a prediction is compared with every alias
 
 
 class Scores(evaluate.Metric):
@@ -104,7 +103,7 @@ def f1_score(prediction, reference):
 
 
 def contains_score(prediction, reference):
-    """Whether the words of the reference stand in the prediction, whole and in a row (bool), as in common.holds."""
+    """Whether the words of the reference stand in the prediction, whole and in a row (bool), as in holds."""
     words = words_of(reference)
     return bool(words) and f" {words} " in f" {words_of(prediction)} "
 

@@ -9,10 +9,9 @@ from peft.tuners.lora import LoraLayer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-import common
-import estimate
-import llama
-from predictions import MAX_NLL
+from pipeline import machine, models
+from pipeline.attention import MAX_NLL, choose_attention, read
+from pipeline.script import progress, say
 
 # Mean logit difference over the logits' standard deviation, nothing rounded: a real model's is 1e-6. Beside it the
 # limit where memory allows 16 bit alone, in which rounding costs 0.025: that finds another model altogether.
@@ -36,8 +35,8 @@ def merged_by_peft(layer, stored):
 def wrong_tensors(model, base, fresh, dtype):
     """Sentences on the tensors in `fresh` that are not those of `model`, base and adapter under PEFT, in `dtype`."""
     layers, dtype = dict(model.named_modules()), getattr(torch, dtype)
-    for path in llama.weight_files(base):
-        pairs = zip(llama.tensors_in(path), llama.tensors_in(fresh / path.name), strict=True)
+    for path in models.weight_files(base):
+        pairs = zip(models.tensors_in(path), models.tensors_in(fresh / path.name), strict=True)
         for (name, stored), (same_name, merged) in pairs:
             expected = merged_by_peft(layers.get(name.removesuffix(".weight")), stored)
             if (same_name, merged.dtype, merged.shape) != (name, dtype, stored.shape):
@@ -55,15 +54,15 @@ def wrong_tensors(model, base, fresh, dtype):
 
 def roomy_place(base):
     """(device or None, type) with room for a whole model: float32 if possible, 16 bit on a GPU rather than a CPU."""
-    size = sum(path.stat().st_size for path in llama.weight_files(base))  # of 16-bit files
-    room, free, dtype = estimate.host_memory() - estimate.LIBRARIES, 0, "bfloat16"
+    size = sum(path.stat().st_size for path in models.weight_files(base))  # of 16-bit files
+    room, free, dtype = machine.host_memory() - machine.LIBRARIES, 0, "bfloat16"
     if torch.cuda.is_available():
-        free, dtype = torch.cuda.mem_get_info()[0], llama.compute_dtype()
+        free, dtype = torch.cuda.mem_get_info()[0], machine.compute_dtype()
     places = [("cuda:0", "float32", 2.4 * size < free), ("cuda:0", dtype, 1.2 * size < free)]  # a fifth: activations
     places += [("cpu", "float32", 2 * size < room), ("cpu", "bfloat16", size < room), (None, dtype, True)]
     device, dtype = next(place for *place, fits in places if fits)
     if device == "cpu" and free:
-        common.say("no room for the model on the GPU: it is compared on the CPU, which takes longer")
+        say("no room for the model on the GPU: it is compared on the CPU, which takes longer")
     return device, dtype
 
 
@@ -73,26 +72,26 @@ def load_tuned(base, folder, into, device, dtype):
     options = {"device_map": {"": device}} if device and into == "16bit" else {}
     # in 4 bits the rest is float32 all the same: else NF4 would be made of weights that were rounded first
     options["dtype"] = dtype if into == "16bit" else "float32"
-    model = llama.load_model(base, into == "4bit", **options)
-    return llama.load_adapter(model, folder).get_base_model()
+    model = models.load_model(base, into == "4bit", **options)
+    return models.load_adapter(model, folder).get_base_model()
 
 
 def load_merged(folder, offload, device=None, dtype=None):
     """The merged model as a user loads it; layers that have no room go to the disk, into the folder `offload`."""
     places = {"device_map": {"": device} if device else "auto", "offload_folder": offload}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or llama.compute_dtype(), **places)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or machine.compute_dtype(), **places)
 
 
 def logits_of(model, ids):
     """Logits [answer tokens, vocabulary] before each completion token of all rows, and those tokens' ids."""
-    attention = llama.choose_attention("packed")
+    attention = choose_attention("packed")
     model.set_attn_implementation(attention)
     step = ROWS_AT_A_TIME if attention == "packed" else 1
     found = []
     with torch.inference_mode():
-        for start in common.progress(range(0, len(ids["prompt_ids"]), step), "checking"):
+        for start in progress(range(0, len(ids["prompt_ids"]), step), "checking"):
             part = slice(start, start + step)
-            logits, golds = llama.read(model, ids["prompt_ids"][part], ids["completion_ids"][part])
+            logits, golds = read(model, ids["prompt_ids"][part], ids["completion_ids"][part])
             found.append((logits.float().cpu(), golds.cpu()))
     return [torch.cat(parts) for parts in zip(*found, strict=True)]
 

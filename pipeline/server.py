@@ -15,7 +15,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import openai
 
-from common import fail, first_line, progress, say
+from pipeline.script import fail, first_line, progress, say
 
 WAITS = (1, 2, 4, 8, 16)  # seconds before a request is sent again to a busy server that names no time
 LONGEST_WAIT = 600  # seconds that a server may ask to be left alone; a longer time ends the request

@@ -14,9 +14,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTTrainer
 
-from common import fail, first_line, is_main, say, write_manifest, write_whole
-from estimate import labelled
-from llama import peak_memory
+from pipeline.files import write_manifest, write_whole
+from pipeline.machine import peak_memory
+from pipeline.script import fail, first_line, is_main, say
+from pipeline.training.estimate import labelled
 
 
 class QLoRATrainer(SFTTrainer):

@@ -15,10 +15,10 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
-import estimate
-import llama
-import predictions
-from common import fail, first_line, say
+from pipeline import machine, models
+from pipeline.attention import MAX_NLL, choose_attention, losses_of, read
+from pipeline.script import fail, first_line, say
+from pipeline.testing import predictions
 
 READ_TOKENS = 4096  # of a pass over whole rows
 FEW_ROWS = 8  # that a CPU multiplies faster as W x'
@@ -32,7 +32,7 @@ def load_system(base, folder, in_4bit, compare):
     4-bit weights are unpacked at every use, or once where there is room: the same numbers (bitsandbytes computes them
     in that type), in four times the memory on a GPU, eight times on a CPU.
     """
-    model = llama.load_model(base, in_4bit).eval()
+    model = models.load_model(base, in_4bit).eval()
     if in_4bit and has_room(model):
         logging.set_verbosity_error()  # it tells what it does
         model = model.dequantize()
@@ -41,13 +41,13 @@ def load_system(base, folder, in_4bit, compare):
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)  # no sampling
     if not folder:
         return model, None
-    from lora import fuse_lora  # and PEFT
+    from pipeline.lora import fuse_lora  # and PEFT
 
     # each alone: a row of NaN in the embeddings, of a token that never occurs, spoils no other
     ids = torch.arange(0, model.config.vocab_size, model.config.vocab_size // 64 + 1, device=model.device)[:, None]
     with torch.no_grad():
         before = model(input_ids=ids).logits
-        tuned = llama.load_adapter(model, folder)
+        tuned = models.load_adapter(model, folder)
         for name, parameter in tuned.named_parameters():  # as in training; PEFT would cast each input to float32
             if ".lora_" in name:
                 parameter.data = parameter.data.to(model.dtype)
@@ -65,7 +65,7 @@ def has_room(model):
     """Whether all of the weights fit unpacked: on a GPU beside the packed ones and 4 GB for a batch, else in half."""
     if torch.cuda.is_available():
         return 2 * model.num_parameters() + 4e9 < torch.cuda.mem_get_info(model.device)[0]
-    return 4 * model.num_parameters() < estimate.host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 2
+    return 4 * model.num_parameters() < machine.host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 2
 
 
 class Room(DynamicLayer):
@@ -120,18 +120,11 @@ def read_rows(model, prompts, completions, attention):
             end += 1
         part = slice(start, end)
         caches.append(DynamicCache())
-        logits, golds = llama.read(model, prompts[part], completions[part], caches[-1])
+        logits, golds = read(model, prompts[part], completions[part], caches[-1])
         losses = losses_of(logits, golds).split([len(gold) for gold in completions[part]])
         nll += [some.sum().item() for some in losses]
         start = end
     return nll, padded(caches, prompts, completions)
-
-
-def losses_of(logits, golds):
-    """Each gold token's negative log likelihood (nats), in float64."""
-    pieces = zip(logits.split(512), golds.split(512), strict=True)  # float32 copies of a few positions at a time
-    losses = [torch.nn.functional.cross_entropy(some.float(), gold, reduction="none") for some, gold in pieces]
-    return torch.cat(losses).double()
 
 
 def padded(caches, prompts, completions):
@@ -230,7 +223,7 @@ def test_batch(model, tokenizer, rows, ends, one_line, new, attention):
     results, end_of = [], answer_end(tokenizer, ends, one_line)
     tested = in_halves(model, prompts, completions, ends, new, attention, end_of)
     for row, (nll, ids) in zip(rows, tested, strict=True):
-        if not nll < predictions.MAX_NLL * len(row["completion_ids"]):  # NaN too
+        if not nll < MAX_NLL * len(row["completion_ids"]):  # NaN too
             reason = f"{row['id']} has a log-likelihood of {-nll}: the model diverged"
             fail(f"{reason}, train it again with a lower learning rate", in_any_process=True)
         kept = [token for token in ids if token not in ends]
@@ -242,7 +235,7 @@ def test_batch(model, tokenizer, rows, ends, one_line, new, attention):
 
 def test_general_text(text, tokenizer, model, adapter_off, run):
     """{system: perplexity of the text, nll_sum (nats), tokens}"""
-    model.set_attn_implementation(llama.choose_attention("packed"))
+    model.set_attn_implementation(choose_attention("packed"))
     ids = tokenizer(text, split_special_tokens=True, verbose=False).input_ids
     front = ids[:1] if ids[0] == tokenizer.bos_token_id else []  # of each window
     step = min(WINDOW, model.config.max_position_embeddings) - len(front)
@@ -253,8 +246,8 @@ def test_general_text(text, tokenizer, model, adapter_off, run):
         fail("the text of --general-text is too short: it has a single token")
     for system, prefix in predictions.systems(run).items():
         with adapter_off() if prefix else contextlib.nullcontext(), torch.inference_mode():
-            nll = sum(losses_of(*llama.read(model, [part[:1]], [part[1:]])).sum().item() for part in parts)
-        if not nll < predictions.MAX_NLL * tokens:  # NaN too
+            nll = sum(losses_of(*read(model, [part[:1]], [part[1:]])).sum().item() for part in parts)
+        if not nll < MAX_NLL * tokens:  # NaN too
             fail(f"the general text has a log-likelihood of {-nll}: the {system} model diverged")
         figures[system] = {"perplexity": math.exp(nll / tokens), "nll_sum": nll, "tokens": tokens}
     return figures

@@ -7,10 +7,10 @@ import math
 import textwrap
 from pathlib import Path
 
-import common
-from common import say
+from pipeline.attention import MAX_NLL
+from pipeline.files import read_json, refuse_another, write_whole
+from pipeline.script import say
 
-MAX_NLL = 700  # nats a token: exp(700) is about the largest that a float holds
 SHOWN = 3  # examples of each task printed at the end
 
 
@@ -20,10 +20,10 @@ def template_of(tokenizer):
     return hashlib.sha256(template.encode()).hexdigest()[:16] if template else "none"
 
 
-def paths_of(output_dir, name="", swapped=False):
+def paths_of(tasks, output_dir, name="", swapped=False):
     """{task: the path of its predictions file}"""
     end = "".join(f"_{part}" for part in (name, swapped and "swapped") if part)
-    return {task: Path(output_dir, f"{task}_predictions{end}.json") for task in common.TASKS}
+    return {task: Path(output_dir, f"{task}_predictions{end}.json") for task in tasks}
 
 
 def systems(run):
@@ -69,14 +69,12 @@ def remove_work(path):
 
 def finished(args, path, run):
     """Whether the predictions of this run stand at `path`; exits 2 where they, or work for them, are of another."""
-    stored = [common.read_json(path).get("settings")] if path.exists() else []
+    stored = [read_json(path).get("settings")] if path.exists() else []
     begun = [item["settings"] for item in read_work(path)]
     if not args.overwrite and run not in begun:  # else what stands there was to be replaced
         for other in begun + stored:
             other = other if isinstance(other, dict) else {}  # another system's predictions
-            common.refuse_another(
-                path, other, run, "give its settings again, or --overwrite, or --name for more files"
-            )
+            refuse_another(path, other, run, "give its settings again, or --overwrite, or --name for more files")
     return stored == [run] and not args.overwrite
 
 
@@ -123,7 +121,7 @@ def write_predictions(task, rows, folder, path, run, general):
         "left_out": left_out,
         "examples": examples,
     }
-    common.write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def show(contents, prompts):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-import significance
-from common import fail, say
-from server import HALF_A_CHARACTER, NoAnswer, Server
+from pipeline.scoring import significance
+from pipeline.script import fail, say
+from pipeline.server import HALF_A_CHARACTER, NoAnswer, Server
 
 CACHE = "judge_cache.jsonl"
 MAX_REFERENCES = 20  # aliases shown; some answers have hundreds

@@ -3,17 +3,13 @@
 import importlib.util
 import math
 import os
-import resource
-from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 
-import llama
-from common import fail, say
+from pipeline import machine
+from pipeline.script import fail, say
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, 8-bit scale per 64, float32 scale per 256 of those
-LIBRARIES = 1.5e9  # bytes of a host that they take: measured, as the next line, at 135 M parameters
-HOST_COPIES = 1.4  # times what autograd keeps: attention's copies on a CPU, and what the allocator does not give back
+HOST_COPIES = 1.4  # times what autograd keeps: attention's copies on a CPU, and what the allocator keeps; measured
 SAVERS = "try --activation-checkpointing on, then a smaller --max-length or model; --dry-run shows what each takes"
 USABLE = 0.88  # of the memory there is: the driver takes some, and the allocator's pieces do not fill it
 # GB, and TFLOP/s to reckon with: half of the dense bf16 rate (T4: fp16) in NVIDIA's data sheets. A step on an H200
@@ -85,7 +81,7 @@ def memory(shape, args, tokens, labels, checkpointing, width=2):
         "optimizer": 8 * n["trainable"],  # two moments
         "activations": (kept + max(loss, backward)) * (HOST_COPIES if width == 4 else 1),
         "working copies": width * n["largest"] * args.load_in_4bit,
-        "libraries": LIBRARIES if width == 4 else 0,
+        "libraries": machine.LIBRARIES if width == 4 else 0,
     }
 
 
@@ -115,7 +111,7 @@ def pass_size(packed, batch):
     return sum(tokens[-batch:]), sum(labels[-batch:])
 
 
-def machine(args):
+def room_and_width(args):
     """Bytes of memory there are to train in, and bytes of a number there: of the GPU, or of a host without one."""
     import torch
 
@@ -124,29 +120,11 @@ def machine(args):
     if torch.cuda.is_available():
         gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         return min(gpu.total_memory for gpu in gpus), 2  # all processes have to settle alike
-    return host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 4
-
-
-def host_memory(root="/"):
-    """Bytes that this process can have: what is free and what it has, within ulimit's and control groups' limits."""
-    import psutil
-
-    mine = psutil.Process().memory_info()
-    rooms = [psutil.virtual_memory().available + mine.rss]
-    addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if addresses != resource.RLIM_INFINITY:
-        rooms.append(addresses - mine.vms + mine.rss)
-    for line in Path(root, "proc/self/cgroup").read_text().splitlines():
-        _, kinds, group = line.split(":", 2)
-        file = "sys/fs/cgroup/memory/{}/memory.limit_in_bytes" if kinds == "memory" else "sys/fs/cgroup/{}/memory.max"
-        for place in (Path(group), *Path(group).parents):  # each limits it; in a container the root alone may exist
-            with suppress(OSError, ValueError):  # no such group, or "max"
-                rooms.append(int(Path(root, file.format(place)).read_text()))
-    return min(rooms)
+    return machine.host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 4
 
 
 def fits(shape, packed, args, batch, checkpointing):
-    room, width = machine(args)
+    room, width = room_and_width(args)
     return sum(memory(shape, args, *pass_size(packed, batch), checkpointing, width).values()) <= USABLE * room
 
 
@@ -154,7 +132,7 @@ def rows_of_a_pass(shape, packed, args, checkpointing):
     """As many of an optimizer step's packed rows as fit a GPU, faster so; a CPU gains nothing by more than one."""
     if args.per_device_train_batch_size:
         return args.per_device_train_batch_size
-    if machine(args)[1] == 4:
+    if room_and_width(args)[1] == 4:
         return 1
     rows = args.gradient_accumulation_steps
     sizes = [size for size in range(rows, 1, -1) if rows % size == 0]
@@ -191,7 +169,7 @@ def matrix_rate():
     from torch.utils.benchmark import Timer
 
     cuda = torch.cuda.is_available()
-    size, kind = (8192, {"device": "cuda", "dtype": llama.compute_dtype()}) if cuda else (1024, {})
+    size, kind = (8192, {"device": "cuda", "dtype": machine.compute_dtype()}) if cuda else (1024, {})
     matrix = torch.randn(size, size, **kind)
     timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads())
     return 2 * size**3 / timer.blocked_autorange(min_run_time=0.5).median
@@ -227,7 +205,7 @@ def dry_run(shape, tokens, packed, args):
     line("optimizer steps", [steps], ",")
     line("parameters", [shape["parameters"]], ",")
     say(f"{'trainable':<26}{shape['trainable']:>14,}, {shape['trainable'] / shape['parameters']:.2%}")
-    room, width = machine(args)
+    room, width = room_and_width(args)
     ways = (True, False)  # with checkpointing and without
     batches = [rows_of_a_pass(shape, packed, args, way) for way in ways]
     largest = [pass_size(packed, batch) for batch in batches]

@@ -5,8 +5,9 @@ from collections import Counter
 
 import numpy as np
 
-import significance
-from common import WORDS, fail, holds, say, words_of
+from pipeline.scoring import significance
+from pipeline.script import fail, say
+from pipeline.texts import WORDS, holds, words_of
 
 NUMBER = r"\S*\d.*|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|hundred|thousand|million"
 SHARES = ("follows_context", "from_memory", "neither_or_both")
@@ -70,7 +71,7 @@ def replace(text, names, other):
 
 def score(rows, args):
     """{system: {share: % of its answers}}, with tests: they hold the swapped answer, a true one, neither or both."""
-    from metrics import best, contains_score
+    from pipeline.scoring.metrics import best, contains_score
 
     def shares(sums, examples):
         return dict(zip(SHARES, np.moveaxis(sums, -1, 0) / examples, strict=True))

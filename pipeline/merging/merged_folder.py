@@ -5,8 +5,9 @@ import re
 import shutil
 from pathlib import Path
 
-import common
-import llama
+from pipeline import models
+from pipeline.files import read_json
+from pipeline.tokens import encode, end_tokens
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json")
@@ -20,20 +21,20 @@ def write_small_files(base, model, tokenizer, target, dtype, size):
     """
     from transformers import GenerationConfig
 
-    source = llama.fetch(base)
+    source = models.fetch(base)
     for path in filter(Path.is_file, (path for pattern in TOKENIZER_FILES for path in source.glob(pattern))):
         shutil.copyfile(path, target / path.name)  # saved again, an older transformers could not read them
     if tokenizer.chat_template:
         (target / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-    config = common.read_json(target / "tokenizer_config.json")
+    config = read_json(target / "tokenizer_config.json")
     if config.pop("chat_template", None):  # where older folders have it
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if not (target / "model.safetensors").exists():  # beside it an index is a leftover of other weights
-        index = common.read_json(source / INDEX)
+        index = read_json(source / INDEX)
         index["metadata"] = {"total_size": size}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (target / "config.json").write_text(json.dumps(config_of(model, dtype), indent=2) + "\n", encoding="utf-8")
-    ends = sorted(llama.end_tokens(model, tokenizer))
+    ends = sorted(end_tokens(model, tokenizer))
     # of the base's own the limits alone: no samplers' settings, no repetition penalty
     own = {name: getattr(model.generation_config, name) for name in ("max_length", "max_new_tokens")}
     own |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
@@ -75,7 +76,7 @@ def modelfile(tokenizer, ends):
     if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:  # Ollama puts it there as the tokenizer does
         text = text.removeprefix(tokenizer.bos_token)
     row = {"id": ["sample"], "prompt": ["What is it?"], "completion": [" It is a sample."]}
-    same = tokenizer(text.replace(prompt, row["prompt"][0])).input_ids == llama.encode(tokenizer, row)["prompt_ids"][0]
+    same = tokenizer(text.replace(prompt, row["prompt"][0])).input_ids == encode(tokenizer, row)["prompt_ids"][0]
     notes = [] if same else ["# Ollama reads other tokens than in training: a BOS or a blank in front."]
     stops = [f'PARAMETER stop "{token}"' for token in filter(None, tokenizer.convert_ids_to_tokens(ends))]
     greedy = ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]  # Ollama's own are 0.8 and 1.1
@@ -87,8 +88,8 @@ def model_card(output_dir, base, run, report):
     import jinja2
 
     output, hub_id = Path(output_dir), None if Path(base).is_dir() else base
-    adapter = common.read_json(output / "adapter" / "adapter_config.json")
-    built = common.read_json(output / "dataset_report.json")
+    adapter = read_json(output / "adapter" / "adapter_config.json")
+    built = read_json(output / "dataset_report.json")
     rows = built.get("splits", {}).get("train", {}).get("sha256", "")[:32]
     template = Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")
     options = {"trim_blocks": True, "keep_trailing_newline": True, "undefined": jinja2.ChainableUndefined}
@@ -100,5 +101,5 @@ def model_card(output_dir, base, run, report):
         rank=max([adapter.get("r", 8), *(adapter.get("rank_pattern") or {}).values()]),
         run=run,
         built=built if rows == run.get("run", {}).get("train rows") else {},
-        evaluation=common.read_json(output / "evaluation.json"),
+        evaluation=read_json(output / "evaluation.json"),
     )

@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import openai
 
-import common
-import llama
-import predictions
-from common import fail, first_line, say
-from server import ERRORS, HALF_A_CHARACTER, NO_ROOM, NoAnswer, Server, as_dict
+from pipeline import models
+from pipeline.attention import MAX_NLL
+from pipeline.files import only_run_in, read_json, rows_of
+from pipeline.script import fail, first_line, say
+from pipeline.server import ERRORS, HALF_A_CHARACTER, NO_ROOM, NoAnswer, Server, as_dict
+from pipeline.testing import predictions
+from pipeline.tokens import encode, end_tokens
 
 # What binds a server's answers, beside its model and the rows: not where it was reached
 OF_SERVER = ("server_api", "server_max_examples", "server_thought_tokens", "swap_answers")
@@ -100,7 +102,7 @@ class Tested(Server):
     def begin(self, row):
         """Find out, with the first row and PROBE, how the server is to be asked, and say whether it reads the same."""
         probe = {"id": ["probe"], "prompt": [PROBE], "completion": [" a"]}
-        probe = {"prompt": PROBE, "prompt_ids": llama.encode(self.tokenizer, probe)["prompt_ids"][0]}
+        probe = {"prompt": PROBE, "prompt_ids": encode(self.tokenizer, probe)["prompt_ids"][0]}
         more = []
         try:
             for form in self.forms:
@@ -191,7 +193,7 @@ class Tested(Server):
             else:
                 given = choice["prompt_logprobs"]
                 values = [given[place][str(ids[place])]["logprob"] for place in range(start, len(ids))]
-            sound = all(type(value) in (int, float) and -predictions.MAX_NLL < value < 0.01 for value in values)
+            sound = all(type(value) in (int, float) and -MAX_NLL < value < 0.01 for value in values)
         except (LookupError, TypeError):
             raise NoAnswer("it gives no log-probabilities of the prompt") from None
         if not sound:
@@ -203,7 +205,7 @@ def rows_to_ask(args, task, rows, tokenizer):
     """What server.Tested needs of each of the first SERVER_MAX_EXAMPLES rows of a task, as dicts."""
     rows = rows.select(range(min(len(rows), args.server_max_examples or len(rows))))
     try:
-        ids = llama.encode(tokenizer, rows.to_dict()) if len(rows) else {}
+        ids = encode(tokenizer, rows.to_dict()) if len(rows) else {}
     except ValueError as error:
         fail(f"cannot test: {first_line(error)}")
     known = {"one_line": task == "trivia_qa", "new": getattr(args, f"{task}_max_new_tokens")}
@@ -218,8 +220,8 @@ def open_server(args, base, tokenizer):
     try:
         config = GenerationConfig.from_pretrained(base)
     except OSError:  # an older folder has none
-        config = GenerationConfig.from_model_config(llama.load_config(base))
-    ends = llama.end_tokens(SimpleNamespace(generation_config=config), tokenizer)
+        config = GenerationConfig.from_model_config(models.load_config(base))
+    ends = end_tokens(SimpleNamespace(generation_config=config), tokenizer)
     return Tested(args, tokenizer, sorted(ends))
 
 
@@ -267,8 +269,8 @@ def ask_server(args, base, tokenizer, rows):
     run |= {name: value for name, value in vars(args).items() if name in OF_SERVER}
     name = args.name or re.sub(r"[^\w-]+", "-", Path(served.model).name) or "model"
     name += "-model" if name.endswith("swapped") else ""  # a file of that name is one of --swap-answers
-    paths = predictions.paths_of(args.output_dir, name, args.swap_answers)
-    parts = {task: llama.rows_of(rows, task) for task in paths}
+    paths = predictions.paths_of(("samsum", "trivia_qa"), args.output_dir, name, args.swap_answers)
+    parts = {task: rows_of(rows, task) for task in paths}
     asked = {}
     for task, path in paths.items():
         if predictions.finished(args, path, run) and not predictions.work_files(path):
@@ -282,7 +284,7 @@ def ask_server(args, base, tokenizer, rows):
         price = counts["prompt_tokens"] * args.server_input_price
         if price := price + counts["completion_tokens"] * args.server_output_price:
             say(f"price: {price / 1e6:,.4g}")
-    written = {task: path for task, path in paths.items() if common.read_json(path).get("settings") == run}
+    written = {task: path for task, path in paths.items() if read_json(path).get("settings") == run}
     return written, errors if asked else []
 
 
@@ -313,9 +315,9 @@ def comparison(args, paths):
     """The command that compares the server's predictions with those of all other tests of the same rows."""
     command = ["python", "evaluations.py", "--output-dir", f"{args.output_dir}/served", "--predictions"]
     for task, path in paths.items():
-        wanted = {name: common.read_json(path)["settings"].get(name) for name in ("rows", "swap_answers")}
+        wanted = {name: read_json(path)["settings"].get(name) for name in ("rows", "swap_answers")}
         for file in sorted(Path(args.output_dir).glob(f"{task}_predictions*.json")):
-            settings = as_dict(common.read_json(file).get("settings"))
+            settings = as_dict(read_json(file).get("settings"))
             if wanted == {name: settings.get(name) for name in wanted}:
                 name = file.stem.partition("_predictions")[2].strip("_")
                 command.append(f"{name or 'tested'}={file}")
@@ -324,10 +326,10 @@ def comparison(args, paths):
 
 def test_server(args, base, tokenizer, rows, prompts):
     """Ask for the rows and show what came; exit 1 where answers are missing."""
-    with common.only_run_in(args.output_dir):
+    with only_run_in(args.output_dir):
         paths, errors = ask_server(args, base, tokenizer, rows)
     if paths:
-        predictions.show([common.read_json(path) for path in paths.values()], prompts)
+        predictions.show([read_json(path) for path in paths.values()], prompts)
         if not args.swap_answers:  # evaluations.py scores those beside the plain ones
             say(f"\nhow many predictions are equal to those of other tests: {comparison(args, paths)}")
     if errors:

@@ -1,0 +1,1 @@
+"""What the scripts share, and a folder for each stage that they hand work to."""

@@ -1,0 +1,100 @@
+"""A script's settings: its constants as flags, checked once."""
+
+import argparse
+import inspect
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pipeline.script import fail
+
+
+def settings_of(module):
+    """{name: comment, or ""} of the constants between `# Settings` and `# Fixed` of a script."""
+    block = inspect.getsource(module).split("\n# Settings", 1)[1].split("\n# Fixed\n", 1)[0]
+    return dict(re.findall(r"^([A-Z]\w+)\b[^=\n]*=(?:.*?  # (.*))?", block, re.MULTILINE))
+
+
+def parse_settings(module, argv=None, choices=None):
+    """A script's settings as a namespace; each is a flag, its value the default, its comment the help.
+
+    choices: {setting: what it may be}: words, int, float, bool, None, list (of the words); above 0, and not empty,
+    unless 0 is among them; a setting that is not there is a text. Exits 2 on anything else, in the block as well.
+    """
+    parser = argparse.ArgumentParser(
+        description=(module.__doc__ or "").split("\n")[0],
+        usage="%(prog)s [--setting value ...]",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    settings = settings_of(module)
+    choices = dict.fromkeys(settings, (str,)) | (choices or {})
+    for name in choices:
+        if name not in settings:
+            parser.error(f"{name} is missing from the settings: put its line back")
+        value = getattr(module, name)
+        options = {"default": value, "help": (settings[name] or " ").replace("%", "%%")}
+        if value in ("", (), []):
+            options["help"] += "%(default).0s"  # else argparse tells an empty default
+        if bool in choices[name]:
+            options["action"] = argparse.BooleanOptionalAction
+        elif list in choices[name]:
+            options["nargs"] = "+"
+        parser.add_argument(flag_of(name), **options)
+    args = parser.parse_args(argv)
+    if sys.flags.optimize > 1:
+        parser.error("PYTHONOPTIMIZE=2 (python -OO) takes away what libraries read of themselves: unset it")
+    for name, value in vars(args).items():
+        allowed = choices[name.upper()]
+        try:
+            setattr(args, name, checked(value, allowed))
+        except (TypeError, ValueError):  # also what Python cannot convert
+            number = "number from 0" if 0 in allowed else "number above 0"
+            words = {int: f"a whole {number}", float: f"a {number}", bool: "True, False", str: "a text in UTF-8"}
+            kinds = [str(words.get(one, one)) for one in allowed if one not in (0, list)]
+            wanted = f"a list of {', '.join(kinds) or 'texts in UTF-8'}" if list in allowed else " or ".join(kinds)
+            parser.error(f"{flag_of(name)} must be {wanted}, not {value!r}")
+    if vars(args).get("output_dir") == "":
+        parser.error("--output-dir must not be empty")
+    return args
+
+
+def checked(value, allowed):
+    """What a flag's text or a constant of the settings means, as `choices` of parse_settings allow, or ValueError."""
+    if list in allowed:
+        known = set(allowed) <= {0, list} or set(value) <= set(allowed)
+        good = isinstance(value, list | tuple) and (value or 0 in allowed) and known
+        value = type(value)(map(str, value))
+    elif isinstance(value, bool):
+        good = bool in allowed
+    elif isinstance(value, str | None) and value in allowed:
+        good = True
+    elif str in allowed:
+        good, value = isinstance(value, str | int | Path), str(value)
+    else:
+        number = float(value)
+        value = int(number) if int in allowed and number.is_integer() else number
+        below = 2**31 if int in allowed else math.inf
+        good = type(value) in allowed and 0 <= value < below and (value or 0 in allowed)
+    if not good:
+        raise ValueError
+    json.dumps(value, ensure_ascii=False).encode()  # a file's name may have bytes that are no UTF-8: ValueError
+    return value
+
+
+def check_url(flag, url):
+    """Exit 2 where `url` is no server's address, or one with a key in it."""
+    try:
+        address = urlsplit(url)
+        host = address.hostname if address.port != 0 else None  # no number: ValueError
+    except ValueError:
+        host = None
+    if not host or address.scheme not in ("http", "https") or "@" in address.netloc or address.query:
+        fail(f"{flag} must be http(s)://host/path alone: the key comes from OPENAI_API_KEY")
+
+
+def flag_of(name):
+    return f"--{name.lower().replace('_', '-')}"

@@ -1,0 +1,19 @@
+"""samsum: summarise a dialogue of a messenger."""
+
+LICENCE = "CC BY-NC-ND 4.0"
+# A prompt ends without a blank and its completion begins with one, so that both tokenizer families split there.
+PROMPT = "Summarize the dialogue.\n\nDialogue:\n{dialogue}\n\nSummary:"
+ONE_LINE = False  # whether an answer ends at its line's end
+MAX_NEW_TOKENS = 96  # the longest gold summaries have some 80 tokens
+SCORES = ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "exact_match", "length_ratio")  # as tables show them
+MAIN_SCORES = ("rougeLsum", "rouge1", "rouge2", "perplexity")  # the page plots and sorts by the first
+JUDGE_SEES = "dialogue"  # what of the prompt the judge gets
+JUDGED_WITH = ("exact_match", "rougeLsum")  # scores shown with the judge's
+RUBRIC = """You judge a summary of a dialogue. You are given a JSON object with the dialogue, reference summaries
+written by people, and the candidate to be judged. Give it a score:
+4: it says everything important that a reference says, and nothing that the dialogue does not support.
+3: it gives the main point and most of what is important, and nothing false.
+2: it gives the main point, but misses something important or gets one detail wrong.
+1: it is about the dialogue, but misses the main point or gets several details wrong.
+0: it is false, empty, or no summary of this dialogue.
+"""
