@@ -128,7 +128,7 @@ def compare_types(output, check_rows):
 
     import merge_llama
     from pipeline import models
-    from pipeline.merging import verify
+    from pipeline.merging import tensors, verify
     from pipeline.tokens import tokenizer_of
 
     args = merge_llama.parse_args(["--output-dir", output, "--check-rows", str(check_rows)])
@@ -139,12 +139,13 @@ def compare_types(output, check_rows):
     tuned, golds = verify.logits_of(model, ids)
     print(f"base + adapter: perplexity {verify.perplexity(tuned, golds):.5g}")
     merged = models.load_model(base, load_in_4bit=False, device_map="cpu", dtype=torch.float32)
-    parameters = dict(merged.named_parameters())
+    parameters, changes = dict(merged.named_parameters()), tensors.changes_of(model, folder)
     for into in ("16bit", "4bit"):
         for dtype in merge_llama.DTYPES:
-            for name, weight in merge_llama.merged_weights(base, merge_llama.changes_of(model, folder, into)):
-                if name in parameters:
-                    parameters[name].data.copy_(weight.to(getattr(torch, dtype)))
+            for path in models.weight_files(base):
+                for name, _, weight in tensors.merged_tensors(path, changes, into):
+                    if name in parameters:
+                        parameters[name].data.copy_(weight.to(getattr(torch, dtype)))
             figures = verify.compare(tuned, verify.logits_of(merged, ids)[0], golds)
             shown = ", ".join(f"{name.replace('_', ' ')} {value:.5g}" for name, value in figures.items())
             print(f"into {into}, {dtype}: {shown}")

@@ -24,7 +24,7 @@ import merge_llama
 import test_llama as tester
 from pipeline import machine, models
 from pipeline.files import load_rows, only_run_in, sha256
-from pipeline.merging import merged_folder, verify
+from pipeline.merging import merged_folder, tensors, verify
 from pipeline.tokens import END_TOKENS
 
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
@@ -77,7 +77,7 @@ def stands(out):
     return snapshot(out / "merged") == {"old": b"still here"} and not (out / ".merged.new").exists()
 
 
-def tensors(folder):
+def tensors_of(folder):
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
@@ -117,7 +117,7 @@ def test_every_tensor_is_that_of_pefts_merge_and_the_others_are_the_bases(
     assert report(out / "merged")["merge_base"] == "16bit"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     expected = PeftModel.from_pretrained(model, out / "adapter").merge_and_unload().state_dict()
-    merged, before, changed = tensors(out / "merged"), tensors(base), 0
+    merged, before, changed = tensors_of(out / "merged"), tensors_of(base), 0
     assert merged.keys() == before.keys() and len(merged) > 15
     for key, tensor in merged.items():
         assert tensor.dtype == getattr(torch, dtype)
@@ -148,8 +148,8 @@ def test_4bit_is_pefts_merge_into_the_base_as_loaded_in_4_bits(targets, out, tmp
     assert merge(out, "--merge-base", "4bit") == 0 and report(out / "merged")["merge_base"] == "4bit"
     model = models.load_model(str(tmp_path / "base"), load_in_4bit=True, dtype="float32").dequantize()
     expected = PeftModel.from_pretrained(model, out / "adapter").merge_and_unload().state_dict()
-    before, differ = tensors(tmp_path / "base"), set()
-    for name, tensor in tensors(out / "merged").items():
+    before, differ = tensors_of(tmp_path / "base"), set()
+    for name, tensor in tensors_of(out / "merged").items():
         assert (tensor - expected[name]).abs().max() <= 1e-6
         if not torch.equal(tensor, before[name]):
             differ.add(name)
@@ -221,7 +221,7 @@ def test_layers_that_have_no_room_stay_on_the_disk_with_the_same_logits(out, tmp
         alone = torch.cat([model(torch.tensor([p + c])).logits[0, len(p) - 1 : -1] for p, c in pairs])
 
     def read(offload):
-        model = verify.load_merged(tmp_path / "base", offload)
+        model = verify.load_merged(tmp_path / "base", offload, None, "float32")
         return verify.logits_of(model, rows)[0], getattr(model, "hf_device_map", {})
 
     whole, _ = read(tmp_path / "nothing")
@@ -392,29 +392,35 @@ def test_a_tensor_that_was_merged_wrong_is_named(out, tmp_path, capsys, monkeypa
 
 def test_a_wrong_scale_and_an_adapter_that_changes_after_it_was_loaded_are_found(out, tmp_path, capsys, monkeypatch):
     make_adapter(out / "adapter", tmp_path / "base")
-    scales, real, path = merge_llama.scales_of, merge_llama.changes_of, out / "adapter" / "adapter_model.safetensors"
+    real, path = tensors.changes_of, out / "adapter" / "adapter_model.safetensors"
+
+    def scaled(*arguments):
+        return {name: (a, b, 1.01 * scale) for name, (a, b, scale) in real(*arguments).items()}
+
     with monkeypatch.context() as patch:
-        patch.setattr(merge_llama, "scales_of", lambda *a: {key: 1.01 * scale for key, scale in scales(*a).items()})
+        patch.setattr(tensors, "changes_of", scaled)
         assert merge(out) == 1
         assert_unverified(out, capsys, "model.layers.0.", "differs from PEFT's merge")
         patch.setattr(verify, "wrong_tensors", lambda *a: [])  # the logits alone tell, too
         assert merge(out, "--merge-dtype", "bfloat16") == 1
         assert_unverified(out, capsys, "in float32 the logits are ")
-    monkeypatch.setattr(merge_llama, "changes_of", lambda *a: (flip(path), real(*a))[1])
+    monkeypatch.setattr(tensors, "changes_of", lambda *a: (flip(path), real(*a))[1])
     assert merge(out) == 1
     assert_unverified(out, capsys, "differs from PEFT's merge")
 
 
-@pytest.mark.parametrize("tensor", ["lora_A", "lora_B"])
-def test_a_transposed_matrix_of_the_adapter_is_found(tensor, out, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("matrix", [0, 1])  # A, B
+def test_a_transposed_matrix_of_the_adapter_is_found(matrix, out, tmp_path, capsys, monkeypatch):
     make_adapter(out / "adapter", tmp_path / "base", r=64, target_modules=["q_proj"])  # 64 x 64: any way fits
-    real = merge_llama.changes_of
+    real = tensors.changes_of
 
     def turned(*arguments):
-        lora, *others = real(*arguments)
-        return {name: value.T.contiguous() if tensor in name else value for name, value in lora.items()}, *others
+        changes = {name: list(change) for name, change in real(*arguments).items()}
+        for change in changes.values():
+            change[matrix] = change[matrix].T.contiguous()
+        return changes
 
-    monkeypatch.setattr(merge_llama, "changes_of", turned)
+    monkeypatch.setattr(tensors, "changes_of", turned)
     for dtype in merge_llama.DTYPES:
         assert merge(out, "--merge-dtype", dtype) == 1
         assert_unverified(out, capsys, "q_proj.weight differs from PEFT's merge")
@@ -458,7 +464,7 @@ def test_numbers_that_are_none_are_refused_but_where_a_token_never_occurs(name, 
         assert f"numbers in {name} that are not finite: get it again" in capsys.readouterr().err
     else:
         assert capsys.readouterr().out.count("warning: 64 numbers in the embeddings of the base are not finite") == 1
-        assert tensors(out / "merged")[name][-1].isnan().all() and report(out / "merged")["verified"]
+        assert tensors_of(out / "merged")[name][-1].isnan().all() and report(out / "merged")["verified"]
         counts = report(out / "merged")["rounding"]
         assert report(out / "merged")["dtype"] == "float16" and counts["not_finite"] == 64
         assert counts["too_large"] == 0 and counts["weights"] == plain["weights"]
@@ -481,7 +487,7 @@ def test_auto_takes_float16_where_it_holds_every_weight_and_else_bfloat16(out, t
 
     assert auto(lambda w: None) == 0
     plain = report(out / "merged")["rounding"]["not_adapted_yet_changed"]
-    before = tensors(base)
+    before = tensors_of(base)
     assert plain == sum((t.half().bfloat16() != t).sum() for key, t in before.items() if "proj" not in key) > 0
     for change, dtype in {
         (lambda w: w.view(-1)[:1].fill_(5e-8)): "float16",  # a trace
@@ -491,11 +497,11 @@ def test_auto_takes_float16_where_it_holds_every_weight_and_else_bfloat16(out, t
     }.items():
         assert auto(change) == 0
         content = report(out / "merged")
-        assert content["dtype"] == dtype and {t.dtype for t in tensors(out / "merged").values()} == {
+        assert content["dtype"] == dtype and {t.dtype for t in tensors_of(out / "merged").values()} == {
             getattr(torch, dtype)
         }
         weights = content["rounding"]["weights"]
-        assert weights == sum(t.numel() for t in tensors(out / "merged").values())
+        assert weights == sum(t.numel() for t in tensors_of(out / "merged").values())
     assert 30 / weights > merge_llama.TRACE > 1 / weights
     capsys.readouterr()
     assert auto(lambda w: w[:1].fill_(1e5), "--merge-dtype", "float16") == 2
@@ -709,7 +715,7 @@ def test_no_adapter_is_a_sentence_and_makes_no_folder(tmp_path, capsys):
 
 def killed(out, name, call):
     """In a process of its own: merge, and die at the given call of the merge's or the check's function `name`."""
-    module = merge_llama if hasattr(merge_llama, name) else verify
+    module = next(module for module in (merge_llama, tensors, verify) if hasattr(module, name))
     real, calls = getattr(module, name), []
 
     def dying(*arguments):
@@ -851,7 +857,7 @@ def test_a_head_of_its_own_is_merged_though_the_config_calls_it_tied(out, tmp_pa
     change_file(base / "model.safetensors", lambda t: t.update({"lm_head.weight": 2 * t["model.embed_tokens.weight"]}))
     make_adapter(out / "adapter", base, target_modules=["lm_head"])
     assert merge(out) == 0
-    changed = tensors(out / "merged")["lm_head.weight"] - tensors(base)["lm_head.weight"]
+    changed = tensors_of(out / "merged")["lm_head.weight"] - tensors_of(base)["lm_head.weight"]
     assert changed.abs().max() > 0
 
 
@@ -910,7 +916,7 @@ def test_the_folder_ends_at_every_end_token_holds_no_code_and_its_cards_example_
     make_adapter(out / "adapter", base, run=identified(base))
     built_by(out, samsum=LOCAL)
     if name == "tiny_llama3":  # once as a user does
-        result = run("merge_llama.py", "--output-dir", out)
+        result = run("merge_llama.py", "--output-dir", out, fresh=True)
         assert result.returncode == 0 and result.stderr == "", result.stderr
     else:
         assert merge(out) == 0

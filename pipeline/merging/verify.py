@@ -1,6 +1,5 @@
 """Is a merged folder what base and adapter are? Every tensor against PEFT's merge, then the models' logits."""
 
-import math
 import tempfile
 
 import torch
@@ -21,31 +20,31 @@ ROWS_AT_A_TIME = 8  # in one pass: layers that lie on the disk are read once for
 
 
 def merged_by_peft(layer, stored):
-    """What a merged weight must be, in float32, by its module in base + adapter; None: as `stored`, the base's."""
+    """What a merged weight must be, by its module in base + adapter: in float32, or `stored` where nothing changes."""
     adapted = isinstance(layer, LoraLayer)
-    # PEFT's own merge of 4-bit layers would quantise the sum again, so only its update is asked for
-    weight = getattr(layer.get_base_layer() if adapted else layer, "weight", None)
-    nf4 = getattr(weight, "quant_state", None)
-    if not adapted and nf4 is None:
-        return None
-    weight = stored.float() if nf4 is None else dequantize_4bit(weight.data, nf4).float().cpu()
-    return weight + layer.get_delta_weight("default").float().cpu() if adapted else weight
+    base_weight = getattr(layer.get_base_layer() if adapted else layer, "weight", None)
+    expected = stored
+    if hasattr(base_weight, "quant_state"):
+        expected = dequantize_4bit(base_weight.data, base_weight.quant_state).cpu()
+    if adapted:  # PEFT's own merge of 4-bit layers would quantise the sum again, so only its update is asked for
+        expected = expected.float() + layer.get_delta_weight("default").float().cpu()
+    return expected
 
 
 def wrong_tensors(model, base, fresh, dtype):
     """Sentences on the tensors in `fresh` that are not those of `model`, base and adapter under PEFT, in `dtype`."""
-    layers, dtype = dict(model.named_modules()), getattr(torch, dtype)
+    layers, limits = dict(model.named_modules()), torch.finfo(getattr(torch, dtype))
     for path in models.weight_files(base):
         pairs = zip(models.tensors_in(path), models.tensors_in(fresh / path.name), strict=True)
         for (name, stored), (same_name, merged) in pairs:
             expected = merged_by_peft(layers.get(name.removesuffix(".weight")), stored)
-            if (same_name, merged.dtype, merged.shape) != (name, dtype, stored.shape):
+            if (same_name, merged.dtype, merged.shape) != (name, getattr(torch, dtype), stored.shape):
                 yield f"{same_name} has another dtype, shape or name than {name} of the base"
-            elif expected is None:
-                if not torch.equal(merged.view(torch.uint8), stored.to(dtype).view(torch.uint8)):
+            elif expected is stored:
+                if not torch.equal(merged.view(torch.uint8), stored.to(merged.dtype).view(torch.uint8)):
                     yield f"{name} differs from the base, and should not"
             else:
-                limits, off = torch.finfo(merged.dtype), (merged.float() - expected).abs()
+                off = (merged.float() - expected).abs()
                 # a step of rounding is fine, and 1e-6 of the largest value: float32 sums depend on their order
                 slack = 1e-6 * expected.abs().max() + limits.smallest_normal * limits.eps
                 if not (off <= limits.eps * expected.abs() + slack).all():  # NaN: no
@@ -63,23 +62,25 @@ def roomy_place(base):
     device, dtype = next(place for *place, fits in places if fits)
     if device == "cpu" and free:
         say("no room for the model on the GPU: it is compared on the CPU, which takes longer")
+    if dtype != "float32":
+        say("no room for the model in float32: its logits are compared in 16 bit, which tells less")
     return device, dtype
 
 
 def load_tuned(base, folder, into, device, dtype):
     """Base and adapter as PEFT computes them; device None: on the GPU where there is one."""
-    # NF4 is made where merge_llama.py makes it: a CPU's is another in its last bits
-    options = {"device_map": {"": device}} if device and into == "16bit" else {}
-    # in 4 bits the rest is float32 all the same: else NF4 would be made of weights that were rounded first
-    options["dtype"] = dtype if into == "16bit" else "float32"
+    if into == "4bit":  # NF4 is made of float32, and where merge_tensor makes it: a CPU's is another in its last bits
+        options = {"dtype": "float32"}
+    else:
+        options = {"dtype": dtype} | ({"device_map": {"": device}} if device else {})
     model = models.load_model(base, into == "4bit", **options)
     return models.load_adapter(model, folder).get_base_model()
 
 
-def load_merged(folder, offload, device=None, dtype=None):
-    """The merged model as a user loads it; layers that have no room go to the disk, into the folder `offload`."""
+def load_merged(folder, offload, device, dtype):
+    """The merged model as a user loads it; device None: layers without room go to the disk, into `offload`."""
     places = {"device_map": {"": device} if device else "auto", "offload_folder": offload}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or machine.compute_dtype(), **places)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **places)
 
 
 def logits_of(model, ids):
@@ -112,26 +113,25 @@ def compare(tuned, merged, golds):
     }
 
 
-def compare_folder(fresh, dtype, weights, ids, tuned, golds, place):
-    """{type: figures} of the merged folder, loaded in `place`: as stored, and by the unrounded `weights`, if any."""
+def compare_folder(fresh, dtype, unrounded, ids, tuned, golds, place):
+    """{type: figures} of the merged folder in `place`: as stored, and, if in float32, by the `unrounded` weights."""
     with tempfile.TemporaryDirectory() as offload:
         model = load_merged(fresh, offload, *place)
         comparison = {dtype: compare(tuned, logits_of(model, ids)[0], golds)}
-        if weights:
+        if "float32" in place and dtype != "float32":
             parameters = dict(model.named_parameters())
-            for name, weight in weights:
+            for name, weight in unrounded:
                 if name in parameters:  # a tied head has none of its own
                     parameters[name].data.copy_(weight)
             comparison["float32"] = compare(tuned, logits_of(model, ids)[0], golds)
     return comparison
 
 
-def problems_of(comparison, dtype, exact):
-    """Sentences on logits that cannot come from rounding; exact: they were compared in float32."""
+def problems_of(comparison, dtype, place):
+    """Sentences on logits that cannot come from rounding."""
+    exact = "float32" in place
     limit = MAX_RELATIVE_DIFFERENCE if exact else MAX_RELATIVE_DIFFERENCE_16BIT
     off = comparison["float32" if exact else dtype]["relative_difference"]
-    if not off <= limit:  # NaN is beyond it
-        return [f"{'in float32 ' if exact else ''}the logits are {off:.3g} of their deviation from base and adapter's"]
-    if not math.isfinite(comparison[dtype]["largest_logit_difference"]):
-        return [f"in {dtype} it has logits that are no numbers"]
-    return []
+    if off <= limit:  # NaN is not
+        return []
+    return [f"{'in float32 ' if exact else ''}the logits are {off:.3g} of their deviation from base and adapter's"]
