@@ -27,6 +27,7 @@ from pipeline.merging import merged_folder
 from pipeline.script import fail, first_line, git_commit, out_of_memory, say, script, table, versions
 from pipeline.settings import parse_settings
 from pipeline.tokens import encode, load_tokenizer, tokenizer_of
+from tasks import TASKS
 
 # Settings: edit here, or override for one run on the command line.
 MODEL = "auto"  # a folder or hub id with the same weights; auto: the base that the adapter names
@@ -168,7 +169,7 @@ def finish(args, base, run, report, fresh):
         "versions": versions("torch", "transformers", "peft", "bitsandbytes", "safetensors"),
         "git_commit": git_commit(),
     }
-    card = merged_folder.model_card(args.output_dir, base, run, report)
+    card = merged_folder.model_card(args.output_dir, base, run, report, TASKS)
     (fresh / "README.md").write_text(card, encoding="utf-8")
     report["sha256"] = {path.name: sha256(path) for path in sorted(fresh.iterdir())}
     (fresh / "merge.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import merge_llama
+import tasks
 import test_llama as tester
 from pipeline import machine, models
 from pipeline.files import load_rows, only_run_in, sha256
@@ -175,8 +176,8 @@ def test_the_figures_are_those_of_the_whole_models(into, out, tmp_path, capsys):
     assert content["check_rows"] == 5 and content["trained_on"] == "4bit" and content["merge_base"] == into
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     rows = load_rows(out, "validation")
-    tasks = [[row for row in rows if row["task"] == task] for task in TASKS]
-    rows = [row for pair in zip(*tasks, strict=True) for row in pair][:5]
+    of_tasks = [[row for row in rows if row["task"] == task] for task in TASKS]
+    rows = [row for pair in zip(*of_tasks, strict=True) for row in pair][:5]
     prompts = [tokenizer(row["prompt"]).input_ids for row in rows]
     wholes = [tokenizer(row["prompt"] + row["completion"]).input_ids + [tokenizer.eos_token_id] for row in rows]
     gold = torch.cat([torch.tensor(whole[len(prompt) :]) for prompt, whole in zip(prompts, wholes, strict=True)])
@@ -897,9 +898,9 @@ def test_the_licence_is_the_one_that_the_bases_readme_names(readme, licence, out
     assert ("which is Meta's" in card) == (licence == "llama3.1")
 
 
-def built_by(out, **sources):
+def built_by(out, prompts=PROMPTS, **sources):
     """dataset_report.json of the rows that `identified` names."""
-    built = {"sources": sources, "prompts": PROMPTS, "settings": {"max_context_words": 77}}
+    built = {"sources": sources, "prompts": prompts, "settings": {"max_context_words": 77}}
     built["splits"] = {"train": {"sha256": "a" * 64}, "test": {"sha256": "b" * 64}}
     (out / "dataset_report.json").write_text(json.dumps(built))
 
@@ -984,7 +985,10 @@ def card_of(out, base, run=(), **report):
         "versions": {"transformers": "5"},
         "problems": [],
     }
-    return merged_folder.model_card(out, base, {"adapter_sha256": "c" * 64} | dict(run), given | report)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "fetch", lambda base, weights: Path(base))  # no hub
+        run = {"adapter_sha256": "c" * 64} | dict(run)
+        return merged_folder.model_card(out, base, run, given | report, tasks.TASKS)
 
 
 def test_the_card_of_a_hub_model_and_hub_data_names_both_and_their_licences(out):
@@ -1003,6 +1007,35 @@ def test_the_card_of_a_hub_model_and_hub_data_names_both_and_their_licences(out)
     assert "trivia_qa, C" not in card and "local folder" not in card and "at most 77 words" in card
     assert "| best_step | 5 |" in card and "| lora_dropout | 0.0 |" in card and "| seed | 3 |" in card
     assert card.startswith("---\nlanguage: en\n")
+
+
+TRAINED = {"run": {"train rows": "a" * 32}}
+
+
+@pytest.mark.parametrize("revision", [None, "1" * 40])
+def test_the_card_of_your_own_data_claims_no_licence_and_shows_your_prompt(revision, out):
+    prompt = "Put {word} into \\boxed{{}}"
+    own = {"source": "someone/words", "revision": revision, "licence": tasks.TASKS["own"].LICENCE}
+    built_by(out, {"own": prompt}, own=own)
+    card = card_of(out, "someone/model", TRAINED)
+    assert "no licence is recorded" in card and "no licence claimed" in card and "your own" not in card
+    assert ("| https://huggingface.co/datasets/someone/words |" in card) == bool(revision)
+    assert "published ones" not in card and "77 words" not in card and "CC BY" not in card and "colon" not in card
+    assert 'r"""Put {word} into \\boxed{}"""' in card and "max_new_tokens=256)\n" in card
+    assert "print(text.strip())\n" in card and "first line counts" not in card and '"stop"' not in card
+
+
+def test_the_card_of_several_tasks_says_of_each_what_counts_and_how_long_it_may_be(out):
+    own = LOCAL | {"licence": tasks.TASKS["own"].LICENCE}
+    built_by(out, PROMPTS | {"own": "{prompt}"}, samsum=LOCAL, trivia_qa=LOCAL, own=own)
+    card = card_of(out, "someone/model", TRAINED)
+    assert "samsum is CC BY-NC-ND 4.0: no commercial use" in card and "Of own, data of whoever" in card
+    assert "Of an answer the first line counts, of a summary and a completion all of it." in card
+    assert "max_new_tokens=256)  # 96 for a summary, 24 for an answer\n" in card
+    assert '  # of an answer: print(text.strip().split("\\n")[0])\n' in card
+    built_by(out, {"samsum": PROMPTS["samsum"]}, samsum=LOCAL)
+    card = card_of(out, "someone/model", TRAINED)
+    assert "Nora: Are you coming" in card and "max_new_tokens=96)\n" in card and "an answer the first" not in card
 
 
 def test_each_recipe_of_the_card_is_followed_by_the_command_that_checks_it(out):

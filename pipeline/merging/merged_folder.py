@@ -54,17 +54,14 @@ def config_of(model, dtype):
 
 def licence_of(base):
     """The licence that the base's README.md names at its top, or that is known of its hub id; else "other"."""
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = None if Path(base).is_dir() else try_to_load_from_cache(base, "README.md")
-    card = Path(cached) if isinstance(cached, str) else Path(base, "README.md")
+    card = models.fetch(base, weights=False) / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     named = re.match(r"---\s*\n(?:(?!---).*\n)*?license:[ \t]*[\"']?([\w.-]+)", text)
-    metas = re.search(r"^meta-llama/.*llama-?(2|3(\.\d)?)(?!\d)", base.lower())
     if named and named[1] != "other":
         return named[1]
-    free = base.lower().startswith(("huggingfacetb/smollm2", "tinyllama/tinyllama"))
-    return f"llama{metas[1]}" if metas else "apache-2.0" if free else "other"
+    if metas := re.search(r"^meta-llama/.*llama-?(2|3(\.\d)?)(?!\d)", base.lower()):
+        return f"llama{metas[1]}"
+    return "apache-2.0" if base.lower().startswith(("huggingfacetb/smollm2", "tinyllama/tinyllama")) else "other"
 
 
 def modelfile(tokenizer, ends):
@@ -83,18 +80,21 @@ def modelfile(tokenizer, ends):
     return "\n".join([*notes, "FROM .", f'TEMPLATE """{text}"""', *stops, *greedy, ""])
 
 
-def model_card(output_dir, base, run, report):
-    """README.md of the merged folder: model_card.md.jinja, filled in with what is of this adapter."""
+def model_card(output_dir, base, run, report, tasks):
+    """README.md of the merged folder: model_card.md.jinja, filled in with what is of this adapter.
+
+    tasks: {name: module}, of which the card has what the data set has.
+    """
     import jinja2
 
-    output, hub_id = Path(output_dir), None if Path(base).is_dir() else base
+    output = Path(output_dir)
     adapter = read_json(output / "adapter" / "adapter_config.json")
     built = read_json(output / "dataset_report.json")
     rows = built.get("splits", {}).get("train", {}).get("sha256", "")[:32]
     template = Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")
     options = {"trim_blocks": True, "keep_trailing_newline": True, "undefined": jinja2.ChainableUndefined}
     return jinja2.Template(template, **options).render(
-        hub_id=hub_id,
+        hub_id=None if Path(base).is_dir() else base,
         licence=licence_of(base),
         report=report,
         adapter=adapter,
@@ -102,4 +102,5 @@ def model_card(output_dir, base, run, report):
         run=run,
         built=built if rows == run.get("run", {}).get("train rows") else {},
         evaluation=read_json(output / "evaluation.json"),
+        tasks=tasks,
     )
