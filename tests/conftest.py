@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import runpy
 import shutil
 import signal
@@ -79,6 +80,14 @@ def assert_refused(result, *words):
 def snapshot(folder):
     """Every file below the folder with its bytes."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def moments():
+    """A random.Random of another seed in every run, which pytest prints of a test that fails; SEED=... repeats it."""
+    seed = int(os.environ.get("SEED", random.SystemRandom().randrange(10**6)))
+    print(f"random moments: SEED={seed} repeats them")
+    return random.Random(seed)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -211,9 +210,9 @@ def test_an_odd_shell_and_an_odd_mount_change_no_adapter_and_no_merged_weight(tw
     assert {path.name for path in (output / "adapter").iterdir()} == names
 
 
-def test_killed_again_and_again_the_chain_ends_as_if_nothing_had_happened(two_runs, tmp_path):
+def test_killed_again_and_again_the_chain_ends_as_if_nothing_had_happened(two_runs, tmp_path, moments):
     """SIGKILL at random moments of train, test and merge; the same commands again end with the same artifacts."""
-    moments, output, base = random.Random(), tmp_path / "out", two_runs / "base"
+    output, base = tmp_path / "out", two_runs / "base"
     shutil.copytree(two_runs / "1" / "dataset", output / "dataset")
     shutil.copy(two_runs / "1" / "dataset_report.json", output)
     commands = {

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import random
 import re
 import resource
 import shutil
@@ -65,9 +64,8 @@ def undisturbed(dataset, tmp_path_factory):
     return output
 
 
-def test_killed_three_times_it_ends_with_the_same_adapter(undisturbed, tmp_path):
+def test_killed_three_times_it_ends_with_the_same_adapter(undisturbed, tmp_path, moments):
     shutil.copytree(undisturbed / "dataset", tmp_path / "dataset")
-    moments = random.Random()
     steps = sorted(moments.sample(range(8, 22), 3))
     for step in steps:
         delay = moments.random() * 0.05
