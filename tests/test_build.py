@@ -21,7 +21,7 @@ import pytest
 from conftest import FIXTURES, ROOT, SMALL, SOURCES, assert_refused, run, snapshot
 from datasets import load_from_disk
 from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
-from make_fixtures import PLANTED, SAMSUM_ROWS, TRIVIA_QA_ROWS
+from planted import PLANTED, SAMSUM_ROWS, TRIVIA_QA_ROWS
 
 import build_dataset
 from pipeline.files import only_run_in
