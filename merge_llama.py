@@ -50,14 +50,12 @@ def parse_args(argv=None):
 def read_run(folder, base):
     """run.json of the adapter with "adapter_sha256" and the base's "weights"; exits 2 where it names others."""
     run = models.read_run(folder)
-    found = {
-        "adapter_sha256": sha256(folder / "adapter_model.safetensors"),
-        "weights": models.weights_identity(base),
-    }
+    weights_file = folder / "adapter_model.safetensors"
+    found = {"adapter_sha256": sha256(weights_file), "weights": models.weights_identity(base)}
     named = {"adapter_sha256": run.get("adapter_sha256"), "weights": run["run"].get("weights")}
-    named = {name: value or found[name] for name, value in named.items()}  # an adapter from elsewhere names nothing
+    checked = {name: found[name] for name in named if named[name]}  # an adapter from elsewhere names nothing
     remedy = f"put back what {folder}/run.json names, give --model where it is now, or run train_llama.py again"
-    refuse_another(f"the adapter in {folder}, or its base {base},", named, found, remedy)
+    refuse_another(f"the adapter in {folder}, or its base {base},", named, checked, remedy)
     return run | found
 
 
@@ -121,8 +119,8 @@ def merge_and_check(args, base, run, fresh):
         gc.collect()
         shards = (tensors.merged_tensors(path, changes, into) for path in models.weight_files(base))
         unrounded = ((name, weight) for shard in shards for name, _, weight in shard)
-        comparison = verify.compare_folder(fresh, dtype, unrounded, ids, tuned, golds, place)
-        problems += verify.problems_of(comparison, dtype, place)
+        comparison, too_far = verify.compare_folder(fresh, dtype, unrounded, ids, tuned, golds, place)
+        problems += too_far
     except Exception as error:  # whatever the libraries raise, it is no whole folder
         if out_of_memory(error):
             raise
@@ -132,7 +130,7 @@ def merge_and_check(args, base, run, fresh):
         "problems": problems,
         "merge_base": into,
         # an adapter from elsewhere says nothing: most are QLoRA's
-        "trained_on": "4bit" if run["settings"].get("load_into", True) else "16bit",
+        "trained_on": "4bit" if run["settings"].get("load_in_4bit", True) else "16bit",
         "dtype": dtype,
         "rounding": counts,
         "chat_template": bool(tokenizer.chat_template),

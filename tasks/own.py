@@ -3,9 +3,9 @@
 LICENCE = "your own"
 PROMPT = "{prompt}"  # OWN_PROMPT of build_dataset.py goes before it
 ONE_LINE = False  # whether an answer ends at its line's end
-MAX_NEW_TOKENS = 256  # enough for a paragraph
 ANSWER = "a completion"  # what it writes, in the model card
 EXAMPLE = {}  # the card's: its fields are not known here
+MAX_NEW_TOKENS = 256  # enough for a paragraph
 SCORES = ("rougeL", "f1", "exact_match", "bleu", "rouge1", "rouge2", "rougeLsum", "length_ratio")
 MAIN_SCORES = ("rougeL", "f1", "perplexity")  # the page plots and sorts by the first
 JUDGE_SEES = ""  # the whole prompt

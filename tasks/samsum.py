@@ -4,9 +4,9 @@ LICENCE = "CC BY-NC-ND 4.0"
 # A prompt ends without a blank and its completion begins with one, so that both tokenizer families split there.
 PROMPT = "Summarize the dialogue.\n\nDialogue:\n{dialogue}\n\nSummary:"
 ONE_LINE = False  # whether an answer ends at its line's end
-MAX_NEW_TOKENS = 96  # the longest gold summaries have some 80 tokens
 ANSWER = "a summary"  # what it writes, in the model card
 EXAMPLE = {"dialogue": "Nora: Are you coming on Friday?\nPaul: Yes, by the late train."}  # the card's
+MAX_NEW_TOKENS = 96  # the longest gold summaries have some 80 tokens
 SCORES = ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "exact_match", "length_ratio")  # as tables show them
 MAIN_SCORES = ("rougeLsum", "rouge1", "rouge2", "perplexity")  # the page plots and sorts by the first
 JUDGE_SEES = "dialogue"  # what of the prompt the judge gets

@@ -5,12 +5,12 @@ LICENCE = "Apache 2.0; its pages: Wikipedia, CC BY-SA"
 PROMPT = "Answer the question from the context.\n\nContext:\n{context}\n\nQuestion: {question}\nAnswer:"
 CLOSED_BOOK = "Answer the question.\n\nQuestion: {question}\nAnswer:"  # the prompt where there is no context
 ONE_LINE = True  # whether an answer ends at its line's end
-MAX_NEW_TOKENS = 24  # an answer is a few words
 ANSWER = "an answer"  # what it writes, in the model card
 EXAMPLE = {  # the card's
     "question": "What was the main cargo on the Quaren?",
     "context": "The Quaren is a river. For many years its main cargo was cheese.",
 }
+MAX_NEW_TOKENS = 24  # an answer is a few words
 SCORES = ("exact_match", "f1", "contains", "bleu_effective_order", "rouge1", "rouge2", "rougeL", "rougeLsum")
 MAIN_SCORES = ("f1", "exact_match", "perplexity")  # the page plots and sorts by the first
 JUDGE_SEES = "question"  # what of the prompt the judge gets

@@ -634,6 +634,7 @@ def test_another_base_or_adapter_than_run_json_names_is_refused(out, tmp_path, c
     content = report(out / "merged")
     assert content["base_weights"] == now and content["adapter_sha256"] == sha256(path)
     assert content["dataset"] == {"train rows": "a" * 32, "validation rows": "b" * 32}
+    assert content["trained_on"] == "16bit"  # so says run.json
 
 
 def test_folders_and_dangling_links_beside_the_bases_tokenizer_are_left_there(out, tmp_path):

@@ -88,7 +88,6 @@ def model_card(output_dir, base, run, report, tasks):
     import jinja2
 
     output = Path(output_dir)
-    adapter = read_json(output / "adapter" / "adapter_config.json")
     built = read_json(output / "dataset_report.json")
     rows = built.get("splits", {}).get("train", {}).get("sha256", "")[:32]
     template = Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")
@@ -97,8 +96,7 @@ def model_card(output_dir, base, run, report, tasks):
         hub_id=None if Path(base).is_dir() else base,
         licence=licence_of(base),
         report=report,
-        adapter=adapter,
-        rank=max([adapter.get("r", 8), *(adapter.get("rank_pattern") or {}).values()]),
+        adapter=read_json(output / "adapter" / "adapter_config.json"),
         run=run,
         built=built if rows == run.get("run", {}).get("train rows") else {},
         evaluation=read_json(output / "evaluation.json"),

@@ -114,24 +114,21 @@ def compare(tuned, merged, golds):
 
 
 def compare_folder(fresh, dtype, unrounded, ids, tuned, golds, place):
-    """{type: figures} of the merged folder in `place`: as stored, and, if in float32, by the `unrounded` weights."""
+    """({type: figures} of the merged folder, loaded in `place`; sentences on logits that cannot come from rounding).
+
+    As stored, and, if `place` has room for float32, by the `unrounded` weights, too: (name, tensor) in turn.
+    """
+    exact = "float32" in place
     with tempfile.TemporaryDirectory() as offload:
         model = load_merged(fresh, offload, *place)
         comparison = {dtype: compare(tuned, logits_of(model, ids)[0], golds)}
-        if "float32" in place and dtype != "float32":
+        if exact and dtype != "float32":
             parameters = dict(model.named_parameters())
             for name, weight in unrounded:
                 if name in parameters:  # a tied head has none of its own
                     parameters[name].data.copy_(weight)
             comparison["float32"] = compare(tuned, logits_of(model, ids)[0], golds)
-    return comparison
-
-
-def problems_of(comparison, dtype, place):
-    """Sentences on logits that cannot come from rounding."""
-    exact = "float32" in place
     limit = MAX_RELATIVE_DIFFERENCE if exact else MAX_RELATIVE_DIFFERENCE_16BIT
     off = comparison["float32" if exact else dtype]["relative_difference"]
-    if off <= limit:  # NaN is not
-        return []
-    return [f"{'in float32 ' if exact else ''}the logits are {off:.3g} of their deviation from base and adapter's"]
+    sentence = f"{'in float32 ' if exact else ''}the logits are {off:.3g} of their deviation from base and adapter's"
+    return comparison, [] if off <= limit else [sentence]  # NaN is beyond it
