@@ -1,4 +1,4 @@
-"""What stands in a merged folder beside its weights: tokenizer, configs, Ollama's Modelfile, the model card."""
+"""What is in a merged folder besides its weights: tokenizer, configs, Ollama's Modelfile, the model card."""
 
 import json
 import re
@@ -14,15 +14,14 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json")
 
 
 def write_small_files(base, model, tokenizer, target, dtype, size):
-    """Tokenizer, index, config, generation config, Modelfile: with the chat template of training or without one.
+    """Tokenizer (with the chat template of training, or none), index, config, generation config and Modelfile.
 
-    The last two are greedy and end at every end token, as tested.
-    dtype, size: how the weights are stored, and their bytes.
+    The last two are greedy and end at every end token, as tested. dtype, size: of the stored weights, in bytes.
     """
     from transformers import GenerationConfig
 
     source = models.fetch(base)
-    for path in filter(Path.is_file, (path for pattern in TOKENIZER_FILES for path in source.glob(pattern))):
+    for path in (path for pattern in TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()):
         shutil.copyfile(path, target / path.name)  # saved again, an older transformers could not read them
     if tokenizer.chat_template:
         (target / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
@@ -35,10 +34,10 @@ def write_small_files(base, model, tokenizer, target, dtype, size):
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (target / "config.json").write_text(json.dumps(config_of(model, dtype), indent=2) + "\n", encoding="utf-8")
     ends = sorted(end_tokens(model, tokenizer))
-    # of the base's own the limits alone: no samplers' settings, no repetition penalty
-    own = {name: getattr(model.generation_config, name) for name in ("max_length", "max_new_tokens")}
-    own |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
-    GenerationConfig(do_sample=False, **own).save_pretrained(target)
+    # of the base's settings the limits alone: no samplers' settings, no repetition penalty
+    kept = {name: getattr(model.generation_config, name) for name in ("max_length", "max_new_tokens")}
+    tokens = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
+    GenerationConfig(do_sample=False, **kept, **tokens).save_pretrained(target)
     (target / "Modelfile").write_text(modelfile(tokenizer, ends), encoding="utf-8")
 
 
