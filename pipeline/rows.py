@@ -62,9 +62,10 @@ def read_json_rows(path):
             raise BadData(
                 f"{place} is no JSON ({first_line(error)}): give a list of objects, or one a line"
             ) from error
-        rows += value if in_a_list else [value]
-        if not all(isinstance(row, dict) for row in rows):
-            raise BadData(f'{place} is no JSON object: give rows such as {{"prompt": ..., "completion": ...}}')
+        new = value if in_a_list else [value]
+        if not all(isinstance(row, dict) for row in new):
+            raise BadData(f'{place} is no JSON object: give rows such as {{"prompt": "...", "completion": "..."}}')
+        rows += new
     return rows
 
 
