@@ -239,9 +239,9 @@ WRONG = {  # name of the file, its content, flags, what the sentence says
     ),
     "an object": ("a.jsonl", '{"prompt": {"x": 1}, "completion": "y"}', [], "prompt is a dict"),
     "true": ("a.jsonl", '{"prompt": "x", "completion": true}', [], "completion is a bool"),
-    "a line that is no JSON": ("a.jsonl", PAIR + '{"prompt": ', [], "line 2 of {} is no JSON"),
-    "a JSON list that is cut off": ("a.json", '[{"prompt": "x"}, ', [], "{} is no JSON"),
-    "a JSON list of texts": ("a.json", '["x"]', [], "{} is no JSON object"),
+    "a line that is no JSON": ("a.jsonl", PAIR + '{"prompt": ', [], "cannot read {} (line 2 is no JSON: Expecting value"),
+    "a JSON list that is cut off": ("a.json", '[{"prompt": "x"}, ', [], "cannot read {} (Expecting value: line 1 column"),
+    "a JSON list of texts": ("a.json", '["x"]', [], "cannot read {} (not every row is an object"),
     "a wrong suffix": (
         "a.txt",
         "prompt",
@@ -385,3 +385,18 @@ def test_own_rows_pass_through_all_five_scripts(tmp_path):
     scores = json.loads((tmp_path / "out" / "evaluation.json").read_text())["own"]["base"]
     assert {"rougeL", "f1", "exact_match"} <= scores.keys()
     assert (tmp_path / "out" / "merged" / "model.safetensors").exists()
+
+
+def test_a_hub_id_is_read_from_the_hubs_cache(tmp_path):
+    folder, commit = tmp_path / "hub" / "datasets--somebody--rows", "0123456789" * 4
+    data = folder / "snapshots" / commit / "data"
+    data.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    rows = [{"prompt": question, "completion": answer} for question, answer in exchanges(20)]
+    pq.write_table(pa.Table.from_pylist(rows), data / "train-00000-of-00001.parquet")
+    arguments = ["--own", "somebody/rows", "--output-dir", tmp_path / "out"]
+    result = run("build_dataset.py", *arguments, HF_HUB_CACHE=str(tmp_path / "hub"))
+    assert result.returncode == 0, result.stderr
+    assert asked_and_answered(rows_of(tmp_path)) == {(question, f" {answer}") for question, answer in exchanges(20)}
+    assert report_of(tmp_path)["sources"]["own"]["revision"] == commit
