@@ -205,7 +205,7 @@ def take(rows, limit, others, render, counts):
 
 
 def why_not(row, others, kept, ids):
-    """Why a row cannot be used beside other splits and those kept of its own, or None."""
+    """Why a row cannot be used after the rows of other splits and those kept of its own, or None."""
     if not row.id or not row.key:
         return "no text" if row.id else "no id"
     for other, texts in others.items():
@@ -287,7 +287,7 @@ def build_task(name, files, args):
                 fail(f"{name}: no usable row for {split} ({reasons}): check the source and the example counts")
             # Spares and rows that were not looked at stay test's own, too: a later test may take more rows.
             others[split] = NearTexts([*usable, *(row.key for row in rows)] if split == "test" else kept, form)
-    return result, {"counts": counts} | ({"answer_in_context": rates} if task.HAS_CONTEXT else {})
+    return result, {"counts": counts} | ({"answer_in_context": rates} if "{context}" in task.PROMPT else {})
 
 
 def save(built, seed, folder):

@@ -49,7 +49,7 @@ def texts_of(row, names):
     """{name: text} of these columns (a set) of a row. Raises BadData where one is missing or no text."""
     if missing := names - row.keys():
         raise BadData(f"no column {', '.join(sorted(missing))} among {', '.join(map(str, row))}")
-    return {name: text_of(row[name], name) for name in names}
+    return {name: text_of(row[name], name) for name in sorted(names)}
 
 
 @functools.cache  # every metric asks for the same texts
@@ -137,7 +137,7 @@ def words_of(text):
 
 
 def holds(text, answers):
-    """Whether one of the answers stands in a text as whole words in a row; one without a word stands nowhere."""
+    """Whether one of the answers is in a text as whole words in a row; one without a word is in none."""
     text = f" {words_of(text)} "
     return any(f" {words} " in text for words in map(words_of, answers) if words)
 

@@ -11,7 +11,6 @@ FILES = {  # of a folder, and on the hub
 }
 NEEDED = ("train",)  # of FILES; the others are taken out of it
 READ_FIRST = ()  # columns of files too large to be read at once: the id, and what makes the key
-HAS_CONTEXT = False  # whether prompts have a context, which may lack the answer
 ANY_FORM = True  # whether prompts may have words in common, or be short and differ in a sign
 PROMPT = "{prompt}"  # OWN_PROMPT of build_dataset.py takes its place
 ONE_LINE = False  # whether an answer ends at its line's end

@@ -6,7 +6,6 @@ LICENCE = "CC BY-NC-ND 4.0"
 FILES = {"train": ["train.csv"], "validation": ["validation.csv"], "test": ["test.csv"]}  # of a folder, and on the hub
 NEEDED = ("train", "validation", "test")  # of FILES
 READ_FIRST = ()  # columns of files too large to be read at once: the id, and what makes the key
-HAS_CONTEXT = False  # whether prompts have a context, which may lack the answer
 ANY_FORM = False  # whether prompts may have words in common, or be short and differ in a sign
 # A prompt ends without a blank and its completion begins with one, so that both tokenizer families split there.
 PROMPT = "Summarize the dialogue.\n\nDialogue:\n{dialogue}\n\nSummary:"

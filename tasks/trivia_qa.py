@@ -15,7 +15,6 @@ FILES = {  # the hub's test has no answers: its validation is our test, ours is 
 NEEDED = ("train", "test")  # of FILES
 READ_FIRST = ("question_id", "question")  # columns of files too large to be read at once: the id, what makes the key
 COLUMNS = ("question", "question_id", "answer.value", "answer.aliases.*", "entity_pages.wiki_context.*")  # of texts
-HAS_CONTEXT = True  # whether prompts have a context, which may lack the answer
 ANY_FORM = False  # whether prompts may have words in common, or be short and differ in a sign
 # A prompt ends without a blank and its completion begins with one, so that both tokenizer families split there.
 PROMPT = "Answer the question from the context.\n\nContext:\n{context}\n\nQuestion: {question}\nAnswer:"

@@ -24,7 +24,7 @@ from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
 from make_fixtures import PLANTED, SAMSUM_ROWS, TRIVIA_QA_ROWS
 
 import build_dataset
-from pipeline.files import only_run_in
+from pipeline.files import built_tasks, only_run_in
 from pipeline.texts import NearTexts, clean, comparison_key, holds
 from tasks import TASKS, trivia_qa
 
@@ -301,6 +301,7 @@ def test_closed_book_shows_no_page_and_keeps_the_rows(tmp_path):
         assert not any(row["answer_in_context"] for row in rows)
     prompts = json.loads((tmp_path / "dataset_report.json").read_text())["prompts"]
     assert prompts == {"trivia_qa": trivia_qa.CLOSED_BOOK}
+    assert built_tasks(tmp_path, TASKS)["trivia_qa"] == {"prompt": trivia_qa.CLOSED_BOOK, "one_line": True}
 
 
 def test_the_report_names_the_template_of_each_task(dataset):

@@ -182,7 +182,7 @@ def test_own_rows_beside_another_task(tmp_path):
 
 
 def test_duplicates_and_leaks_are_dropped_and_counted_and_signs_and_a_common_form_are_no_leak(tmp_path):
-    sums = [(f"What is {i} {sign} {j}?", str(i)) for i in range(6) for j in range(6) for sign in "+-*"]
+    sums = [(f"What is {i} {sign} {j}?", str(i)) for sign in "+-*" for i in range(6) for j in range(6)]
     form = "You are a careful assistant who reads the review below and says in one word whether its writer was glad: "
     long = " ".join(f"word{i}" for i in range(30))
     reviews = [(f"{form}{NAMES[i % 10]} {NAMES[i // 10]}", "glad") for i in range(100)]
@@ -239,8 +239,8 @@ WRONG = {  # name of the file, its content, flags, what the sentence says
     ),
     "an object": ("a.jsonl", '{"prompt": {"x": 1}, "completion": "y"}', [], "prompt is a dict"),
     "true": ("a.jsonl", '{"prompt": "x", "completion": true}', [], "completion is a bool"),
-    "a line that is no JSON": ("a.jsonl", PAIR + '{"prompt": ', [], "cannot read {} (line 2 is no JSON: Expecting value"),
-    "a JSON list that is cut off": ("a.json", '[{"prompt": "x"}, ', [], "cannot read {} (Expecting value: line 1 column"),
+    "a line that is no JSON": ("a.jsonl", PAIR + '{"prompt": ', [], "{} (line 2 is no JSON: Expecting value"),
+    "a JSON list that is cut off": ("a.json", '[{"prompt": "x"}, ', [], "{} (Expecting value: line 1 column"),
     "a JSON list of texts": ("a.json", '["x"]', [], "cannot read {} (not every row is an object"),
     "a wrong suffix": (
         "a.txt",
@@ -314,7 +314,7 @@ def test_samsum_takes_a_single_file(tmp_path):
 
 @pytest.mark.parametrize("form", ["answer", "answers", "csv"])
 def test_trivia_qa_takes_a_single_file_and_leaves_a_short_context_as_it_is(form, tmp_path):
-    context = "Line one.\nIt is tree {}. " + "More of it. " * 20
+    context = "Line one.\nIt is tree {}. " + "More of it. " * 70
     path = tmp_path / "questions.csv"
     if form == "csv":
         lines = [f'"{q}","{context.format(i)}",tree {i}' for i, (q, _) in enumerate(exchanges(30))]
@@ -367,6 +367,12 @@ def test_a_prompt_edited_after_the_build_does_not_change_what_later_scripts_read
     prompt, one_line = before["samsum"].values()
     row = next(row for row in load_from_disk(str(dataset / "dataset"))["test"] if row["task"] == "samsum")
     assert row["prompt"] == prompt.format(**fields_of(prompt, row["prompt"])) and not one_line
+
+
+def test_the_fields_of_a_prompt_are_read_back_whatever_their_names_are():
+    template = "{{x}} {my field}?\n{a.b} {my field}"
+    assert fields_of(template, "{x} (1+\n1)?\n? ? (1+\n1)") == {"my field": "(1+\n1)", "a.b": "? ?"}
+    assert fields_of(template, "{x} 1?\n? 2") == {}
 
 
 def test_own_rows_pass_through_all_five_scripts(tmp_path):
