@@ -430,7 +430,7 @@ def train(args, base, rows):
     say(f"{steps:,} optimizer steps over {len(packed):,} packed sequences, {bits}-bit base, on {trainer.args.device}")
     if steps < FEW_STEPS:
         remedy = "--num-train-epochs, --gradient-accumulation-steps 1, a smaller --max-length or more rows give more"
-        say(f"warning: {steps} steps are few for a model to learn from: {remedy}")
+        say(f"{steps} steps are few for a model to learn from: {remedy}")
     if checkpoint:
         say(f"going on from {checkpoint}")
     train_until_done(trainer, checkpoint)
