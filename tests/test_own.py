@@ -173,7 +173,7 @@ def test_a_folder_may_lack_validation_and_test(tmp_path):
     }
 
 
-def test_own_rows_beside_another_task(tmp_path):
+def test_own_rows_together_with_another_task(tmp_path):
     path = write_csv(tmp_path / "rows.csv", exchanges(30))
     sources = ["--tasks", "samsum", "own", "--samsum", FIXTURES / "samsum", "--train-examples-per-task", 12]
     splits = build(tmp_path, path, *sources)
