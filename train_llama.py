@@ -73,6 +73,7 @@ OVERWRITE = False  # start afresh where another run stands, or this one finished
 OUTPUT_DIR = "outputs"  # holds dataset/, gets checkpoints/ and adapter/
 
 # Fixed
+FEW_STEPS = 20  # optimizer steps below which a run says so
 CHOICES = {
     **dict.fromkeys(("LORA_R", "LORA_ALPHA", "GRADIENT_ACCUMULATION_STEPS", "MAX_LENGTH"), (int,)),
     **dict.fromkeys(("EVAL_STEPS", "LOGGING_STEPS", "SAVE_STEPS", "SAVE_TOTAL_LIMIT"), (int,)),
@@ -427,6 +428,9 @@ def train(args, base, rows):
             shutil.rmtree(old, ignore_errors=True)
     bits, steps = "4" if args.load_in_4bit else "16", optimizer_steps(packed, args)
     say(f"{steps:,} optimizer steps over {len(packed):,} packed sequences, {bits}-bit base, on {trainer.args.device}")
+    if steps < FEW_STEPS:
+        remedy = "--num-train-epochs, --gradient-accumulation-steps 1, a smaller --max-length or more rows give more"
+        say(f"{steps} steps are few for a model to learn from: {remedy}")
     if checkpoint:
         say(f"going on from {checkpoint}")
     train_until_done(trainer, checkpoint)

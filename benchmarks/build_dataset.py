@@ -28,11 +28,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ALTERNATIVE = """
 import sys
-import build_dataset as b
+import build_dataset
 from datasets import load_dataset
+from tasks import trivia_qa
 source, processes = sys.argv[1:]
+settings = build_dataset.parse_args([])
 def render(row):
-    item = b.render_question(row, "train", "question", 300)
+    item = trivia_qa.render(row, "train", settings)
     return {"prompt": item["prompt"] if isinstance(item, dict) else None}
 if __name__ == "__main__":
     files = {"train": "rc.wikipedia/train-*.parquet"}

@@ -1,12 +1,55 @@
-"""Texts of any script: the official normalisation, words, whether a text contains an answer."""
+"""Texts of any script: cleaning, the official normalisation, words, near texts, whether a text has an answer."""
 
 import functools
 import re
 import string
 import unicodedata
+from collections import Counter, defaultdict
 
 WITHOUT_BLANKS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")  # begin of characters' names
 PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
+# Control characters, zero-width ones (not the joiners of emoji), halves of characters
+INVISIBLE = re.compile(
+    "[\x00-\x08\x0e-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
+NEAR = 0.8  # share of the word 5-grams that two texts have in common from which they are near duplicates
+LONG = 10  # 5-grams of a text (14 words) from which it is one that another may contain
+
+
+class BadData(Exception):
+    """A source that cannot be used; its text says what was found and what is needed."""
+
+
+def clean(text):
+    """Text without control characters, zero-width ones (not the joiners of emoji) and stray blanks; None if empty."""
+    text = "\n".join((text or "").splitlines())
+    text = INVISIBLE.sub("", text.replace("\t", " ").replace("\xa0", " "))
+    text = re.sub(" *\n *", "\n", re.sub("  +", " ", text))
+    return re.sub("\n\n\n+", "\n\n", text).strip() or None
+
+
+def clean_lines(text):
+    """Text without control and zero-width characters; blanks go at the ends of lines alone: it may be code."""
+    lines = [INVISIBLE.sub("", line).rstrip() for line in text.splitlines()]
+    return "\n".join(lines).strip("\n")
+
+
+def one_line(text):
+    return " ".join((clean(text) or "").split()) or None
+
+
+def text_of(value, name):
+    """The text of a text or a number, "" of None. Raises BadData for anything else; name: whose value it is."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+        raise BadData(f"{name} is a {type(value).__name__}: a text or a number is needed")
+    return "" if value is None else str(value)
+
+
+def texts_of(row, names):
+    """{name: text} of these columns (a set) of a row. Raises BadData where one is missing or no text."""
+    if missing := names - row.keys():
+        raise BadData(f"no column {', '.join(sorted(missing))} among {', '.join(map(str, row))}")
+    return {name: text_of(row[name], name) for name in sorted(names)}
 
 
 @functools.cache  # every metric asks for the same texts
@@ -41,6 +84,52 @@ class WordTable(dict):
 WORDS = WordTable()
 
 
+def comparison_key(text):
+    """What two texts must share to be the same; "" where there is no text."""
+    return normalized(unicodedata.normalize("NFKC", clean(text) or ""))
+
+
+def word_5_grams(key):
+    words = key.translate(WORDS).split() or [key]  # also where a script has no blanks between them, or of emoji
+    return {" ".join(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
+
+
+def form_of(keys):
+    """The 5-grams that many of the texts have, more than 5 and than one in 20: a form, and not what they say."""
+    keys = set(keys)
+    texts = Counter(gram for key in keys for gram in word_5_grams(key))
+    return {gram for gram, count in texts.items() if count > max(5, len(keys) / 20)}
+
+
+class NearTexts:
+    """Texts by the word 5-grams they have: an inverted index, so that every similarity found is exact.
+
+    form: 5-grams that count for nothing; with it, even empty, texts below LONG are near only where they are the same.
+    """
+
+    def __init__(self, keys, form=None):
+        self.form, self.least = form or set(), 1 if form is None else LONG
+        self.sizes = {}  # of a text: how many different 5-grams it has
+        self.texts_with = defaultdict(list)
+        for key in filter(None, dict.fromkeys(keys)):
+            grams = word_5_grams(key) - self.form
+            self.sizes[key] = len(grams)
+            for gram in grams:
+                self.texts_with[gram].append(key)
+
+    def near(self, key):
+        """The texts that share NEAR of the shorter one's 5-grams with this one, itself among them."""
+        grams, near = word_5_grams(key) - self.form, []
+        shared = Counter(other for gram in grams for other in self.texts_with.get(gram, ()))
+        for other, count in shared.items():
+            shorter, longer = sorted((len(grams), self.sizes[other]))
+            # a text below LONG may be in others by chance: of both
+            whole = shorter if shorter >= LONG else shorter + longer - count
+            if shorter >= self.least and count / whole >= NEAR:
+                near.append(other)
+        return near
+
+
 def words_of(text):
     """The words of a text in any script, a blank between them: no punctuation, no case, no a/an/the."""
     words = unicodedata.normalize("NFC", text).casefold().translate(WORDS).split()
@@ -48,16 +137,25 @@ def words_of(text):
 
 
 def holds(text, answers):
-    """Whether one of the answers stands in a text as whole words in a row; one without a word stands nowhere."""
+    """Whether one of the answers is in a text as whole words in a row; one without a word is in none."""
     text = f" {words_of(text)} "
     return any(f" {words} " in text for words in map(words_of, answers) if words)
 
 
+def template_parts(template):
+    """[(text, the field behind it or None)] of a template such as "Q: {question}"; ValueError where it is none."""
+    return [(text, field) for text, field, _, _ in string.Formatter().parse(template)]
+
+
 def fields_of(template, prompt):
-    """{field: text} of a prompt that was made by template.format(...); {} where it was not."""
-    parts = [
-        re.escape(text) + (f"(?P<{field}>.*)" if field else "")
-        for text, field, _, _ in string.Formatter().parse(template)
-    ]
-    found = re.search("".join(parts) + r"\s*\Z", prompt, re.DOTALL)
-    return found.groupdict() if found else {}
+    """{field: text} of a prompt that was made by a template; {} where it was not."""
+    pattern, fields = "", []
+    for text, field in template_parts(template):
+        pattern += re.escape(text)
+        if field in fields:
+            pattern += f"(?:\\{fields.index(field) + 1})"
+        elif field is not None:
+            fields.append(field)
+            pattern += "(.*)"
+    found = re.search(pattern + r"\s*\Z", prompt, re.DOTALL)
+    return dict(zip(fields, found.groups(), strict=True)) if found else {}

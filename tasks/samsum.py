@@ -1,6 +1,12 @@
 """samsum: summarise a dialogue of a messenger."""
 
+from pipeline.texts import clean, comparison_key, one_line, texts_of
+
 LICENCE = "CC BY-NC-ND 4.0"
+FILES = {"train": ["train.csv"], "validation": ["validation.csv"], "test": ["test.csv"]}  # of a folder, and on the hub
+NEEDED = ("train", "validation", "test")  # of FILES
+READ_FIRST = ()  # columns of files too large to be read at once: the id, and what makes the key
+ANY_FORM = False  # whether prompts may have words in common, or be short and differ in a sign
 # A prompt ends without a blank and its completion begins with one, so that both tokenizer families split there.
 PROMPT = "Summarize the dialogue.\n\nDialogue:\n{dialogue}\n\nSummary:"
 ONE_LINE = False  # whether an answer ends at its line's end
@@ -19,3 +25,26 @@ written by people, and the candidate to be judged. Give it a score:
 1: it is about the dialogue, but misses the main point or gets several details wrong.
 0: it is false, empty, or no summary of this dialogue.
 """
+
+
+def template(settings):
+    return PROMPT
+
+
+def prepare(rows, settings):
+    """The rows of a file as dicts of texts: dialogue, summary, and id where there is one."""
+    for row in rows:
+        yield texts_of(row, {"dialogue", "summary"} | (row.keys() & {"id"}))
+
+
+def key(row):
+    return comparison_key(row["dialogue"])
+
+
+def render(row, split, settings):
+    """The rendered row, or the reason (a string) why there is none."""
+    summary = one_line(row["summary"])
+    if not summary:
+        return "empty summary"
+    prompt = PROMPT.format(dialogue=clean(row["dialogue"]))
+    return {"prompt": prompt, "completion": f" {summary}", "references": [summary], "answer_in_context": True}

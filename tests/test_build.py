@@ -24,7 +24,9 @@ from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
 from planted import PLANTED, SAMSUM_ROWS, TRIVIA_QA_ROWS
 
 import build_dataset
-from pipeline.files import only_run_in
+from pipeline.files import built_tasks, only_run_in
+from pipeline.texts import NearTexts, clean, comparison_key, holds
+from tasks import TASKS, trivia_qa
 
 
 def build(output, *arguments):
@@ -125,13 +127,13 @@ def test_of_the_train_answers_only_dropping_depends(tmp_path):
     ],
 )
 def test_clean(dirty, expected):
-    assert build_dataset.clean(dirty) == expected
+    assert clean(dirty) == expected
 
 
 def test_the_context_is_the_passage_that_shares_words_with_the_question():
     filler = "Nothing of note happened in the valley that year. " * 12
     page = filler + "\nThe old bridge at Torvale was built by Ann Marsh.\n" + filler
-    context = build_dataset.choose_context("Who built the bridge at Torvale?", [filler, page], 130)
+    context = trivia_qa.choose_context("Who built the bridge at Torvale?", [filler, page], 130)
     assert "Ann Marsh" in context and len(context.split()) <= 130
 
 
@@ -140,17 +142,17 @@ def test_a_passage_that_no_longer_fits_gives_its_first_whole_sentences():
     next_best = "The bridge was painted by Ann Marsh. " * 15
     filler = "Nothing of note happened in the valley that year. " * 13
     question = "Who painted the bridge at Torvale?"
-    context = build_dataset.choose_context(question, [near, filler, next_best], 142)
+    context = trivia_qa.choose_context(question, [near, filler, next_best], 142)
     assert context.count("Torvale") == 17 and context.count("Ann Marsh.") == 5  # 35 of the 40 words left
     assert context.endswith("Ann Marsh.") and "Nothing" not in context
-    turned = build_dataset.choose_context(question, [next_best, filler, near], 142)
+    turned = trivia_qa.choose_context(question, [next_best, filler, near], 142)
     assert turned.split("\n") == context.split("\n")[::-1]  # in the order of the document, not of nearness
-    assert build_dataset.choose_context("Who?", ["one two three four"], 3) == "one two three"
+    assert trivia_qa.choose_context("Who?", ["one two three four"], 3) == "one two three"
 
 
 def test_of_passages_that_share_as_many_words_the_shorter_is_nearer_and_then_the_earlier():
     texts = ["A bridge, and many other things besides.", "A bridge.", "The bridge", "Nothing."]
-    assert build_dataset.nearest_first("Which bridge?", [*texts, texts[1]]) == [1, 4, 2, 0, 3]
+    assert trivia_qa.nearest_first("Which bridge?", [*texts, texts[1]]) == [1, 4, 2, 0, 3]
 
 
 def break_missing_file(folder):
@@ -264,7 +266,7 @@ def test_the_report_names_sources_and_prints_hashes_of_what_was_read_and_written
     for task in ("samsum", "trivia_qa"):
         for name, digest in sources[task]["sha256"].items():
             assert digest == hashlib.sha256((FIXTURES / task / name).read_bytes()).hexdigest()
-        assert sources[task]["licence"] == build_dataset.LICENCES[task]
+        assert sources[task]["licence"] == TASKS[task].LICENCE
     assert set(sources["samsum"]["sha256"]) == {"train.csv", "validation.csv", "test.csv"}
     rows = rows_of(dataset)
     for split in rows:
@@ -298,7 +300,8 @@ def test_closed_book_shows_no_page_and_keeps_the_rows(tmp_path):
         assert all("Context" not in row["prompt"] and row["prompt"].count("\n") == 3 for row in rows)
         assert not any(row["answer_in_context"] for row in rows)
     prompts = json.loads((tmp_path / "dataset_report.json").read_text())["prompts"]
-    assert prompts == {"trivia_qa": build_dataset.PROMPTS["closed book"]}
+    assert prompts == {"trivia_qa": trivia_qa.CLOSED_BOOK}
+    assert built_tasks(tmp_path, TASKS)["trivia_qa"] == {"prompt": trivia_qa.CLOSED_BOOK, "one_line": True}
 
 
 def test_the_report_names_the_template_of_each_task(dataset):
@@ -364,17 +367,17 @@ def test_after_a_stray_quote_no_line_of_a_dialogue_passes_for_a_row(line, tmp_pa
 def test_a_near_duplicate_has_four_fifths_of_the_word_5_grams():
     words = [f"w{i}" for i in range(40)]  # 36 5-grams
     key = " ".join(words)
-    texts = build_dataset.NearTexts([key])
+    texts = NearTexts([key])
     nine = [f"v{i}" for i in range(9)]
     assert texts.near(" ".join([*words[:32], *nine, *nine])) == []  # 28 of the shorter one's 36
     assert texts.near(" ".join([*words[:33], *nine, *nine])) == [key]  # 29 of 36, above 0.8
     assert texts.near(" ".join(words[4:18])) == [key] and texts.near(" ".join([*words[4:17], "v"])) == [key]
     short = " ".join(words[4:17])  # 9 5-grams: too few to mean something inside another text
-    assert texts.near(short) == [] and build_dataset.NearTexts([short]).near(" ".join(words[4:18])) == [short]
+    assert texts.near(short) == [] and NearTexts([short]).near(" ".join(words[4:18])) == [short]
 
 
 def test_texts_without_a_word_are_near_each_other_only_where_they_are_the_same():
-    texts = build_dataset.NearTexts(["😀😀 😂", "🎂"])
+    texts = NearTexts(["😀😀 😂", "🎂"])
     assert texts.near("🎂") == ["🎂"] and texts.near("🚗") == []
 
 
@@ -418,7 +421,7 @@ def test_near_duplicates_are_those_that_comparing_every_pair_finds():
     for words in changed:
         for _ in range(draw.randint(0, 2)):
             words[draw.randrange(len(words))] = "other"
-    index, found = build_dataset.NearTexts(texts), 0
+    index, found = NearTexts(texts), 0
     for query in map(" ".join, changed):
         alike = {
             text
@@ -639,13 +642,13 @@ def test_a_build_never_imports_torch(tmp_path):
     ],
 )
 def test_texts_are_compared_as_the_official_evaluation_does(text, key):
-    assert build_dataset.comparison_key(text) == key
+    assert comparison_key(text) == key
 
 
 def test_an_answer_is_found_in_its_context_by_the_official_form():
-    assert build_dataset.holds("They saw the\u2013b there.", {"\u2013b"})  # as the alias "a\u2013b" is compared
-    assert build_dataset.holds("The Spider-Man film", {"spider man"})
-    assert not build_dataset.holds("The party", {"art"})
+    assert holds("They saw the\u2013b there.", {"\u2013b"})  # as the alias "a\u2013b" is compared
+    assert holds("The Spider-Man film", {"spider man"})
+    assert not holds("The party", {"art"})
 
 
 def write_samsum(folder, **splits):

@@ -1,0 +1,95 @@
+"""Rows out of files: CSV, JSON, JSONL or parquet, each row a dict of its columns."""
+
+import csv
+import json
+import re
+from contextlib import contextmanager
+
+from pyarrow.parquet import ParquetFile
+
+from pipeline.script import first_line
+from pipeline.texts import BadData
+
+SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
+
+
+def read_rows(path, counts):
+    """All rows of a file; a CSV line that has not the header's columns is counted. Raises BadData."""
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise BadData(f"{path} ends in {suffix or 'no suffix'}: give a file that ends in {', '.join(SUFFIXES)}")
+    with readable(path):
+        if suffix == ".parquet":
+            return ParquetFile(path).read().to_pylist()
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return read_csv(file, counts) if suffix == ".csv" else read_json_rows(file.read())
+
+
+@contextmanager
+def readable(path):
+    """Raise BadData where a file is not what its suffix says."""
+    try:
+        yield
+    except (OSError, ValueError, RecursionError, csv.Error) as error:  # pyarrow's are ValueErrors
+        kind = path.suffix[1:]
+        parts = "" if kind == "parquet" else ", has stray quotes or is not in UTF-8"
+        raise BadData(f"cannot read {path} ({first_line(error)}): it is cut off{parts}, or is no {kind}") from error
+
+
+def read_csv(file, counts):
+    csv.field_size_limit(2**31 - 1)
+    rows = []
+    for row in csv.DictReader(file, restkey="more", strict=True):  # past a stray quote, nobody knows what is a row
+        if "more" in row or None in row.values():
+            counts["broken CSV line"] += 1
+        else:
+            rows.append(row)
+    return rows
+
+
+def read_json_rows(text):
+    """The objects of a JSON list, or one a line; a number is read as its text. Raises ValueError."""
+    as_written = {"parse_int": str, "parse_float": str}
+    if text.lstrip().startswith("["):
+        rows = json.loads(text, **as_written)
+    else:
+        rows = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            try:
+                rows += [json.loads(line, **as_written)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"line {number} is no JSON: {error}") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError('not every row is an object such as {"prompt": "...", "completion": "..."}')
+    return rows
+
+
+def read_first(path, columns, texts):
+    """[((path, row group, row), the row's `columns`)] of a parquet file that is too large to be read at once.
+
+    texts: the columns that must be there as texts, such as answer.aliases.*, or BadData is raised.
+    """
+    rows = []
+    with readable(path), ParquetFile(path, buffer_size=1 << 20) as file:
+        kinds = {re.sub(r"\.list\.\w+$", ".*", leaf.path): str(leaf.logical_type) for leaf in file.schema}
+        for name in texts:
+            if kinds.get(name) != "String":
+                raise BadData(f"{path} has no column {name} of texts: give files as the hub has them")
+        for group in range(file.num_row_groups):
+            for number, row in enumerate(file.read_row_group(group, columns=columns).to_pylist()):
+                rows.append(((path, group, number), row))
+    return rows
+
+
+def render_places(places, columns, render):
+    """{place: render(row)} for places in one row group of one file; runs in another process."""
+    path, group, _ = places[0]
+    wanted, results = set(places), {}
+    with readable(path), ParquetFile(path, buffer_size=1 << 20) as file:
+        batches = file.iter_batches(batch_size=16, row_groups=[group], columns=columns)  # memory stays small
+        rows = (batch.slice(i, 1) for batch in batches for i in range(len(batch)))
+        for number, row in enumerate(rows):
+            place = (path, group, number)
+            if place in wanted:
+                results[place] = render(row.to_pylist()[0])
+    return results

@@ -1,0 +1,408 @@
+"""build_dataset.py --own: everybody's rows, in the layouts people have; single files for samsum and trivia_qa."""
+
+import json
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import FIXTURES, run
+from datasets import load_from_disk
+
+import build_dataset
+from pipeline.files import built_tasks
+from pipeline.texts import fields_of
+from tasks import TASKS, samsum
+
+NAMES = ["amber", "birch", "cedar", "dahlia", "elder", "fir", "ginkgo", "hazel", "iris", "juniper"]
+
+
+def exchanges(count):
+    """[(question, answer)] that all differ."""
+    questions = [f"What is the {i}th tree of {NAMES[i % 10]} street like?" for i in range(count)]
+    return [(question, f"It is tree {i}.") for i, question in enumerate(questions)]
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_csv(path, rows, encoding="utf-8"):
+    lines = ["prompt,completion", *(f'"{question}","{answer}"' for question, answer in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding=encoding)
+    return path
+
+
+def build(folder, own, *arguments):
+    """A build in this process; {split: rows}."""
+    build_dataset.main(["--own", str(own), "--output-dir", str(folder / "out"), *map(str, arguments)])
+    return rows_of(folder)
+
+
+def rows_of(folder):
+    return {split: rows.to_list() for split, rows in load_from_disk(str(folder / "out" / "dataset")).items()}
+
+
+def report_of(folder):
+    return json.loads((folder / "out" / "dataset_report.json").read_text())
+
+
+def asked_and_answered(splits):
+    return {(row["prompt"], row["completion"]) for rows in splits.values() for row in rows}
+
+
+def turns(question, answer, *before):
+    return [*before, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+LAYOUTS = {  # a row of a question and an answer, flags, the prompt that it becomes
+    "prompt and completion": (lambda q, a: {"prompt": q, "completion": a}, [], "{}"),
+    "a conversation": (lambda q, a: {"prompt": turns(q, a)[:1], "completion": turns(q, a)[1:]}, [], "{}"),
+    "Alpaca": (lambda q, a: {"instruction": "Answer.", "input": q, "output": a}, [], "Answer.\n\n{}"),
+    "Alpaca, empty input": (lambda q, a: {"instruction": q, "input": "", "output": a}, [], "{}"),
+    "Alpaca, no input": (lambda q, a: {"instruction": q, "output": a}, [], "{}"),
+    "Alpaca by a template": (
+        lambda q, a: {"instruction": q, "output": a},
+        ["--own-prompt", "### Instruction:\n{instruction}\n{input}### Response:"],
+        "### Instruction:\n{}\n### Response:",
+    ),
+    "messages": (lambda q, a: {"messages": turns(q, a)}, [], "{}"),
+    "messages, system": (lambda q, a: {"messages": turns(q, a, SYSTEM)}, [], "Be brief.\n\n{}"),
+    "messages by a template": (
+        lambda q, a: {"messages": turns(q, a)},
+        ["--own-prompt", "Q: {prompt}\nA: "],
+        "Q: {}\nA:",
+    ),
+    "columns of other names": (
+        lambda q, a: {"my question": q, "a.b": a, "nested": {"x": [1]}},
+        ["--own-prompt", r"{{Q}}: {my question}\nA:", "--own-completion", "a.b"],
+        "{{Q}}: {}\nA:",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "flags", "prompt"), LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_the_layouts_people_have_work_as_they_are(make, flags, prompt, suffix, tmp_path):
+    path, rows = tmp_path / f"rows.{suffix}", [make(*exchange) for exchange in exchanges(12)]
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif suffix == "json":
+        path.write_text(json.dumps(rows, indent=1))
+    else:
+        write_lines(path, rows)
+    splits = build(tmp_path, path, *flags)
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 10, "validation": 1, "test": 1}
+    assert asked_and_answered(splits) == {(prompt.format(q), f" {a}") for q, a in exchanges(12)}
+    written = built_tasks(tmp_path / "out", TASKS)["own"]
+    assert written == {"prompt": flags[1].replace(r"\n", "\n").rstrip() if flags else "{prompt}", "one_line": False}
+    row = splits["test"][0]
+    assert row["references"] == [row["completion"][1:]] and row["task"] == "own" and row["answer_in_context"]
+    assert row["id"].startswith("own:rows-") and fields_of(written["prompt"], row["prompt"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_csv_keeps_its_texts_a_number_with_its_zeros_and_a_broken_line_is_counted(encoding, tmp_path):
+    path = write_csv(tmp_path / "rows.csv", [*exchanges(10), ("Who am I?", "007")], encoding)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("only one column\n")
+    splits = build(tmp_path, path)
+    assert asked_and_answered(splits) == {(q, f" {a}") for q, a in [*exchanges(10), ("Who am I?", "007")]}
+    assert report_of(tmp_path)["tasks"]["own"]["counts"]["train"]["broken CSV line"] == 1
+
+
+def test_numbers_become_their_texts_as_they_are_written(tmp_path):
+    rows = [{"prompt": i, "completion": 0.5} for i in range(8)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    path.write_text(path.read_text() + '{"prompt": 8.50, "completion": 1e3}\n')
+    assert asked_and_answered(build(tmp_path, path)) == {*((str(i), " 0.5") for i in range(8)), ("8.50", " 1e3")}
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert asked_and_answered(build(tmp_path, tmp_path / "rows.parquet")) == {(str(i), " 0.5") for i in range(8)}
+
+
+def test_code_keeps_its_lines_and_indentation(tmp_path):
+    code = "def f(x):\r\n    if x:\t \n\n\n\n\t\treturn  x\u200b\n"
+    rows = [{"prompt": f"Task {i}\n{code}", "completion": f"\n  return {i}\n    # done \n"} for i in range(5)]
+    splits = build(tmp_path, write_lines(tmp_path / "rows.jsonl", rows))
+    kept = "def f(x):\n    if x:\n\n\n\n\t\treturn  x"
+    assert asked_and_answered(splits) == {(f"Task {i}\n{kept}", f" return {i}\n    # done") for i in range(5)}
+
+
+def test_one_file_is_split_by_the_seed_and_the_shares_are_printed(tmp_path, capsys):
+    path = write_csv(tmp_path / "rows.csv", exchanges(30))
+    first = build(tmp_path, path)
+    printed = capsys.readouterr().out
+    assert "own: 3 rows for test are drawn out of train, 10.0%" in printed
+    assert "own: 3 rows for validation are drawn out of train, 10.0%" in printed
+    assert "building your own rows alone" in printed
+    assert {split: len(rows) for split, rows in first.items()} == {"train": 24, "validation": 3, "test": 3}
+    assert build(tmp_path, path) == first
+    other = build(tmp_path, path, "--seed", 1)
+    assert {row["id"] for row in other["test"]} != {row["id"] for row in first["test"]}
+    assert asked_and_answered(other) == asked_and_answered(first)
+
+
+def test_a_folder_may_lack_validation_and_test(tmp_path):
+    questions = exchanges(40)
+    as_rows = [{"prompt": question, "completion": answer} for question, answer in questions]
+    folder = tmp_path / "rows"
+    write_lines(folder / "train.jsonl", as_rows[:20])
+    assert {split: len(rows) for split, rows in build(tmp_path, folder).items()} == {
+        "train": 16,
+        "validation": 2,
+        "test": 2,
+    }
+    write_csv(folder / "test.csv", questions[20:30])
+    splits = build(tmp_path, folder)
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 18, "validation": 2, "test": 10}
+    assert {row["prompt"] for row in splits["test"]} == {question for question, _ in questions[20:30]}
+    (folder / "data").mkdir()
+    pq.write_table(pa.Table.from_pylist(as_rows[30:]), folder / "data" / "validation-00000-of-00001.parquet")
+    assert {split: len(rows) for split, rows in build(tmp_path, folder).items()} == {
+        "train": 20,
+        "validation": 10,
+        "test": 10,
+    }
+    assert set(report_of(tmp_path)["sources"]["own"]["sha256"]) == {
+        "train.jsonl",
+        "test.csv",
+        "data/validation-00000-of-00001.parquet",
+    }
+
+
+def test_own_rows_together_with_another_task(tmp_path):
+    path = write_csv(tmp_path / "rows.csv", exchanges(30))
+    sources = ["--tasks", "samsum", "own", "--samsum", FIXTURES / "samsum", "--train-examples-per-task", 12]
+    splits = build(tmp_path, path, *sources)
+    assert {row["task"] for row in splits["train"]} == {"samsum", "own"} and len(splits["train"]) == 24
+    assert set(report_of(tmp_path)["prompts"]) == {"samsum", "own"}
+
+
+def test_duplicates_and_leaks_are_dropped_and_counted_and_signs_and_a_common_form_are_no_leak(tmp_path):
+    sums = [(f"What is {i} {sign} {j}?", str(i)) for sign in "+-*" for i in range(6) for j in range(6)]
+    form = "You are a careful assistant who reads the review below and says in one word whether its writer was glad: "
+    long = " ".join(f"word{i}" for i in range(30))
+    reviews = [(f"{form}{NAMES[i % 10]} {NAMES[i // 10]}", "glad") for i in range(100)]
+    (tmp_path / "rows").mkdir()
+    train = [*sums[:54], *reviews[:50], (f"before {long} after", "leak"), (sums[60][0].upper(), "leak"), sums[0]]
+    write_csv(tmp_path / "rows" / "train.csv", [*train, ("", "no prompt"), ("no completion", " ")])
+    write_csv(tmp_path / "rows" / "validation.csv", [("Is it so?", "yes")])
+    write_csv(tmp_path / "rows" / "test.csv", [*sums[54:], *reviews[50:], (long, "x")])
+    splits = build(tmp_path, tmp_path / "rows")
+    counts = report_of(tmp_path)["tasks"]["own"]["counts"]
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 104, "validation": 1, "test": 105}
+    reasons = ("no text", "empty completion", "duplicate", "also in test", "nearly in test")
+    assert [counts["train"][reason] for reason in reasons] == [1, 1, 1, 1, 1]
+
+
+PAIR = '{"prompt": 1, "completion": 2}\n'
+NEEDED = "prompt and completion, instruction and output, or messages are needed"
+WRONG = {  # name of the file, its content, flags, what the sentence says
+    "a field that is no column": (
+        "a.jsonl",
+        '{"q": 1, "a": 2}',
+        ["--own-prompt", "{question}"],
+        "no column completion, question among q, a",
+    ),
+    "no completion": (
+        "a.jsonl",
+        '{"prompt": 1, "answer": 2}',
+        [],
+        f"row 1 of {{}}: no column completion among prompt, answer: {NEEDED}",
+    ),
+    "a csv of other names": ("a.csv", "frage;antwort\nx;y\n", [], "no column completion, prompt among frage;antwort"),
+    "no template": ("a.jsonl", PAIR, ["--own-prompt", "{prompt"], "--own-prompt is no template"),
+    "a template without a field": ("a.jsonl", PAIR, ["--own-prompt", "Hi"], "--own-prompt names no column"),
+    "an empty file": ("a.jsonl", "", [], "0 rows in train"),
+    "an empty list": ("a.json", "[]", [], "0 rows in train"),
+    "a header alone": ("a.csv", "prompt,completion\n", [], "0 rows in train"),
+    "two rows": (
+        "a.csv",
+        "prompt,completion\na,b\nc,d\n",
+        [],
+        "2 rows in train, out of which test and validation are taken, too",
+    ),
+    "mixed forms": (
+        "a.jsonl",
+        PAIR + '{"instruction": 1, "output": 2}',
+        [],
+        "row 2 of {}: it has instruction and output, the rows before it have columns",
+    ),
+    "a list": (
+        "a.jsonl",
+        '{"prompt": "x", "completion": ["y"]}',
+        [],
+        "row 1 of {}: completion is a list: a text or a number is needed",
+    ),
+    "an object": ("a.jsonl", '{"prompt": {"x": 1}, "completion": "y"}', [], "prompt is a dict"),
+    "true": ("a.jsonl", '{"prompt": "x", "completion": true}', [], "completion is a bool"),
+    "a line that is no JSON": ("a.jsonl", PAIR + '{"prompt": ', [], "{} (line 2 is no JSON: Expecting value"),
+    "a JSON list that is cut off": ("a.json", '[{"prompt": "x"}, ', [], "{} (Expecting value: line 1 column"),
+    "a JSON list of texts": ("a.json", '["x"]', [], "cannot read {} (not every row is an object"),
+    "a wrong suffix": (
+        "a.txt",
+        "prompt",
+        [],
+        "{} ends in .txt: give a file that ends in .csv, .json, .jsonl, .parquet",
+    ),
+    "no suffix": ("a", "prompt", [], "{} ends in no suffix"),
+    "no parquet": ("a.parquet", "prompt", [], "cannot read {}"),
+    "stray quotes": ("a.csv", 'prompt,completion\n"a "b" c",d\n', [], "stray quotes"),
+    "two exchanges": (
+        "a.jsonl",
+        json.dumps({"messages": turns("a", "b") + turns("c", "d")}),
+        [],
+        "it has messages of user, assistant, user, assistant: one of user",
+    ),
+    "messages without a role": ("a.jsonl", json.dumps({"messages": [{"from": "x"}]}), [], "messages of None"),
+    "messages that are no list": ("a.jsonl", json.dumps({"messages": "x"}), [], "messages of str"),
+    "content in parts": ("a.jsonl", json.dumps({"messages": turns([{"text": "a"}], "b")}), [], "content is a list"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "flags", "words"), WRONG.values(), ids=WRONG.keys())
+def test_each_wrong_form_is_one_sentence(name, content, flags, words, tmp_path, capsys):
+    path = tmp_path / name
+    path.write_text(content)
+    refused(capsys, words.replace("{}", str(path)), "--own", path, *flags, "--output-dir", tmp_path / "out")
+    assert not (tmp_path / "out" / "dataset").exists()
+
+
+def refused(capsys, words, *arguments):
+    """Assert that a build ends in one sentence with these words."""
+    with pytest.raises(SystemExit, match="2"):
+        build_dataset.main([*map(str, arguments)])
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert words in message
+
+
+def test_bytes_that_are_no_utf8_are_one_sentence(tmp_path, capsys):
+    for suffix in ("csv", "jsonl"):
+        path = tmp_path / f"a.{suffix}"
+        path.write_bytes(b'{"prompt,completion": "\xe9"}')
+        refused(capsys, f"cannot read {path}", "--own", path, "--output-dir", tmp_path)
+
+
+@pytest.mark.parametrize("source", ["./rows", "~/no/rows", "/no/rows", "rows.csv", "a/rows.jsonl", "a/b/c"])
+def test_a_path_that_does_not_exist_is_no_such_file(source, tmp_path, capsys):
+    refused(capsys, f"own: cannot load {source} (no such file): give", "--own", source, "--output-dir", tmp_path)
+
+
+def test_a_hub_id_a_folder_without_train_and_own_without_a_source_are_one_sentence(tmp_path, capsys):
+    refused(capsys, "own: cannot load nobody/nothing (", "--own", "nobody/nothing", "--output-dir", tmp_path)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train_old.csv").touch()
+    refused(capsys, "own: no train.* in", "--own", tmp_path / "rows", "--output-dir", tmp_path)
+    refused(capsys, "--tasks names own, but --own is empty", "--tasks", "own", "--output-dir", tmp_path)
+
+
+def test_samsum_takes_a_single_file(tmp_path):
+    rows = [{"dialogue": f"Al: {q}\nBo:  {a}", "summary": a} for q, a in exchanges(30)]
+    path = write_lines(tmp_path / "talk.jsonl", rows)
+    build_dataset.main(["--tasks", "samsum", "--samsum", str(path), "--output-dir", str(tmp_path / "out")])
+    splits = rows_of(tmp_path)
+    prompts = {(samsum.PROMPT.format(dialogue=f"Al: {q}\nBo: {a}"), f" {a}") for q, a in exchanges(30)}
+    assert asked_and_answered(splits) <= prompts and splits["train"][0]["id"].startswith("samsum:talk-")
+    write_lines(path, [row | {"id": i} for i, row in enumerate(rows)])
+    build_dataset.main(["--tasks", "samsum", "--samsum", str(path), "--output-dir", str(tmp_path / "out")])
+    assert {row["id"] for row in rows_of(tmp_path)["train"]} <= {f"samsum:{i}" for i in range(30)}
+
+
+@pytest.mark.parametrize("form", ["answer", "answers", "csv"])
+def test_trivia_qa_takes_a_single_file_and_leaves_a_short_context_as_it_is(form, tmp_path):
+    context = "Line one.\nIt is tree {}. " + "More of it. " * 70
+    path = tmp_path / "questions.csv"
+    if form == "csv":
+        lines = [f'"{q}","{context.format(i)}",tree {i}' for i, (q, _) in enumerate(exchanges(30))]
+        path.write_text("\n".join(["question,context,answer", *lines]))
+    else:
+        path = path.with_suffix(".jsonl")
+        answers = {"answer": lambda i: f"tree {i}", "answers": lambda i: [f"tree {i}", f"trees {i}"]}[form]
+        questions = [question for question, _ in exchanges(30)]
+        rows = [{"question": q, "context": context.format(i), form: answers(i)} for i, q in enumerate(questions)]
+        write_lines(path, rows)
+    arguments = ["--tasks", "trivia_qa", "--trivia-qa", str(path), "--output-dir", str(tmp_path / "out")]
+    build_dataset.main(arguments)
+    rows = [row for of_split in rows_of(tmp_path).values() for row in of_split]
+    assert len(rows) >= 20
+    for row in rows:
+        number = row["references"][0].removeprefix("tree ")
+        fields = fields_of(TASKS["trivia_qa"].PROMPT, row["prompt"])
+        assert fields["context"] == context.format(number).strip()
+        assert len(row["references"]) == (2 if form == "answers" else 1)
+    for choice in ("question", "first"):
+        build_dataset.main([*arguments, "--context", choice, "--max-context-words", "10"])
+        for row in rows_of(tmp_path)["test"]:
+            assert 4 <= len(fields_of(TASKS["trivia_qa"].PROMPT, row["prompt"])["context"].split()) <= 10
+
+
+def test_a_single_file_that_lacks_a_column_is_one_sentence(tmp_path, capsys):
+    path = write_lines(tmp_path / "a.jsonl", [{"question": "x", "context": "y"}] * 9)
+    start = f"row 1 of {path}: no column"
+    arguments = ["--output-dir", tmp_path / "out"]
+    refused(capsys, f"samsum: {start} dialogue, summary among", "--tasks", "samsum", "--samsum", path, *arguments)
+    refused(capsys, f"trivia_qa: {start} answer or", "--tasks", "trivia_qa", "--trivia-qa", path, *arguments)
+    write_lines(path, [{"question": "x", "context": "y", "answers": {"text": ["z"]}}] * 9)
+    refused(capsys, "an answer is a dict", "--tasks", "trivia_qa", "--trivia-qa", path, *arguments)
+
+
+def test_thirty_thousand_rows_are_quick(tmp_path):
+    form = "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
+    rows = [{"prompt": f"{form}{q}", "completion": a} for q, a in exchanges(30_000)]
+    path, started = write_lines(tmp_path / "rows.jsonl", rows), time.time()
+    splits = build(tmp_path, path)
+    assert time.time() - started < 15  # 3 s on an idle machine
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 5000, "validation": 200, "test": 500}
+
+
+def test_a_prompt_edited_after_the_build_does_not_change_what_later_scripts_read(dataset, monkeypatch):
+    before = built_tasks(dataset, TASKS)
+    monkeypatch.setattr(samsum, "PROMPT", "Sum up: {dialogue}")
+    monkeypatch.setattr(samsum, "ONE_LINE", True)
+    assert built_tasks(dataset, TASKS) == before
+    prompt, one_line = before["samsum"].values()
+    row = next(row for row in load_from_disk(str(dataset / "dataset"))["test"] if row["task"] == "samsum")
+    assert row["prompt"] == prompt.format(**fields_of(prompt, row["prompt"])) and not one_line
+
+
+def test_the_fields_of_a_prompt_are_read_back_whatever_their_names_are():
+    template = "{{x}} {my field}?\n{a.b} {my field}"
+    assert fields_of(template, "{x} (1+\n1)?\n? ? (1+\n1)") == {"my field": "(1+\n1)", "a.b": "? ?"}
+    assert fields_of(template, "{x} 1?\n? 2") == {}
+
+
+def test_own_rows_pass_through_all_five_scripts(tmp_path):
+    path = write_csv(tmp_path / "rows.csv", exchanges(30))
+    output = ["--output-dir", tmp_path / "out"]
+    train = ["--model", FIXTURES / "tiny_llama3", "--max-length", 512, "--learning-rate", "1e-2", "--warmup-steps", 0]
+    commands = [["build_dataset.py", "--own", path], ["train_llama.py", *train, "--num-train-epochs", 2]]
+    commands += [["test_llama.py"], ["evaluations.py", "--resamples", 100], ["merge_llama.py"]]
+    results = {}
+    for script, *arguments in commands:
+        results[script] = run(script, *arguments, *output)
+        assert results[script].returncode == 0, results[script].stderr
+    assert "steps are few for a model to learn from" in results["train_llama.py"].stdout
+    predictions = json.loads((tmp_path / "out" / "own_predictions.json").read_text())
+    assert predictions["task"] == "own" and len(predictions["examples"]) == 3
+    scores = json.loads((tmp_path / "out" / "evaluation.json").read_text())["own"]["base"]
+    assert {"rougeL", "f1", "exact_match"} <= scores.keys()
+    assert (tmp_path / "out" / "merged" / "model.safetensors").exists()
+
+
+def test_a_hub_id_is_read_from_the_hubs_cache(tmp_path):
+    folder, commit = tmp_path / "hub" / "datasets--somebody--rows", "0123456789" * 4
+    data = folder / "snapshots" / commit / "data"
+    data.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    rows = [{"prompt": question, "completion": answer} for question, answer in exchanges(20)]
+    pq.write_table(pa.Table.from_pylist(rows), data / "train-00000-of-00001.parquet")
+    arguments = ["--own", "somebody/rows", "--output-dir", tmp_path / "out"]
+    result = run("build_dataset.py", *arguments, HF_HUB_CACHE=str(tmp_path / "hub"))
+    assert result.returncode == 0, result.stderr
+    assert asked_and_answered(rows_of(tmp_path)) == {(question, f" {answer}") for question, answer in exchanges(20)}
+    assert report_of(tmp_path)["sources"]["own"]["revision"] == commit
