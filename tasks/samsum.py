@@ -5,7 +5,8 @@ LICENCE = "CC BY-NC-ND 4.0"
 PROMPT = "Summarize the dialogue.\n\nDialogue:\n{dialogue}\n\nSummary:"
 ONE_LINE = False  # whether an answer ends at its line's end
 MAX_NEW_TOKENS = 96  # the longest gold summaries have some 80 tokens
-SCORES = ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "exact_match", "length_ratio")  # as tables show them
+# as tables show them
+SCORES = ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "exact_match", "length_ratio", "perplexity")
 MAIN_SCORES = ("rougeLsum", "rouge1", "rouge2", "perplexity")  # the page plots and sorts by the first
 JUDGE_SEES = "dialogue"  # what of the prompt the judge gets
 JUDGED_WITH = ("exact_match", "rougeLsum")  # scores shown with the judge's

@@ -7,6 +7,7 @@ CLOSED_BOOK = "Answer the question.\n\nQuestion: {question}\nAnswer:"  # the pro
 ONE_LINE = True  # whether an answer ends at its line's end
 MAX_NEW_TOKENS = 24  # an answer is a few words
 SCORES = ("exact_match", "f1", "contains", "bleu_effective_order", "rouge1", "rouge2", "rougeL", "rougeLsum")
+SCORES += ("perplexity",)
 MAIN_SCORES = ("f1", "exact_match", "perplexity")  # the page plots and sorts by the first
 JUDGE_SEES = "question"  # what of the prompt the judge gets
 JUDGED_WITH = ("exact_match", "f1", "contains")  # scores shown with the judge's

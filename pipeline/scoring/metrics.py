@@ -16,7 +16,7 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score import rouge_scorer, tokenize
 from sacrebleu.metrics import BLEU
 
-from pipeline.texts import normalize_answer, words_of
+from pipeline.texts import holds, normalize_answer
 
 # evaluate's evaluators would import transformers, and torch with it; it allows for their absence.
 hidden = sys.modules.setdefault("transformers", None)
@@ -26,20 +26,14 @@ if hidden is None:
     del sys.modules["transformers"]
 
 ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-SCORES = {  # what each task reports, in the order of the table
-    "samsum": (*ROUGES, "bleu", "exact_match", "length_ratio"),
-    "trivia_qa": ("exact_match", "f1", "contains", "bleu_effective_order", *ROUGES),
-}
-BLEU_NAME = {"samsum": "bleu", "trivia_qa": "bleu_effective_order"}  # the one score that is no mean over examples
-MEANS = {task: [name for name in names if name != BLEU_NAME[task]] for task, names in SCORES.items()}
+EFFECTIVE_ORDER = {"bleu": False, "bleu_effective_order": True}  # of a whole test set, as is perplexity
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")  # nltk's punkt would be a download
-words_of = cache(words_of)  # a prediction is compared with every alias
 
 
 class Scores(evaluate.Metric):
     """Every score of every example as a list, and BLEU of all: `bleu`, its `bleu_signature`, its `bleu_counts`.
 
-    config_name: the task; trivia_qa's BLEU is of effective order, since most answers have fewer than four words.
+    config_name: a key of EFFECTIVE_ORDER, or None.
     """
 
     def _info(self):
@@ -47,12 +41,12 @@ class Scores(evaluate.Metric):
         return evaluate.MetricInfo(description=__doc__, citation="", features=features)
 
     def _compute(self, predictions, references):
-        score, counts, signature = bleu(predictions, references, effective_order=self.config_name == "trivia_qa")
+        score, counts, signature = bleu(predictions, references, EFFECTIVE_ORDER.get(self.config_name))
         return {
             **rouge(predictions, references),
             "exact_match": best(exact_match_score, predictions, references),
             "f1": best(f1_score, predictions, references),
-            "contains": best(contains_score, predictions, references),
+            "contains": [100.0 * holds(*example) for example in zip(predictions, references, strict=True)],
             "length_ratio": length_ratio(predictions, references),
             "bleu": score,
             "bleu_counts": counts,
@@ -60,29 +54,46 @@ class Scores(evaluate.Metric):
         }
 
 
-def score(task, references, predictions):
-    """{metric: a list, a score per example}, with BLEU, its counts and its signature, by `Scores`."""
+def score(task, references, predictions, swapped):
+    """{score: a list, a score per example} of a task's own `score`, or else of `Scores`."""
+    if hasattr(task, "score"):
+        examples = [task.score(*example) for example in zip(predictions, references, swapped, strict=True)]
+        return {name: [example[name] for example in examples] for name in task.SCORES}
     # evaluate makes a cache folder even when nothing goes into it: not in the user's home, not in the cwd
     with tempfile.TemporaryDirectory() as cache_dir:
-        metric = Scores(config_name=task, keep_in_memory=True, seed=0, cache_dir=cache_dir)
+        metric = Scores(config_name=bleu_name(task), keep_in_memory=True, seed=0, cache_dir=cache_dir)
         return metric.compute(predictions=predictions, references=references)
 
 
+def bleu_name(task):
+    """The BLEU of a task's SCORES, or None."""
+    return next((name for name in task.SCORES if name in EFFECTIVE_ORDER), None)
+
+
+def means(task):
+    """{score: its column in the task's table} of the scores that are means over examples."""
+    names = [name for name in task.SCORES if name not in (*EFFECTIVE_ORDER, "perplexity")]
+    return {name: column for column, name in enumerate(names)}
+
+
 def table_of(task, scores, losses):
-    """(examples, columns): a score per metric of MEANS, BLEU's 10 counts, nll, tokens: sums make a corpus."""
-    losses = losses or np.zeros((len(scores["bleu_counts"]), 2))
-    return np.column_stack([*(scores[name] for name in MEANS[task]), scores["bleu_counts"], losses])
+    """(examples, columns): a score per metric of `means`, BLEU's 10 counts, nll, tokens: sums make a corpus."""
+    table = np.array([scores[name] for name in means(task)]).T
+    counts = scores.get("bleu_counts", np.zeros((len(table), 0)))
+    return np.hstack([table, counts, losses or np.zeros((len(table), 2))])
 
 
 def corpus_scores(task, sums, examples):
-    """{metric: (...)} of the sums (..., columns) of a table's rows; perplexity: exp(summed nll / summed tokens)."""
-    names = MEANS[task]
-    found = {name: sums[..., i] / examples for i, name in enumerate(names)}
-    counts, nll, tokens = sums[..., len(names) : -2], sums[..., -2], sums[..., -1]
-    found[BLEU_NAME[task]] = bleu_of(counts, effective_order=task == "trivia_qa")
-    scores = {name: found[name] for name in SCORES[task]}
-    if np.all(tokens > 0):
-        scores["perplexity"] = np.exp(np.minimum(nll / tokens, 700))  # 700: the largest that a float holds
+    """{score: (...)} of the sums (..., columns) of a table's rows; perplexity: exp(summed nll / summed tokens)."""
+    columns, scores = means(task), {}
+    nll, tokens = sums[..., -2], sums[..., -1]
+    for name in task.SCORES:
+        if name in columns:
+            scores[name] = sums[..., columns[name]] / examples
+        elif name in EFFECTIVE_ORDER:
+            scores[name] = bleu_of(sums[..., len(columns) : -2], EFFECTIVE_ORDER[name])
+        elif np.all(tokens > 0):
+            scores[name] = np.exp(np.minimum(nll / tokens, 700))  # 700: the largest that a float holds
     return scores
 
 
@@ -100,12 +111,6 @@ def f1_score(prediction, reference):
     same = sum((Counter(predicted) & Counter(expected)).values())
     precision, recall = same / len(predicted), same / len(expected)
     return 2 * precision * recall / (precision + recall)
-
-
-def contains_score(prediction, reference):
-    """Whether the words of the reference stand in the prediction, whole and in a row (bool), as in holds."""
-    words = words_of(reference)
-    return bool(words) and f" {words} " in f" {words_of(prediction)} "
 
 
 def best(score, predictions, references):
