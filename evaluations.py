@@ -1,16 +1,16 @@
 """Score the predictions of test_llama.py, or of any other system, with intervals, tests and one page to read them on.
 
-metrics.py computes the scores, from 0 to 100, each with a 95 % bootstrap interval; every other system is compared with
-the first one, the base, on the same rows. NAME@SEED are trainings of one system: its score is their mean, and what
-is said of it holds for other rows and other seeds. A language model judges the predictions where JUDGE_MODEL names one
-(judge.py); its key is read from OPENAI_API_KEY alone. Needs neither torch nor, without a judge, the network.
+Scores run from 0 to 100, each with a 95 % bootstrap interval; every other system is compared with the first one, the
+base, on the same rows. NAME@SEED are trainings of one system: its score is their mean, and its intervals and tests
+allow for other rows and other seeds. A language model judges the predictions where JUDGE_MODEL names one; its key is
+read from OPENAI_API_KEY alone. Needs neither torch nor, without a judge, the network.
 
-Reads:  OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json, whichever exist, or the files of
+Reads:  OUTPUT_DIR/samsum_predictions.json and those of the other tasks, whichever exist, or the files of
         --predictions: {"task": "samsum", "examples": [{"references": ["..."], "prediction": "..."}]} is enough,
         or the examples alone, one a line, each with its "task" or a prompt that ends as ours do.
-        For the page, where they are of the same run: OUTPUT_DIR/dataset/ (prompts), dataset_report.json,
-        adapter/ (its weights alone say whether it is the predictions' own; run.json, log.jsonl).
-Writes: OUTPUT_DIR/evaluation.html and evaluation.json, which holds every number of the page; with a judge also
+        For the page, where they are of the same run: OUTPUT_DIR/dataset/, dataset_report.json and adapter/ (its
+        weights alone say whether it is the predictions' own).
+Writes: OUTPUT_DIR/evaluation.html and evaluation.json, which has every number of the page; with a judge also
         judge_cache.jsonl, which a rerun or an interrupted run reads instead of asking again.
 
     python evaluations.py
@@ -63,6 +63,8 @@ SWAPPED = "swapped"  # column and part of the report of test_llama.py --swap-ans
 SCORED = TASKS | {SWAPPED: swapped}
 NAME = re.compile(r"([^\s/@=]+(?:@[^\s/@=]+)?)=(.+)", re.DOTALL)  # --predictions NAME=FILE or NAME@SEED=FILE
 OTHER_ADAPTER = "these scores are of another adapter than adapter/ has now: run test_llama.py --overwrite for its own"
+ANY_CASE = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
+ONE_OR_MORE = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 SAME_RUN = ("adapter", "weights", "rows", "4_bit")  # what the predictions of two tasks must have in common
 
 
@@ -77,11 +79,7 @@ def parse_args(argv=None):
 class Example(BaseModel, strict=True):
     """A row of a prediction file: `references` and `prediction` are enough."""
 
-    references: Annotated[
-        list[str],
-        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-        Field(min_length=1),
-    ]
+    references: Annotated[list[str], ONE_OR_MORE, Field(min_length=1)]
     prediction: str
     id: Annotated[str, Field(strict=False, coerce_numbers_to_str=True)] | None = None
     base_prediction: str | None = None
@@ -97,10 +95,7 @@ class Example(BaseModel, strict=True):
 class PredictionFile(BaseModel, strict=True):
     """What test_llama.py writes for a task; of another system's file `task` and `examples` are enough."""
 
-    task: Annotated[
-        Literal[tuple(TASKS)],
-        BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
-    ]
+    task: Annotated[Literal[tuple(TASKS)], ANY_CASE]
     examples: list[Example]
     perplexity: dict[str, dict[str, int | float]] = {}
     general_text: dict[str, dict[str, int | float]] = {}
@@ -115,9 +110,11 @@ class PredictionFile(BaseModel, strict=True):
             given = [getattr(example, name) is not None for example in self.examples]
             if any(given) and not all(given):
                 raise ValueError(f"examples.{given.index(False)} has no {name}: give it to all examples or none")
-        times = Counter(example.id for example in self.examples if example.id is not None)
-        if twice := [row_id for row_id, count in times.items() if count > 1]:
-            raise ValueError(f"id {twice[0]!r} stands there more than once: every example needs its own")
+        for place, example in enumerate(self.examples):
+            example.id = str(place) if example.id is None else example.id
+        [(row_id, count)] = Counter(column(self.examples, "id") or [""]).most_common(1)
+        if count > 1:
+            raise ValueError(f"id {row_id!r} stands there more than once: every example needs its own")
         if column(self.examples, SWAPPED):
             self.task = SWAPPED  # from here on: told apart from the plain questions
         return self
@@ -233,19 +230,18 @@ def systems_of(name, path, data, examples):
 
 
 def aligned(rows, path, examples):
-    """The examples in the order of `rows`, by id or else by place; exits 2 where they are not the same ones."""
-    order = rows.column("id") or range(len(rows.examples))
-    by_id = {i if example.id is None else example.id: example for i, example in enumerate(examples)}
-    odd = sorted(set(order) ^ set(by_id), key=str)
+    """The examples in the order of `rows`; exits 2 where they are not the same ones."""
+    by_id = {example.id: example for example in examples}
+    odd = sorted(by_id.keys() ^ set(rows.column("id")))
     if odd:
         difference = f"{path} and {rows.file} differ in {len(odd)} examples, such as {odd[0]}"
         fail(f"{difference}: systems are compared on the same rows")
-    for row_id, example in zip(order, rows.examples, strict=True):
-        if by_id[row_id].references != example.references:
-            fail(f"{path}: example {row_id} has other references than in {rows.file}")
-        if by_id[row_id].swapped != example.swapped:
+    for example in rows.examples:
+        if by_id[example.id].references != example.references:
+            fail(f"{path}: example {example.id} has other references than in {rows.file}")
+        if by_id[example.id].swapped != example.swapped:
             fail(f"{path}: other answers were swapped in than in {rows.file}")
-    return [by_id[row_id] for row_id in order]
+    return [by_id[example.id] for example in rows.examples]
 
 
 def leave_out(files):
@@ -253,14 +249,15 @@ def leave_out(files):
     for task in SCORED:
         of_task = [data for data in files if data.task == task]
         left_out = {row_id for data in of_task for row_id in data.left_out}
-        for data in of_task:
-            examples = [example for example in data.examples if example.id not in left_out]
-            if len(examples) < len(data.examples):
-                data.examples, data.perplexity = examples, {}  # that of all its rows is another one
+        for data in of_task if left_out else []:
+            data.examples = [example for example in data.examples if example.id not in left_out]
+            if left_out - set(data.left_out):
+                data.perplexity = {}  # that of all its rows is another one
+            if not data.examples:
+                remedy = "ask the server for more, see test_llama.py --server-max-examples"
+                fail(f"no row of {task} is in all files: {remedy}")
         if left_out:
             say(f"{task}: {len(left_out)} rows left out, for which a server's file has no answer")
-        if of_task and not min(len(data.examples) for data in of_task):
-            fail(f"no row of {task} is in all files: ask the server for more, see test_llama.py --server-max-examples")
 
 
 def read_all(args):
@@ -314,7 +311,7 @@ def refuse_two_runs(tasks):
 
 
 def add_prompts(output_dir, tasks):
-    """The prompts of the test split in OUTPUT_DIR/dataset, for files without them; only where the references agree.
+    """The prompts of the test split in OUTPUT_DIR/dataset, for examples without one that have the same references.
 
     Files that note their rows get the prompts of those alone: another build may ask the same with other contexts.
     """
@@ -323,14 +320,12 @@ def add_prompts(output_dir, tasks):
     folder, noted = f"{output_dir}/dataset/test", made_from(tasks, "rows")
     if noted not in ("unknown", read_json(f"{folder}/state.json").get("_fingerprint")):
         return
+    prompts = {}
     with suppress(OSError, ValueError, KeyError):  # the page then shows no prompts
-        known = {row["id"]: row for row in load_from_disk(folder)}
-        for rows in tasks.values():
-            found = [known.get(example.id, {}) for example in rows.examples]
-            same = [row.get("references") for row in found] == rows.column("references")
-            if same and not rows.column("prompt") and not rows.column(SWAPPED):  # their contexts say something else
-                for example, row in zip(rows.examples, found, strict=True):
-                    example.prompt = row["prompt"]
+        prompts = {(row["id"], *row["references"]): row["prompt"] for row in load_from_disk(folder)}
+    for example in [example for rows in tasks.values() for example in rows.examples]:
+        if not example.swapped:  # else its context was another one
+            example.prompt = example.prompt or prompts.get((example.id, *example.references))
 
 
 def adjust(results):
@@ -344,30 +339,28 @@ def adjust(results):
 
 def measure_groups(by_sums, tables, inside, args):
     """Scores of the rows whose context holds the answer and of the others; {} where there are no others."""
-    if not inside or all(inside):
-        return {}
     groups = {}
-    for label, pick in {"in the context": np.array(inside), "not in the context": ~np.array(inside)}.items():
-        if pick.any():
+    for label, wanted in (("in the context", True), ("not in the context", False)):
+        pick = np.array([value is wanted for value in inside])
+        if pick.any() and not all(inside):
             part = {name: table[pick] for name, table in tables.items()}
             groups[label] = significance.measure(by_sums, part, args)
-    return {"answer_in_context": groups}
+    return {"answer_in_context": groups} if groups else {}
 
 
 def score_task(rows, args):
     """Everything evaluation.json says about a task; {system: {metric: 0 to 100}} is at its top level."""
     from pipeline.scoring import metrics
 
-    references, swapped_in = rows.column("references"), rows.column(SWAPPED)
-    scores, tables = {}, {}
+    references, task, tables = rows.column("references"), rows.task, {}
     for name, system in rows.systems.items():
-        scores[name] = metrics.score(rows.task, references, system.predictions, swapped_in)
-        tables[name] = metrics.table_of(rows.task, scores[name], system.losses)
-    columns, by_sums = metrics.means(rows.task), partial(metrics.corpus_scores, rows.task)
+        swapped_in = rows.column(SWAPPED)
+        tables[name] = metrics.table_of(task, references, system.predictions, swapped_in, system.losses)
+    columns, by_sums = metrics.means(task), partial(metrics.corpus_scores, task)
     whole = significance.measure(by_sums, tables, args)
     result = {
         "examples": len(references),
-        "ids": rows.column("id") or [str(i) for i in range(len(references))],
+        "ids": rows.column("id"),
         "files": {name: system.file for name, system in rows.systems.items()},
         "made_from": {name: system.made_from for name, system in rows.systems.items()},
         "too_long": {name: system.too_long for name, system in rows.systems.items() if system.too_long},
@@ -375,32 +368,26 @@ def score_task(rows, args):
         "general_text": {name: system.general_text for name, system in rows.systems.items() if system.general_text},
         "intervals": whole["intervals"],
         "seeds": whole["seeds"],
-        "rouge_note": metrics.rouge_note(references) if set(metrics.ROUGES) & set(rows.task.SCORES) else "",
+        "rouge_note": metrics.rouge_note(references) if set(metrics.ROUGES) & set(task.SCORES) else "",
         "comparisons": significance.compare(by_sums, tables, columns | {"perplexity": -2}, whole["differences"], args),
-        "equal_predictions": [],
-        "groups": measure_groups(by_sums, tables, rows.column("answer_in_context"), args),
+        "groups": measure_groups(by_sums, tables, rows.column("answer_in_context") or [], args),
         "per_example": {},
     }
-    single, bleu = {}, metrics.bleu_name(rows.task)
-    for name, seeds in significance.by_system(rows.systems).items():
-        result[name] = whole["scores"][name]
-        perplexity = result[name].pop("perplexity", None)
-        if perplexity:
-            result["perplexity"][name] = {"perplexity": perplexity}
-        if len(seeds) == 1:
-            [single[name]] = seeds.values()
-        if bleu:  # of several trainings, the mean
-            exact = [scores[member] for member in rows.systems if member.partition("@")[0] == name]
-            result[name][bleu] = float(np.mean([one["bleu"] for one in exact]))
-            result[name][f"{bleu}_signature"] = exact[0]["bleu_signature"]
-    for name, system in single.items():
-        if system.perplexity and "perplexity" in rows.task.SCORES:
-            result["perplexity"][name] = system.perplexity
-    for one, other in combinations(single, 2):
-        equal = sum(map(str.__eq__, single[one].predictions, single[other].predictions))
-        result["equal_predictions"].append([one, other, equal])
     for name, scored in tables.items():
         result["per_example"][name] = {metric: np.round(scored[:, i], 4).tolist() for metric, i in columns.items()}
+    systems = significance.by_system(rows.systems)
+    single = {name: system for name, seeds in systems.items() for system in seeds.values() if len(seeds) == 1}
+    for name in systems:
+        result[name] = whole["scores"][name] | metrics.signatures(task, references)
+        perplexity = {"perplexity": result[name].pop("perplexity", None)}
+        if name in single and single[name].perplexity:
+            perplexity = single[name].perplexity  # as the file says, with its tokens
+        if perplexity["perplexity"] and "perplexity" in task.SCORES:
+            result["perplexity"][name] = perplexity
+    result["equal_predictions"] = [
+        [one, other, sum(map(str.__eq__, single[one].predictions, single[other].predictions))]
+        for one, other in combinations(single, 2)
+    ]
     return result
 
 
@@ -411,28 +398,28 @@ def made_from(tasks, name):
     return noted.pop() if len(noted) == 1 and len(min(noted)) >= 16 else "unknown"
 
 
-def read_training(output_dir, adapter_sha256):
-    """What train_llama.py noted of this adapter: facts, settings, loss {curve: [[step, loss]]}; None of another's."""
-    folder = Path(output_dir) / "adapter"
-    run = read_json(folder / "run.json")
-    if run.get("adapter_sha256") != adapter_sha256:
-        return None
-    facts = {name: value for name, value in run.items() if isinstance(value, str | int | float)}
-    loss = figures.read_losses(folder / "log.jsonl")
-    return {"facts": facts, "settings": run.get("settings", {}), "loss": loss}
+def read_run(args, tasks):
+    """What OUTPUT_DIR says of the run that made the predictions: its training, its data, each None of another run.
 
-
-def read_data(output_dir, rows, training):
-    """{task: {split: {reason: rows}}} of the data set with these test rows, as build_dataset.py counted; or None.
-
-    Where `training` is shown beside it, it must be that of its train rows, too.
+    training: facts, settings and loss {curve: [[step, loss]]}; data: {task: {split: {reason: rows}}} of the data set
+    with the predictions' test rows and, where the training is known, its train rows.
     """
-    report = read_json(Path(output_dir) / "dataset_report.json")
-    with suppress(KeyError, TypeError, AttributeError):
-        trained_on = read_json(Path(output_dir) / "adapter" / "run.json")["run"]["train rows"] if training else ""
-        splits = report["splits"]
-        if splits["test"]["sha256"].startswith(rows) and splits["train"]["sha256"].startswith(trained_on):
-            return {task: part["counts"] for task, part in report["tasks"].items()}
+    folder, tested = Path(args.output_dir), made_from(tasks, "adapter")
+    weights, training, data = folder / "adapter" / "adapter_model.safetensors", None, None
+    adapter = sha256(weights) if weights.is_file() else ""
+    run = read_json(folder / "adapter" / "run.json")
+    if adapter.startswith(tested) and run.get("adapter_sha256") == adapter:
+        facts = {name: value for name, value in run.items() if isinstance(value, str | int | float)}
+        loss = figures.read_losses(folder / "adapter" / "log.jsonl")
+        training = {"facts": facts, "settings": run.get("settings", {}), "loss": loss}
+    with suppress(KeyError, TypeError, AttributeError):  # of what is not there, or not ours
+        report = read_json(folder / "dataset_report.json")
+        trained_on = run["run"]["train rows"] if training else ""
+        train, test = (report["splits"][split]["sha256"] for split in ("train", "test"))
+        if train.startswith(trained_on) and test.startswith(made_from(tasks, "rows")):
+            data = {task: part["counts"] for task, part in report["tasks"].items()}
+    stale = adapter and not (args.predictions or adapter.startswith(tested) or tested == "unknown")
+    return {"other_adapter": OTHER_ADAPTER if stale else None, "training": training, "data": data}
 
 
 def print_task(name, task, result):
@@ -468,8 +455,11 @@ def print_task(name, task, result):
         say(note)
     for system, count in result["too_long"].items():
         say(f"{count} of them were too long for the model of {system}: empty answers, and not in its perplexity")
-    if "judge" in result:
-        print_judge(result["judge"])
+    judge = result.get("judge", {"scores": {}})
+    for system, judged in judge["scores"].items():  # never the judge's alone
+        values = ", ".join(f"{metric} {value:.2f}" for metric, value in judged.items())
+        agrees = ", ".join(f"{m} {part['agreement']:.0f} %" for m, part in judge["agreement"][system].items())
+        say(f"judged, {judge['examples']} examples, {system}: {values}; agrees with {agrees}")
 
 
 def short(value, sign=""):
@@ -483,14 +473,6 @@ def between(ends, sign=""):
 
 def p_value(p):
     return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
-
-
-def print_judge(judge):
-    """The judge's scores, never alone."""
-    for name, scores in judge["scores"].items():
-        others = ", ".join(f"{metric} {value:.2f}" for metric, value in scores.items())
-        agrees = ", ".join(f"{m} {part['agreement']:.0f} %" for m, part in judge["agreement"][name].items())
-        say(f"judged, {judge['examples']} examples, {name}: {others}; agrees with {agrees}")
 
 
 @script
@@ -510,14 +492,7 @@ def main(argv=None):
     for task, judgements in judged.items():
         report[task]["judge"] = judge.report(tasks[task].task, report[task], judgements, args) | counts
     adjust(report)
-    tested, weights = made_from(tasks, "adapter"), folder / "adapter" / "adapter_model.safetensors"
-    adapter = sha256(weights) if weights.is_file() else ""
-    training = read_training(folder, adapter) if adapter.startswith(tested) else None
-    stale = adapter and not (args.predictions or adapter.startswith(tested) or tested == "unknown")
-    report |= {
-        "other_adapter": OTHER_ADAPTER if stale else None,
-        "training": training,
-        "data": read_data(folder, made_from(tasks, "rows"), training),
+    report |= read_run(args, tasks) | {
         "versions": versions("evaluate", "matplotlib", "numpy", "rouge_score", "sacrebleu"),
         "settings": {**vars(args), "stemmer": True},
     }
@@ -526,7 +501,7 @@ def main(argv=None):
     write_whole(folder / "evaluation.html", html)
     for task, rows in tasks.items():
         print_task(task, rows.task, report[task])
-    if stale:
+    if report["other_adapter"]:
         say(f"\nwarning: {OTHER_ADAPTER}")
     say(f"\nwrote {folder / 'evaluation.html'} and {folder / 'evaluation.json'}")
 

@@ -30,6 +30,16 @@ def read_losses(path):
     return curves
 
 
+def loss_lines(curves):
+    """The lines to draw of what read_losses returns."""
+    lines = {}
+    for name, points in curves.items():
+        label = name.replace("eval_", "validation, ").replace("_loss", "")
+        steps, losses = zip(*points, strict=True)
+        lines[label] = steps, losses, {"marker": "" if name == "loss" else "o"}
+    return lines
+
+
 def draw(file, lines, xlabel, ylabel, colors=("C0", "C1", "C2", "C3", "C4", "C5"), **options):
     """Draw lines {label: (x, y, style)} into a file, a path or a stream; options: those of matplotlib's savefig."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it writes of its font cache

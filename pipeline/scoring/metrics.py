@@ -26,48 +26,26 @@ if hidden is None:
     del sys.modules["transformers"]
 
 ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-EFFECTIVE_ORDER = {"bleu": False, "bleu_effective_order": True}  # of a whole test set, as is perplexity
+EFFECTIVE_ORDER = {"bleu": False, "bleu_effective_order": True}  # orders longer than the answers are ignored
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")  # nltk's punkt would be a download
 
 
 class Scores(evaluate.Metric):
-    """Every score of every example as a list, and BLEU of all: `bleu`, its `bleu_signature`, its `bleu_counts`.
-
-    config_name: a key of EFFECTIVE_ORDER, or None.
-    """
+    """Every score of every example as a list, and its counts for BLEU."""
 
     def _info(self):
         features = Features({"predictions": Value("string"), "references": Sequence(Value("string"))})
         return evaluate.MetricInfo(description=__doc__, citation="", features=features)
 
     def _compute(self, predictions, references):
-        score, counts, signature = bleu(predictions, references, EFFECTIVE_ORDER.get(self.config_name))
         return {
             **rouge(predictions, references),
             "exact_match": best(exact_match_score, predictions, references),
             "f1": best(f1_score, predictions, references),
             "contains": [100.0 * holds(*example) for example in zip(predictions, references, strict=True)],
             "length_ratio": length_ratio(predictions, references),
-            "bleu": score,
-            "bleu_counts": counts,
-            "bleu_signature": signature,
+            "bleu_counts": bleu_counts(predictions, references),
         }
-
-
-def score(task, references, predictions, swapped):
-    """{score: a list, a score per example} of a task's own `score`, or else of `Scores`."""
-    if hasattr(task, "score"):
-        examples = [task.score(*example) for example in zip(predictions, references, swapped, strict=True)]
-        return {name: [example[name] for example in examples] for name in task.SCORES}
-    # evaluate makes a cache folder even when nothing goes into it: not in the user's home, not in the cwd
-    with tempfile.TemporaryDirectory() as cache_dir:
-        metric = Scores(config_name=bleu_name(task), keep_in_memory=True, seed=0, cache_dir=cache_dir)
-        return metric.compute(predictions=predictions, references=references)
-
-
-def bleu_name(task):
-    """The BLEU of a task's SCORES, or None."""
-    return next((name for name in task.SCORES if name in EFFECTIVE_ORDER), None)
 
 
 def means(task):
@@ -76,22 +54,32 @@ def means(task):
     return {name: column for column, name in enumerate(names)}
 
 
-def table_of(task, scores, losses):
-    """(examples, columns): a score per metric of `means`, BLEU's 10 counts, nll, tokens: sums make a corpus."""
-    table = np.array([scores[name] for name in means(task)]).T
-    counts = scores.get("bleu_counts", np.zeros((len(table), 0)))
-    return np.hstack([table, counts, losses or np.zeros((len(table), 2))])
+def table_of(task, references, predictions, swapped=None, losses=None):
+    """(examples, columns): each score of `means`, BLEU's 10 counts, nll, tokens: sums make a corpus."""
+    rows = len(predictions)
+    if hasattr(task, "score"):
+        examples = [task.score(*example) for example in zip(predictions, references, swapped, strict=True)]
+        scores = {name: [example[name] for example in examples] for name in task.SCORES}
+    else:
+        # evaluate makes a cache folder even when nothing goes into it: not in the user's home, not in the cwd
+        with tempfile.TemporaryDirectory() as cache_dir:
+            metric = Scores(keep_in_memory=True, seed=0, cache_dir=cache_dir)
+            scores = metric.compute(predictions=predictions, references=references)
+    columns = [scores[name] for name in means(task)]
+    columns.append(scores.get("bleu_counts", np.zeros((rows, 10))))
+    columns.append(losses or np.zeros((rows, 2)))
+    return np.column_stack(columns)
 
 
 def corpus_scores(task, sums, examples):
     """{score: (...)} of the sums (..., columns) of a table's rows; perplexity: exp(summed nll / summed tokens)."""
     columns, scores = means(task), {}
-    nll, tokens = sums[..., -2], sums[..., -1]
+    counts, nll, tokens = sums[..., -12:-2], sums[..., -2], sums[..., -1]
     for name in task.SCORES:
         if name in columns:
             scores[name] = sums[..., columns[name]] / examples
         elif name in EFFECTIVE_ORDER:
-            scores[name] = bleu_of(sums[..., len(columns) : -2], EFFECTIVE_ORDER[name])
+            scores[name] = bleu_of(counts, EFFECTIVE_ORDER[name])
         elif np.all(tokens > 0):
             scores[name] = np.exp(np.minimum(nll / tokens, 700))  # 700: the largest that a float holds
     return scores
@@ -159,25 +147,35 @@ def rouge_note(references):
     return "" if count.startswith("0 ") else note
 
 
-def bleu(predictions, references, effective_order):
-    """Corpus BLEU (0 to 100), its counts (examples, 10), and sacrebleu's signature.
-
-    effective_order: ignore n-gram orders longer than the answers; without it one right word scores 0.
-    counts: words of the prediction and of the nearest reference, matched and all 1- to 4-grams.
-    """
+def bleu(references, **options):
+    """sacrebleu's BLEU with these references, lists of any length."""
     width = max(map(len, references))
     streams = [[refs[i] if i < len(refs) else None for refs in references] for i in range(width)]
-    metric = BLEU(effective_order=effective_order, references=streams)
+    return BLEU(references=streams, **options)
+
+
+def signatures(task, references):
+    """{"bleu_signature": sacrebleu's signature} of the BLEU among a task's scores."""
+    orders = {name: order for name, order in EFFECTIVE_ORDER.items() if name in task.SCORES}
+    return {
+        f"{name}_signature": str(bleu(references, effective_order=orders[name]).get_signature()) for name in orders
+    }
+
+
+def bleu_counts(predictions, references):
+    """(examples, 10): words of the prediction and of the nearest reference, matched and all 1- to 4-grams."""
     # Private, but what sacrebleu's own paired test resamples; its public functions give sums over examples only.
-    counts = metric._extract_corpus_statistics(predictions, None)
+    counts = bleu(references)._extract_corpus_statistics(predictions, None)
     if not len(counts) == len(predictions) == len(references):  # sacrebleu would cut silently
         raise ValueError("predictions and references differ in length")
-    score = metric.corpus_score(predictions, None).score
-    return score, np.array(counts, dtype=np.float64), str(metric.get_signature())
+    return np.array(counts, dtype=np.float64)
 
 
 def bleu_of(counts, effective_order):
-    """sacrebleu's compute_bleu, smoothed by `exp`, of counts summed over examples: (..., 10) to (...), 0 to 100."""
+    """sacrebleu's compute_bleu, smoothed by `exp`, of counts summed over examples: (..., 10) to (...), 0 to 100.
+
+    effective_order: ignore n-gram orders longer than the answers; without it one right word scores 0.
+    """
     length, expected = counts[..., 0], counts[..., 1]
     matched, total = counts[..., 2:6], counts[..., 6:]
     exists = np.logical_and.accumulate(total > 0, axis=-1)

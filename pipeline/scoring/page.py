@@ -41,15 +41,6 @@ def draw_task(task, result):
     return [draw(caption, "difference", "% of the examples", lines, first=1)] if others else []
 
 
-def draw_loss(loss):
-    """The figures of the training: its loss by step, and the validation losses where there are any."""
-    lines = {}
-    for name, points in loss.items():
-        words = name.replace("eval_", "validation, ").replace("_loss", "")
-        lines[words] = (*np.array(points).T, {"marker": "" if name == "loss" else "o"})
-    return [draw("Loss by optimizer step", "step", "loss, nats per token", lines)] if loss else []
-
-
 def scores_of(result):
     """{system: {metric: score}} of a task, the perplexity among them where there is one."""
     scores = {}
@@ -73,7 +64,9 @@ def page(report, tasks):
     drawn, parts = {}, []
     try:
         drawn = {name: draw_task(rows.task, report[name]) for name, rows in tasks.items()}
-        drawn["loss"] = draw_loss(report["training"]["loss"]) if report["training"] else []
+        if report["training"] and report["training"]["loss"]:
+            lines = figures.loss_lines(report["training"]["loss"])
+            drawn["loss"] = [draw("Loss by optimizer step", "step", "loss, nats per token", lines)]
     except Exception as error:  # a matplotlibrc that it cannot read, a font that is not here
         say(f"warning: evaluation.html lacks figures: matplotlib cannot draw them ({first_line(error)})")
     for name, rows in tasks.items():
