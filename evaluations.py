@@ -483,14 +483,11 @@ def main(argv=None):
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder):  # an OSError, if any, before a judge is paid
         pass
-    judged, counts = {}, {}
+    report = {task: score_task(rows, args) for task, rows in tasks.items()}
     if args.judge_model:
         from pipeline.scoring import judge
 
-        judged, counts = judge.judge({task: rows for task, rows in tasks.items() if rows.task.RUBRIC}, args)
-    report = {task: score_task(rows, args) for task, rows in tasks.items()}
-    for task, judgements in judged.items():
-        report[task]["judge"] = judge.report(tasks[task].task, report[task], judgements, args) | counts
+        judge.judge(tasks, report, args)
     adjust(report)
     report |= read_run(args, tasks) | {
         "versions": versions("evaluate", "matplotlib", "numpy", "rouge_score", "sacrebleu"),

@@ -109,14 +109,16 @@ class Judge(Server):
             return found, self.ask_all(list(messages), lambda key: self.ask(messages[key]), keep, "judge")
 
 
-def judge(tasks, args):
-    """{task: {system: {row: judgement}}} of JUDGE_MAX_EXAMPLES rows a task, and the counts of what it took.
+def judge(tasks, results, args):
+    """Put the judgements on JUDGE_MAX_EXAMPLES rows of each task with a rubric into its result, {task: score_task's}.
 
     Equal predictions are asked about once. What got no readable answer is missing, and asked again by the next run.
     """
     judge, rng = Judge(args), np.random.default_rng(args.seed)
     messages, wanted = {}, []
     for task, rows in tasks.items():
+        if not rows.task.RUBRIC:
+            continue
         if not rows.column("prompt"):
             fail(f"the judge needs prompts: put one into every example of {rows.file}")
         for i in rng.permutation(len(rows.examples))[: args.judge_max_examples].tolist():
@@ -139,10 +141,11 @@ def judge(tasks, args):
         if not cached and not answers:
             fail(f"the judge at {args.judge_url} gave no readable answer ({reason})")
         say(f"{len(errors)} predictions without a readable answer ({reason}): the same command asks for them again")
-    found = {task: {name: {} for name in rows.systems} for task, rows in tasks.items()}
+    judged = {}
     for task, name, i, key in wanted:
-        found[task][name][i] = answers.get(key) or known.get(key)
-    return found, counts
+        judged.setdefault(task, {}).setdefault(name, {})[i] = answers.get(key) or known.get(key)
+    for task, judgements in judged.items():
+        results[task]["judge"] = report(tasks[task].task, results[task], judgements, args) | counts
 
 
 def report(task, result, judged, args):

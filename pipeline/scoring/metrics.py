@@ -156,9 +156,11 @@ def bleu(references, **options):
 
 def signatures(task, references):
     """{"bleu_signature": sacrebleu's signature} of the BLEU among a task's scores."""
-    orders = {name: order for name, order in EFFECTIVE_ORDER.items() if name in task.SCORES}
+    blanks = [[""] * length for length in {len(refs) for refs in references}]  # it tells how many, not which
     return {
-        f"{name}_signature": str(bleu(references, effective_order=orders[name]).get_signature()) for name in orders
+        f"{name}_signature": str(bleu(blanks, effective_order=order).get_signature())
+        for name, order in EFFECTIVE_ORDER.items()
+        if name in task.SCORES
     }
 
 
