@@ -31,13 +31,12 @@ from pathlib import Path
 
 from pipeline import machine, models
 from pipeline.attention import choose_attention
-from pipeline.files import load_rows, only_run_in, read_json, refuse_another, rows_of, sha256
+from pipeline.files import built_tasks, load_rows, only_run_in, read_json, refuse_another, rows_of, sha256
 from pipeline.script import fail, first_line, is_main, progress, say, script
 from pipeline.settings import check_url, parse_settings
 from pipeline.testing import predictions
 from pipeline.tokens import CHAT_TEMPLATES, encode, end_tokens, tokenizer_identity, tokenizer_of
-from tasks import TASKS
-from tasks.swapped import swap_answers
+from tasks import TASKS, swapped
 
 # Settings: edit here, or override for one run on the command line.
 ADAPTER = "auto"  # a folder, or none: the base alone; auto: OUTPUT_DIR/adapter, or none where MODEL is given
@@ -83,6 +82,20 @@ def parse_args(argv=None):
     if args.server:
         check_url("--server", args.server)
     return args
+
+
+def swap_answers(args, rows):
+    """The rows with another answer in their context (a Dataset), and {"swapped" or why not: how many rows}."""
+    from datasets import Dataset
+
+    template = built_tasks(args.output_dir, TASKS)[swapped.OF]["prompt"]
+    swapped_rows, counts = swapped.swap_answers(rows, template)
+    say(f"{swapped.OF}, answers in the context: {', '.join(f'{n} {what}' for what, n in counts.items())}")
+    if not swapped_rows:
+        fail(f"no answer can be swapped: run build_dataset.py with {swapped.OF}, a context and more test rows")
+    dataset = Dataset.from_list(swapped_rows)
+    dataset._fingerprint = rows._fingerprint  # the rows that they were made from
+    return dataset, counts
 
 
 def choose_system(args):
@@ -250,7 +263,7 @@ def main(argv=None):
     started = time.time()
     rows = load_rows(args.output_dir, "test")
     if args.swap_answers:
-        rows, args.swap_answers = swap_answers(rows)  # how many, for the settings in the file
+        rows, args.swap_answers = swap_answers(args, rows)  # how many, for the settings in the file
     base, folder, in_4bit, source = choose_system(args)
     say(f"testing {args.server or folder or base} on {len(rows):,} rows")
     if unknown := set(rows.unique("task")) - TASKS.keys():

@@ -13,7 +13,8 @@ ONE_LINE = False  # whether an answer ends at its line's end
 ANSWER = "a summary"  # what it writes, in the model card
 EXAMPLE = {"dialogue": "Nora: Are you coming on Friday?\nPaul: Yes, by the late train."}  # the card's
 MAX_NEW_TOKENS = 96  # the longest gold summaries have some 80 tokens
-SCORES = ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "exact_match", "length_ratio")  # as tables show them
+# as tables show them
+SCORES = ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "exact_match", "length_ratio", "perplexity")
 MAIN_SCORES = ("rougeLsum", "rouge1", "rouge2", "perplexity")  # the page plots and sorts by the first
 JUDGE_SEES = "dialogue"  # what of the prompt the judge gets
 JUDGED_WITH = ("exact_match", "rougeLsum")  # scores shown with the judge's

@@ -1,35 +1,34 @@
-"""Read or remembered? Questions whose context holds another answer than the true one, and what the answers follow."""
+"""Read or remembered? Questions whose context has another answer than the true one, and what the answers follow."""
 
 import re
 from collections import Counter
 
-import numpy as np
+from pipeline.texts import WORDS, fields_of, holds, words_of
 
-from pipeline.scoring import significance
-from pipeline.script import fail, say
-from pipeline.texts import WORDS, holds, words_of
-
+OF = "trivia_qa"  # the task whose rows these are
+TITLE = "Read or remembered?"
+ABOUT = """The answer in the context of these questions was replaced by another one: of 100
+answers, so many give the one that is now there (read), the true one all the
+same (remembered), neither or both."""
+ONE_LINE = True  # whether an answer ends at its line's end
+SCORES = ("follows_context", "from_memory", "neither_or_both")  # as tables show them
+MAIN_SCORES = ("follows_context", "from_memory")  # the page plots and sorts by the first
+RUBRIC = ""  # no judge is asked
 NUMBER = r"\S*\d.*|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|hundred|thousand|million"
-SHARES = ("follows_context", "from_memory", "neither_or_both")
 
 
-def swap_answers(rows):
-    """The trivia_qa rows (a Dataset) that hold another answer, `swapped`, and {"swapped" or why not: rows}.
+def swap_answers(rows, template):
+    """The rows of OF with another answer in their context, `swapped`, and {"swapped" or why not: how many rows}.
 
-    `references` stay the true ones, `completion` does not. Exits 2 where there is no such row.
+    `references` stay the true ones, `completion` does not. template: what the prompts were made by.
     """
-    from datasets import Dataset
-
-    asked = [row for row in rows if row["task"] == "trivia_qa"]
+    asked = [row for row in rows if row["task"] == OF]
     answers = [re.sub(r"^(a|an|the) +", "", row["completion"].strip(), flags=re.IGNORECASE) for row in asked]
-    results = [swap_row(row, answers[i], answers[i + 1 :] + answers[:i]) for i, row in enumerate(asked)]
-    counts = dict(Counter("swapped" if isinstance(row, dict) else row for row in results))
-    say(f"trivia_qa, answers in the context: {', '.join(f'{n} {what}' for what, n in counts.items())}")
-    if "swapped" not in counts:
-        fail("no answer can be swapped: run build_dataset.py with trivia_qa, a context and more test rows")
-    swapped = Dataset.from_list([row for row in results if isinstance(row, dict)])
-    swapped._fingerprint = rows._fingerprint  # the rows that they were made from
-    return swapped, counts
+    results = []
+    for i, row in enumerate(asked):
+        results.append(swap_row(row, template, answers[i], answers[i + 1 :] + answers[:i]))
+    swapped = [result for result in results if isinstance(result, dict)]
+    return swapped, dict(Counter("swapped" if isinstance(result, dict) else result for result in results))
 
 
 def kind_of(answer):
@@ -38,22 +37,24 @@ def kind_of(answer):
     return year, number, answer[:1].islower(), min(3, len(answer.split()))
 
 
-def swap_row(row, own, others):
-    """The row with the first of `others` that fits in the place of `own`, or why there is none (a string)."""
-    start, mark, rest = row["prompt"].partition("Context:\n")
-    context, end, question = rest.rpartition("\n\nQuestion: ")
+def swap_row(row, template, answer, others):
+    """The row with the first of `others` that fits in the place of `answer`, or why there is none (a string)."""
+    fields = fields_of(template, row["prompt"])
+    context, question = fields.get("context", ""), fields.get("question", "")
     names = sorted(filter(None, map(words_of, row["references"])), key=len, reverse=True)  # the longest first
     if not holds(context, names):
         return "not there"
     if holds(question, names):
         return "also in the question"
-    kind = kind_of(own)
-    for other in (one for one in others if kind_of(one) == kind):
+    for other in others:
         words = words_of(other)
-        if words and not holds(other, names) and not any(holds(text, [words]) for text in (rest, *names)):
-            text = replace(context, names, other)
-            known = {"prompt": start + mark + text + end + question, "completion": f" {other}", "swapped": other}
-            return "in another form" if holds(text, names) else row | known
+        if kind_of(other) != kind_of(answer) or not words or holds(other, names):
+            continue
+        if not any(holds(text, [words]) for text in (context, question, *names)):
+            new_context = replace(context, names, other)
+            prompt = template.format(context=new_context, question=question)
+            changes = {"prompt": prompt, "completion": f" {other}", "swapped": other}
+            return "in another form" if holds(new_context, names) else row | changes
     return "without another of their kind"
 
 
@@ -69,21 +70,11 @@ def replace(text, names, other):
     return text
 
 
-def score(rows, args):
-    """{system: {share: % of its answers}}, with tests: they hold the swapped answer, a true one, neither or both."""
-    from pipeline.scoring.metrics import best, contains_score
-
-    def shares(sums, examples):
-        return dict(zip(SHARES, np.moveaxis(sums, -1, 0) / examples, strict=True))
-
-    tables = {}
-    for name, system in rows.systems.items():
-        new = np.array(best(contains_score, system.predictions, [[answer] for answer in rows.swapped]))
-        true = np.array(best(contains_score, system.predictions, rows.references))
-        tables[name] = np.column_stack([new * (true == 0), true * (new == 0), 100 * (new == true)])
-    result, columns = significance.measure(shares, tables, args), {"follows_context": 0, "from_memory": 1}
-    tests = significance.compare(shares, tables, columns, result.pop("differences"), args)
-    files = {name: system.file for name, system in rows.systems.items()}
-    too_long = {name: system.too_long for name, system in rows.systems.items() if system.too_long}
-    result |= {"files": files, "comparisons": tests, "too_long": too_long, "perplexity": {}}
-    return result.pop("scores") | result
+def score(prediction, references, swapped):
+    """{score: 0 or 100} of one answer: it has the swapped answer, a true one, neither or both."""
+    read, remembered = holds(prediction, [swapped]), holds(prediction, references)
+    return {
+        "follows_context": 100.0 * (read and not remembered),
+        "from_memory": 100.0 * (remembered and not read),
+        "neither_or_both": 100.0 * (read == remembered),
+    }

@@ -27,6 +27,7 @@ EXAMPLE = {  # the card's
 }
 MAX_NEW_TOKENS = 24  # an answer is a few words
 SCORES = ("exact_match", "f1", "contains", "bleu_effective_order", "rouge1", "rouge2", "rougeL", "rougeLsum")
+SCORES += ("perplexity",)
 MAIN_SCORES = ("f1", "exact_match", "perplexity")  # the page plots and sorts by the first
 JUDGE_SEES = "question"  # what of the prompt the judge gets
 JUDGED_WITH = ("exact_match", "f1", "contains")  # scores shown with the judge's

@@ -20,6 +20,8 @@ import pytest
 
 import evaluations
 from pipeline.scoring import metrics, significance
+from pipeline.texts import holds
+from tasks import samsum, trivia_qa
 
 SCRIPT = Path(evaluations.__file__).resolve()
 
@@ -165,14 +167,15 @@ def test_exact_match_and_f1_follow_the_official_rules(prediction, reference, exa
 
 @pytest.mark.parametrize(("prediction", "reference", "contained"), CONTAINS)
 def test_contains_looks_for_whole_words_in_a_row(prediction, reference, contained):
-    assert metrics.contains_score(prediction, reference) is contained
+    assert holds(prediction, [reference]) is contained
 
 
 def test_the_best_alias_counts_and_every_question_is_in_the_denominator():
     answers = (["Rome", "", "red dog", " "], [["x", "rome"], ["y"], ["cat", "dog"], ["The"]])
     assert metrics.best(metrics.exact_match_score, *answers) == [100, 0, 0, 0]  # a blank answer is wrong
     assert metrics.best(metrics.f1_score, *answers) == pytest.approx([100, 0, 200 / 3, 0])
-    assert metrics.best(metrics.contains_score, *answers) == [100, 0, 100, 0]
+    contained = metrics.table_of(trivia_qa, answers[1], answers[0])[:, metrics.means(trivia_qa)["contains"]]
+    assert contained.tolist() == [100, 0, 100, 0]
 
 
 def test_length_ratio_is_of_words_and_to_the_nearest_reference():
@@ -227,10 +230,10 @@ def test_bleu_equals_sacrebleu_with_any_number_of_references(effective_order):
 
     streams = [[gold[0] for gold in GOLD], [None, GOLD[1][1], GOLD[2][1]]]
     expected = sacrebleu.metrics.BLEU(effective_order=effective_order).corpus_score(SUMMARIES, streams).score
-    score, counts, signature = metrics.bleu(SUMMARIES, GOLD, effective_order)
-    assert score == expected > 1
-    assert metrics.bleu_of(counts.sum(0), effective_order) == pytest.approx(expected, rel=1e-12)
-    assert f"eff:{'yes' if effective_order else 'no'}" in signature
+    counts = metrics.bleu_counts(SUMMARIES, GOLD)
+    assert metrics.bleu_of(counts.sum(0), effective_order) == pytest.approx(expected, rel=1e-12) and expected > 1
+    [signature] = metrics.signatures(trivia_qa if effective_order else samsum, GOLD).values()
+    assert f"eff:{'yes' if effective_order else 'no'}" in signature and "nrefs:var" in signature
 
 
 @pytest.mark.parametrize("effective_order", [False, True])
@@ -238,7 +241,7 @@ def test_bleu_of_any_resample_equals_sacrebleu_on_those_rows(effective_order):
     import sacrebleu
 
     predictions, references = aliases(2, 60)
-    counts = metrics.bleu(predictions, references, effective_order)[1]
+    counts = metrics.bleu_counts(predictions, references)
     rng, seen = np.random.default_rng(0), set()
     for size in (1, 1, 1, 2, 3, 5, 60) * 12:  # small ones meet every edge: no match, no 4-gram, shorter, longer
         drawn = rng.integers(60, size=size)
@@ -253,14 +256,14 @@ def test_bleu_of_any_resample_equals_sacrebleu_on_those_rows(effective_order):
 
 def test_bleu_of_a_right_one_word_answer_is_100_with_effective_order_and_0_without():
     for effective_order, expected in ((True, 100), (False, 0)):
-        score, counts, _ = metrics.bleu(["Paris"], [["Paris"]], effective_order)
-        assert score == pytest.approx(expected) == metrics.bleu_of(counts[0], effective_order)
+        counts = metrics.bleu_counts(["Paris"], [["Paris"]])
+        assert metrics.bleu_of(counts[0], effective_order) == pytest.approx(expected)
 
 
 def test_bleu_refuses_predictions_and_references_of_other_lengths():
     for predictions, references in ((["a", "b"], [["a"]]), (["a"], [["a"], ["b"]])):
         with pytest.raises(ValueError, match="length"):
-            metrics.bleu(predictions, references, effective_order=False)
+            metrics.bleu_counts(predictions, references)
 
 
 def test_a_hand_made_file_is_scored_and_nothing_else_is_left_in_the_cwd(tmp_path):
@@ -324,20 +327,20 @@ MALFORMED = {
     "lines of words": ('"a"\n"b"\n', "not valid JSON"),
     "a third task": (
         "".join(json.dumps({"task": task, "references": ["a"], "prediction": "a"}) + "\n" for task in ("samsum", "x")),
-        "its rows of task x: task: Input should be 'samsum' or 'trivia_qa'",
+        "its rows of task x: task: Input should be 'samsum', 'trivia_qa' or 'own'",
     ),
     "rows of no task beside others": (
         '{"references": ["a"], "prediction": "a"}\n{"references": ["a"], "prediction": "a", "task": "samsum"}',
-        "its rows of task none: task: Input should be 'samsum' or 'trivia_qa'",
+        "its rows of task none: task: Input should be 'samsum', 'trivia_qa' or 'own'",
     ),
     "a broken row of one task": (
         '{"references": ["a"], "prediction": "a", "task": "trivia_qa"}\n{"references": ["a"], "task": "samsum"}',
         "its rows of task samsum: examples.0.prediction: Field required",
     ),
     "a list of words": ('["a", "b"]', "not valid JSON"),
-    "no task": ({"task": None}, "task: Input should be 'samsum' or 'trivia_qa'"),
-    "unknown task": ({"task": "squad"}, "task: Input should be 'samsum' or 'trivia_qa'"),
-    "task is a list": ({"task": ["samsum"]}, "task: Input should be 'samsum' or 'trivia_qa'"),
+    "no task": ({"task": None}, "task: Input should be 'samsum', 'trivia_qa' or 'own'"),
+    "unknown task": ({"task": "squad"}, "task: Input should be 'samsum', 'trivia_qa' or 'own'"),
+    "task is a list": ({"task": ["samsum"]}, "task: Input should be 'samsum', 'trivia_qa' or 'own'"),
     "no examples": ({"examples": []}, "examples: List should have at least 1 item"),
     "examples is no list": ({"examples": {}}, "examples: Input should be a valid list"),
     "first example is no object": ({"examples": [3]}, "examples.0: "),
@@ -416,9 +419,9 @@ def test_predictions_are_read_in_the_forms_that_other_tools_leave(tmp_path, form
     path.write_bytes(forms()[form])
     rows = evaluations.read_all(evaluations.parse_args(["--predictions", f"x={path}"]))["trivia_qa"]
     if form == "a single line":
-        assert rows.ids == ["7"] and rows.systems["x"].predictions == ["Paris"]
+        assert rows.column("id") == ["7"] and rows.systems["x"].predictions == ["Paris"]
         return
-    assert rows.ids == ["7", "8"] and rows.references == [["Paris"], ["Madrid\u2028"]]
+    assert rows.column("id") == ["7", "8"] and rows.column("references") == [["Paris"], ["Madrid\u2028"]]
     assert rows.systems["x"].predictions == ["Paris", "Lisbon"]
 
 
@@ -435,7 +438,10 @@ def test_rows_of_both_tasks_in_one_file_are_scored_each_as_its_own(tmp_path):
     for content in (lines, "\ufeff" + lines, json.dumps(named)):
         (tmp_path / "rows").write_text(content, encoding="utf-8", newline="")
         tasks = evaluations.read_all(evaluations.parse_args(["--predictions", f"x={tmp_path / 'rows'}"]))
-        assert {task: rows.ids for task, rows in tasks.items()} == {"samsum": ["2", "4"], "trivia_qa": ["1", "3", "5"]}
+        assert {task: rows.column("id") for task, rows in tasks.items()} == {
+            "samsum": ["2", "4"],
+            "trivia_qa": ["1", "3", "5"],
+        }
     done = run(tmp_path, "--predictions", tmp_path / "rows", "--output-dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     report = result(tmp_path / "out" / "evaluation.json")
@@ -443,6 +449,40 @@ def test_rows_of_both_tasks_in_one_file_are_scored_each_as_its_own(tmp_path):
     assert report["samsum"]["tuned"]["exact_match"] == 100
     upper = prediction_file(tmp_path / "upper.json", "TRIVIA_QA")
     assert list(evaluations.read_all(evaluations.parse_args(["--predictions", str(upper)]))) == ["trivia_qa"]
+
+
+def test_rows_without_a_task_are_recognised_by_the_end_of_the_prompts_that_the_data_set_was_built_with(tmp_path):
+    row = {"prompt": "To sum up, Ann: Hi. In short: ", "references": ["Ann greets."], "prediction": "Ann greets."}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    files = ["--predictions", tmp_path / "rows.json", "--output-dir", tmp_path]
+    assert_one_sentence(run(tmp_path, *files), "task: Input should be")
+    (tmp_path / "dataset").mkdir()
+    built = {"own": {"prompt": "To sum up, {text} In short:", "one_line": False}}
+    (tmp_path / "dataset" / "tasks.json").write_text(json.dumps(built))
+    assert run(tmp_path, *files).returncode == 0
+    assert result(tmp_path / "evaluation.json")["own"]["tuned"]["exact_match"] == 100
+
+
+def test_rows_of_the_users_own_are_scored_and_shown_as_any_others(tmp_path):
+    rows = [
+        {"id": "own:1", "references": ["the red dog"], "prediction": "a red dog", "base_prediction": "cats"},
+        {"id": "own:2", "references": ["ann calls bob"], "prediction": "ann calls", "base_prediction": "bob"},
+    ]
+    figures = {"tuned": {"perplexity": 2.0}, "base": {"perplexity": 4.0}}
+    path = tmp_path / "outputs/own_predictions.json"
+    prediction_file(path, "own", examples=rows, perplexity=figures)
+    done = run(tmp_path, "--resamples", "50")
+    assert done.returncode == 0, done.stderr
+    part = result(tmp_path / "outputs/evaluation.json")["own"]
+    tuned, base = part["tuned"], part["base"]
+    assert tuned["exact_match"] == 50 and base["exact_match"] == 0
+    assert tuned["f1"] == pytest.approx(100 * (1 + 0.8) / 2)  # precision 1, recall 2/3
+    assert base["f1"] == pytest.approx(100 * (0 + 0.5) / 2)  # precision 1, recall 1/3
+    assert tuned["rougeL"] == pytest.approx(100 * (2 / 3 + 0.8) / 2)  # articles count
+    assert tuned["length_ratio"] == pytest.approx(100 * (1 + 2 / 3) / 2) and "bleu" in tuned
+    assert part["perplexity"] == figures and "own (2 examples)" in done.stdout
+    html = (tmp_path / "outputs/evaluation.html").read_text()
+    assert "own, ROUGE-L: base → tuned" in html and "Difference in ROUGE-L to base" in html and "a red dog" in html
 
 
 def test_a_file_of_our_own_is_told_to_be_made_again(tmp_path):
@@ -571,8 +611,8 @@ def test_any_number_of_systems_is_compared_with_the_first_row_by_row_whatever_th
 # --- intervals and tests
 
 ARGS = evaluations.parse_args(["--resamples", "1000"])
-SCORES = functools.partial(metrics.corpus_scores, "trivia_qa")
-COLUMNS = len(metrics.MEANS["trivia_qa"]) + 12
+SCORES = functools.partial(metrics.corpus_scores, trivia_qa)
+COLUMNS = len(metrics.means(trivia_qa)) + 12
 
 
 def synthetic(rng, examples, effect):
@@ -741,13 +781,13 @@ def test_bleu_is_tested_as_sacrebleus_paired_test_does():
     streams = [[refs[0] for refs in gold]]
     paired = PairedTest([("a", first), ("b", other)], {"BLEU": BLEU(references=streams)}, None, n_samples=10_000)
     theirs = paired()[1]["BLEU"][1].p_value
-    tables = [metrics.table_of("samsum", metrics.score("samsum", gold, texts), None) for texts in (first, other)]
-    by_sums = functools.partial(metrics.corpus_scores, "samsum")
+    tables = [metrics.table_of(samsum, gold, texts) for texts in (first, other)]
+    by_sums = functools.partial(metrics.corpus_scores, samsum)
     ours = significance.randomisation(by_sums, *tables, 10_000, 0)
     assert 0.02 < theirs < 0.98 and ours["bleu"] == pytest.approx(theirs, abs=0.02)
-    assert set(ours) == set(metrics.SCORES["samsum"])
-    one = metrics.table_of("samsum", metrics.score("samsum", gold, [first[0], *right[1:]]), None)
-    same = metrics.table_of("samsum", metrics.score("samsum", gold, right), None)
+    assert set(ours) == set(samsum.SCORES) - {"perplexity"}
+    one = metrics.table_of(samsum, gold, [first[0], *right[1:]])
+    same = metrics.table_of(samsum, gold, right)
     assert significance.randomisation(by_sums, one, same, 1000, 0)["bleu"] == 1  # PairedTest alone says 0.001
 
 
@@ -792,7 +832,7 @@ def test_every_score_has_its_interval_and_all_tests_are_one_family(tmp_path):
     report, tests = result(tmp_path / "evaluation.json"), []
     for task in ("samsum", "trivia_qa"):
         part = report[task]
-        names = {*metrics.SCORES[task], "perplexity"}
+        names = set(evaluations.TASKS[task].SCORES)
         for system in ("base", "tuned"):
             scores = part[system] | {"perplexity": part["perplexity"][system]["perplexity"]}
             assert set(part["intervals"][system]) == names
@@ -859,7 +899,7 @@ def test_a_group_has_the_scores_of_its_rows_alone(tmp_path):
     group = groups["answer_in_context"]["in the context"]
     alone = result(path.parent / "evaluation.json")["trivia_qa"]
     for system in ("base", "tuned"):
-        expected = {name: alone[system][name] for name in metrics.SCORES["trivia_qa"]}
+        expected = {name: alone[system][name] for name in trivia_qa.SCORES if name != "perplexity"}
         expected["perplexity"] = alone["perplexity"][system]["perplexity"]
         assert group["scores"][system] == pytest.approx(expected)
     assert group["examples"] == len(inside)

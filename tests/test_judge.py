@@ -15,6 +15,7 @@ from conftest import FIXTURES, TRANSFORMERS, start
 import evaluations
 from pipeline import server as asking
 from pipeline.scoring import judge as judging
+from tasks import TASKS
 
 KEY = "sk-test-0123456789-secret"
 GOOD = '{"reason": "because", "score": 3}'
@@ -144,8 +145,8 @@ def judge(tmp_path, monkeypatch, capsys):
 
 def write(folder, pairs, task="trivia_qa"):
     """A prediction file of (base, tuned) pairs, all of them asked for the reference `right`."""
-    prompt = {"trivia_qa": "Context:\nsecret context\n\nQuestion: who {i}?\nAnswer:",
-              "samsum": "Dialogue:\nAnn: hi {i}\n\nSummary:"}[task]  # fmt: skip
+    fields = {"context": "secret context", "question": "who {i}?", "dialogue": "Ann: hi {i}", "prompt": "Who {i}?"}
+    prompt = TASKS[task].PROMPT.format(**fields)
     examples = [{"id": f"{task}:{i}", "prompt": prompt.format(i=i), "references": ["right"], "prediction": tuned,
                  "base_prediction": base} for i, (base, tuned) in enumerate(pairs)]  # fmt: skip
     path = folder / f"{task}_predictions.json"
@@ -415,6 +416,41 @@ def test_what_a_judge_needs_is_asked_for_in_one_sentence(tmp_path, monkeypatch, 
     assert stop.value.code == 2 and sentence in err
     assert KEY not in out + err and "sk-" not in out + err
     assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_of_rows_of_the_users_own_the_judge_sees_the_whole_prompt_and_a_general_rubric(serve, judge, tmp_path):
+    write(tmp_path, [("wrong", "right so")], "own")
+    server = serve(points)
+    code, output, report = judge(server.url)
+    assert code == 0, output
+    for entry in server.seen:
+        assert entry["data"] | {"candidate": ""} == {"prompt": "Who 0?", "references": ["right"], "candidate": ""}
+        assert entry["body"]["messages"][0]["content"].startswith("You judge an answer to a prompt.")
+    assert list(report["own"]["judge"]["scores"]["tuned"]) == ["judge", "exact_match", "f1", "rougeL"]
+    assert report["own"]["judge"]["scores"]["tuned"]["judge"] == 75
+    page = (tmp_path / "evaluation.html").read_text()
+    assert "agrees with exact match" in page and "agrees with contains" not in page
+
+
+def test_the_judge_reads_a_prompt_by_the_template_that_it_was_built_with(serve, judge, tmp_path):
+    write(tmp_path, [("wrong", "right")], "samsum")
+    (tmp_path / "dataset").mkdir()
+    built = {"samsum": {"prompt": "Dialogue:\nAnn: {dialogue}\n\nSummary:", "one_line": False}}
+    (tmp_path / "dataset" / "tasks.json").write_text(json.dumps(built))
+    server = serve(points)
+    assert judge(server.url)[0] == 0
+    assert {entry["data"]["dialogue"] for entry in server.seen} == {"hi 0"}
+
+
+def test_swapped_questions_are_shown_without_a_judge(serve, judge, tmp_path):
+    write(tmp_path, [("wrong", "right")])
+    content = json.loads((tmp_path / "trivia_qa_predictions.json").read_text())
+    content["examples"][0]["swapped"] = "left"
+    (tmp_path / "trivia_qa_predictions_swapped.json").write_text(json.dumps(content))
+    server = serve(points)
+    code, output, report = judge(server.url)
+    assert code == 0 and len(server.seen) == 2, output
+    assert "judge" in report["trivia_qa"] and "judge" not in report["swapped"]
 
 
 def test_predictions_without_prompts_cannot_be_judged(judge, tmp_path):

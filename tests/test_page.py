@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, run
 
 from pipeline.scoring import page
+from tasks import trivia_qa
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
@@ -300,7 +301,7 @@ def test_a_gain_stands_to_the_right_of_zero_in_the_figure(monkeypatch):
     monkeypatch.setattr(page, "draw", lambda caption, xlabel, ylabel, lines, first: lines)
     scores = {"base": {"f1": [0, 0, 50, 100]}, "tuned": {"f1": [100, 50, 50, 100]}}
     result = {"intervals": dict.fromkeys(scores), "examples": 4, "per_example": scores}
-    (lines,) = page.draw_task("trivia_qa", result)
+    (lines,) = page.draw_task(trivia_qa, result)
     edges, shares, _ = lines["tuned"]
     shares = {edge + 5: share for edge, share in zip(edges, shares[:-1], strict=False) if share}
     assert shares == {0: 50, 50: 25, 100: 25}

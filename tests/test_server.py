@@ -21,6 +21,7 @@ import evaluations
 import test_llama as tester
 from pipeline import server as asking
 from pipeline.testing import served
+from tasks import trivia_qa
 
 KEY = "sk-test-0123456789-secret"
 TASKS = ("samsum", "trivia_qa")
@@ -767,7 +768,7 @@ def test_the_last_line_is_the_command_that_counts_equal_predictions(fake, ask, t
 def test_swapped_questions_are_asked_into_a_file_of_their_own_and_compared_with_the_local_one(fake, ask, tmp_path):
     rows = []
     for number, answer in enumerate(("Paris", "Rome")):
-        prompt = f"Context:\nBob is in {answer}.\n\nQuestion: Where?\nAnswer:"
+        prompt = trivia_qa.PROMPT.format(context=f"Bob is in {answer}.", question="Where?")
         row = {"id": f"trivia_qa:{number}", "task": "trivia_qa", "prompt": prompt, "completion": f" {answer}"}
         rows.append(row | {"references": [answer]})
     (tmp_path / "dataset").unlink()

@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 from conftest import assert_refused, run, snapshot
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_from_disk
 from test_testing import test
 
 from tasks import swapped as swap
+from tasks import trivia_qa
 
 PROMPT = "Answer the question from the context.\n\nContext:\n{}\n\nQuestion: {}\nAnswer:"
 
@@ -29,7 +30,7 @@ def other(*answers):
 
 def swapped(*rows):
     """({id: row}, counts) of the rows once swapped."""
-    result, counts = swap.swap_answers(Dataset.from_list(list(rows)))
+    result, counts = swap.swap_answers(rows, trivia_qa.PROMPT)
     return {one["id"].removeprefix("trivia_qa:"): one for one in result}, counts
 
 
@@ -168,6 +169,12 @@ def test_a_planted_reader_and_a_planted_memory_are_told_apart_and_the_plain_scor
     page = (tmp_path / "evaluation.html").read_text()
     for words in ("Read or remembered?", "Follows context", "87.50", "From memory"):
         assert words in page
+    assert "so many give the one that is now there" in page and "Read or remembered?" in page.split("<script")[0]
+    examples = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert [part["task"] for part in examples] == ["trivia_qa", "swapped"]
+    assert examples[1]["main"] == "follows_context" and examples[1]["texts"]["swapped"][7] == "Other 7"
+    assert examples[1]["scores"]["tuned"]["from_memory"][34:38] == [0, 100, 100, 0]
+    assert found["equal_predictions"] == [["base", "tuned", 0]] and "so many give" in result.stdout
     assert "too long" not in result.stdout
     path = tmp_path / "trivia_qa_predictions_swapped.json"
     content = json.loads(path.read_text())
@@ -190,6 +197,19 @@ def test_swapped_files_of_any_systems_are_compared_and_of_other_swaps_or_runs_re
     assert_refused(evaluate(tmp_path, "--predictions", *systems), "other answers were swapped in", str(swaps[0]))
     planted(tmp_path, {"prediction": memory}, "_swapped", adapter="c" * 16)
     assert_refused(evaluate(tmp_path), "_swapped.json", "cccc", "test_llama.py --swap-answers --overwrite")
+
+
+def test_a_swapped_question_is_never_shown_with_the_context_of_the_plain_one(dataset, tmp_path):
+    shutil.copytree(dataset / "dataset", tmp_path / "dataset")
+    rows = [row for row in load_from_disk(str(dataset / "dataset"))["test"] if row["task"] == "trivia_qa"]
+    for name, more in (("", {}), ("_swapped", {"swapped": "Other"})):
+        examples = [{"id": row["id"], "references": row["references"], "prediction": "x"} | more for row in rows]
+        path = tmp_path / f"trivia_qa_predictions{name}.json"
+        path.write_text(json.dumps({"task": "trivia_qa", "examples": examples}))
+    assert evaluate(tmp_path).returncode == 0
+    page = (tmp_path / "evaluation.html").read_text()
+    plain, other = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert plain["texts"]["prompts"] == [row["prompt"] for row in rows] and other["texts"]["prompts"] is None
 
 
 @pytest.fixture

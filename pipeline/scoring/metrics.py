@@ -16,7 +16,7 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score import rouge_scorer, tokenize
 from sacrebleu.metrics import BLEU
 
-from pipeline.texts import normalize_answer, words_of
+from pipeline.texts import holds, normalize_answer
 
 # evaluate's evaluators would import transformers, and torch with it; it allows for their absence.
 hidden = sys.modules.setdefault("transformers", None)
@@ -26,63 +26,62 @@ if hidden is None:
     del sys.modules["transformers"]
 
 ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-SCORES = {  # what each task reports, in the order of the table
-    "samsum": (*ROUGES, "bleu", "exact_match", "length_ratio"),
-    "trivia_qa": ("exact_match", "f1", "contains", "bleu_effective_order", *ROUGES),
-}
-BLEU_NAME = {"samsum": "bleu", "trivia_qa": "bleu_effective_order"}  # the one score that is no mean over examples
-MEANS = {task: [name for name in names if name != BLEU_NAME[task]] for task, names in SCORES.items()}
+EFFECTIVE_ORDER = {"bleu": False, "bleu_effective_order": True}  # orders longer than the answers are ignored
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")  # nltk's punkt would be a download
-words_of = cache(words_of)  # a prediction is compared with every alias
 
 
 class Scores(evaluate.Metric):
-    """Every score of every example as a list, and BLEU of all: `bleu`, its `bleu_signature`, its `bleu_counts`.
-
-    config_name: the task; trivia_qa's BLEU is of effective order, since most answers have fewer than four words.
-    """
+    """Every score of every example as a list, and its counts for BLEU."""
 
     def _info(self):
         features = Features({"predictions": Value("string"), "references": Sequence(Value("string"))})
         return evaluate.MetricInfo(description=__doc__, citation="", features=features)
 
     def _compute(self, predictions, references):
-        score, counts, signature = bleu(predictions, references, effective_order=self.config_name == "trivia_qa")
         return {
             **rouge(predictions, references),
             "exact_match": best(exact_match_score, predictions, references),
             "f1": best(f1_score, predictions, references),
-            "contains": best(contains_score, predictions, references),
+            "contains": [100.0 * holds(*example) for example in zip(predictions, references, strict=True)],
             "length_ratio": length_ratio(predictions, references),
-            "bleu": score,
-            "bleu_counts": counts,
-            "bleu_signature": signature,
+            "bleu_counts": bleu_counts(predictions, references),
         }
 
 
-def score(task, references, predictions):
-    """{metric: a list, a score per example}, with BLEU, its counts and its signature, by `Scores`."""
-    # evaluate makes a cache folder even when nothing goes into it: not in the user's home, not in the cwd
-    with tempfile.TemporaryDirectory() as cache_dir:
-        metric = Scores(config_name=task, keep_in_memory=True, seed=0, cache_dir=cache_dir)
-        return metric.compute(predictions=predictions, references=references)
+def means(task):
+    """{score: its column in the task's table} of the scores that are means over examples."""
+    names = [name for name in task.SCORES if name not in (*EFFECTIVE_ORDER, "perplexity")]
+    return {name: column for column, name in enumerate(names)}
 
 
-def table_of(task, scores, losses):
-    """(examples, columns): a score per metric of MEANS, BLEU's 10 counts, nll, tokens: sums make a corpus."""
-    losses = losses or np.zeros((len(scores["bleu_counts"]), 2))
-    return np.column_stack([*(scores[name] for name in MEANS[task]), scores["bleu_counts"], losses])
+def table_of(task, references, predictions, swapped=None, losses=None):
+    """(examples, columns): each score of `means`, BLEU's 10 counts, nll, tokens: sums make a corpus."""
+    rows = len(predictions)
+    if hasattr(task, "score"):
+        examples = [task.score(*example) for example in zip(predictions, references, swapped, strict=True)]
+        scores = {name: [example[name] for example in examples] for name in task.SCORES}
+    else:
+        # evaluate makes a cache folder even when nothing goes into it: not in the user's home, not in the cwd
+        with tempfile.TemporaryDirectory() as cache_dir:
+            metric = Scores(keep_in_memory=True, seed=0, cache_dir=cache_dir)
+            scores = metric.compute(predictions=predictions, references=references)
+    columns = [scores[name] for name in means(task)]
+    columns.append(scores.get("bleu_counts", np.zeros((rows, 10))))
+    columns.append(losses or np.zeros((rows, 2)))
+    return np.column_stack(columns)
 
 
 def corpus_scores(task, sums, examples):
-    """{metric: (...)} of the sums (..., columns) of a table's rows; perplexity: exp(summed nll / summed tokens)."""
-    names = MEANS[task]
-    found = {name: sums[..., i] / examples for i, name in enumerate(names)}
-    counts, nll, tokens = sums[..., len(names) : -2], sums[..., -2], sums[..., -1]
-    found[BLEU_NAME[task]] = bleu_of(counts, effective_order=task == "trivia_qa")
-    scores = {name: found[name] for name in SCORES[task]}
-    if np.all(tokens > 0):
-        scores["perplexity"] = np.exp(np.minimum(nll / tokens, 700))  # 700: the largest that a float holds
+    """{score: (...)} of the sums (..., columns) of a table's rows; perplexity: exp(summed nll / summed tokens)."""
+    columns, scores = means(task), {}
+    counts, nll, tokens = sums[..., -12:-2], sums[..., -2], sums[..., -1]
+    for name in task.SCORES:
+        if name in columns:
+            scores[name] = sums[..., columns[name]] / examples
+        elif name in EFFECTIVE_ORDER:
+            scores[name] = bleu_of(counts, EFFECTIVE_ORDER[name])
+        elif np.all(tokens > 0):
+            scores[name] = np.exp(np.minimum(nll / tokens, 700))  # 700: the largest that a float holds
     return scores
 
 
@@ -100,12 +99,6 @@ def f1_score(prediction, reference):
     same = sum((Counter(predicted) & Counter(expected)).values())
     precision, recall = same / len(predicted), same / len(expected)
     return 2 * precision * recall / (precision + recall)
-
-
-def contains_score(prediction, reference):
-    """Whether the words of the reference stand in the prediction, whole and in a row (bool), as in holds."""
-    words = words_of(reference)
-    return bool(words) and f" {words} " in f" {words_of(prediction)} "
 
 
 def best(score, predictions, references):
@@ -154,25 +147,37 @@ def rouge_note(references):
     return "" if count.startswith("0 ") else note
 
 
-def bleu(predictions, references, effective_order):
-    """Corpus BLEU (0 to 100), its counts (examples, 10), and sacrebleu's signature.
-
-    effective_order: ignore n-gram orders longer than the answers; without it one right word scores 0.
-    counts: words of the prediction and of the nearest reference, matched and all 1- to 4-grams.
-    """
+def bleu(references, **options):
+    """sacrebleu's BLEU with these references, lists of any length."""
     width = max(map(len, references))
     streams = [[refs[i] if i < len(refs) else None for refs in references] for i in range(width)]
-    metric = BLEU(effective_order=effective_order, references=streams)
+    return BLEU(references=streams, **options)
+
+
+def signatures(task, references):
+    """{"bleu_signature": sacrebleu's signature} of the BLEU among a task's scores."""
+    blanks = [[""] * length for length in {len(refs) for refs in references}]  # it tells how many, not which
+    return {
+        f"{name}_signature": str(bleu(blanks, effective_order=order).get_signature())
+        for name, order in EFFECTIVE_ORDER.items()
+        if name in task.SCORES
+    }
+
+
+def bleu_counts(predictions, references):
+    """(examples, 10): words of the prediction and of the nearest reference, matched and all 1- to 4-grams."""
     # Private, but what sacrebleu's own paired test resamples; its public functions give sums over examples only.
-    counts = metric._extract_corpus_statistics(predictions, None)
+    counts = bleu(references)._extract_corpus_statistics(predictions, None)
     if not len(counts) == len(predictions) == len(references):  # sacrebleu would cut silently
         raise ValueError("predictions and references differ in length")
-    score = metric.corpus_score(predictions, None).score
-    return score, np.array(counts, dtype=np.float64), str(metric.get_signature())
+    return np.array(counts, dtype=np.float64)
 
 
 def bleu_of(counts, effective_order):
-    """sacrebleu's compute_bleu, smoothed by `exp`, of counts summed over examples: (..., 10) to (...), 0 to 100."""
+    """sacrebleu's compute_bleu, smoothed by `exp`, of counts summed over examples: (..., 10) to (...), 0 to 100.
+
+    effective_order: ignore n-gram orders longer than the answers; without it one right word scores 0.
+    """
     length, expected = counts[..., 0], counts[..., 1]
     matched, total = counts[..., 2:6], counts[..., 6:]
     exists = np.logical_and.accumulate(total > 0, axis=-1)

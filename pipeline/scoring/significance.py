@@ -9,6 +9,7 @@ import numpy as np
 
 LOWER_IS_BETTER = ("perplexity", "from_memory")
 NO_TEST = ("length_ratio", "neither_or_both")  # neither high nor low is good
+YES_OR_NO = ("exact_match", "contains")  # 0 or 100: what a judge can agree with
 ENDS = (2.5, 97.5)  # percentiles, of every 95 % interval
 ERRORS = 1.96 + 0.84  # standard errors: beyond the first a test at 5 % finds a difference; 80 % lie above -0.84
 LEVEL = 0.05  # a test is significant below it, after Holm
@@ -49,20 +50,24 @@ def by_chance(parts, seed):
     """The sum of the parts' means over seeds: as seen, then as it could have been with other rows and other seeds.
 
     parts: arrays (seeds, 1 + resamples), a score as seen and in a bootstrap of the rows. A bootstrap of a few seeds
-    is far too narrow: their mean is t-distributed. That holds what rows move in one seed alone, so the bootstrap keeps
-    what they move in all seeds together (random effects of rows and of seeds).
+    is far too narrow: their mean is t-distributed. That covers what rows change in one seed alone, so the bootstrap
+    keeps what they change in all seeds together (random effects of rows and of seeds):
+    mean + deviations * sqrt(1 - variance within one seed / variance of deviations) + t * sqrt(variance between seeds).
     """
-    total, several = sum(part.mean(0) for part in parts), [part for part in parts if len(part) > 1]
-    if not several:
-        return total
-    rng, moved = np.random.default_rng(seed), total[1:] - total[0]
-    alone = sum((part - part[:, :1]).var(0, ddof=1).mean() / len(part) for part in several)
-    moved *= np.sqrt(max(0.0, 1 - alone / (moved.var() or 1)))
-    variances, freedom = np.array([(part[:, 0].var(ddof=1) / len(part), len(part) - 1) for part in several]).T
-    if variances.any():  # Welch's degrees of freedom
-        t = rng.standard_t(variances.sum() ** 2 / (variances**2 / freedom).sum(), len(moved))
-        moved += t * np.sqrt(variances.sum())
-    return np.append(total[0], total[0] + moved)
+    mean_over_seeds = sum(part.mean(0) for part in parts)
+    with_seeds = [part for part in parts if len(part) > 1]
+    if not with_seeds:
+        return mean_over_seeds
+    mean, deviations = mean_over_seeds[0], mean_over_seeds[1:] - mean_over_seeds[0]
+    within_one_seed = sum((part - part[:, :1]).var(0, ddof=1).mean() / len(part) for part in with_seeds)
+    deviations *= np.sqrt(max(0.0, 1 - within_one_seed / (deviations.var() or 1)))
+    between_seeds = np.array([part[:, 0].var(ddof=1) / len(part) for part in with_seeds])
+    if between_seeds.any():
+        freedom = np.array([len(part) - 1 for part in with_seeds])
+        welch = between_seeds.sum() ** 2 / (between_seeds**2 / freedom).sum()  # degrees of freedom
+        t = np.random.default_rng(seed).standard_t(welch, len(deviations))
+        deviations += t * np.sqrt(between_seeds.sum())
+    return np.append(mean, mean + deviations)
 
 
 def difference(first, other, rows, seed):
@@ -101,13 +106,12 @@ def measure(scores_of_sums, tables, args):
     result = {"examples": len(whole), "scores": {}, "intervals": {}, "seeds": {}, "differences": {}}
     first, values = next(iter(systems)), {}
     for system, seeds in systems.items():
-        one, *others = seeds.values()
-        names = [metric for metric in one if all(metric in scores for scores in others)]
+        names = [metric for metric in [*seeds.values()][0] if all(metric in scores for scores in seeds.values())]
         values[system] = {metric: {seed: scores[metric] for seed, scores in seeds.items()} for metric in names}
         drawn = {m: by_chance([np.array([*score.values()])], args.seed) for m, score in values[system].items()}
         result["scores"][system] = {metric: float(score[0]) for metric, score in drawn.items()}
         result["intervals"][system] = {metric: interval(score[1:]) for metric, score in drawn.items()}
-        if others:
+        if len(seeds) > 1:
             result["seeds"][system] = {seed: {m: float(scores[m][0]) for m in names} for seed, scores in seeds.items()}
         same_tokens = len({*tokens[first].values(), *tokens[system].values()}) == 1
         result["differences"][system] = {
@@ -126,16 +130,15 @@ def randomisation(scores_of_sums, first, other, resamples, seed):
     rng, examples = np.random.default_rng(seed), len(first)
     swapped, total = other - first, first.sum(0) + other.sum(0)
     a, b = scores_of_sums(first.sum(0), examples), scores_of_sums(other.sum(0), examples)
-    metrics = [metric for metric in a if metric in b]
     # equal scores differ in their last bits
-    seen = {metric: abs(b[metric] - a[metric]) - 1e-9 * (abs(a[metric]) + abs(b[metric])) for metric in metrics}
-    reached = dict.fromkeys(metrics, 1)
+    seen = {name: abs(b[name] - a[name]) - 1e-9 * (abs(a[name]) + abs(b[name])) for name in a if name in b}
+    reached = dict.fromkeys(seen, 1)
     for size in chunks(resamples, examples):
         swap = rng.integers(2, size=(size, examples), dtype=np.int8).astype(np.float64)
         sums = first.sum(0) + swap @ swapped
-        a, b = scores_of_sums(sums, examples), scores_of_sums(total - sums, examples)
-        for metric in metrics:
-            reached[metric] += int((np.abs(b[metric] - a[metric]) >= seen[metric]).sum())
+        left, right = scores_of_sums(sums, examples), scores_of_sums(total - sums, examples)
+        for metric, distance in seen.items():
+            reached[metric] += int((np.abs(right[metric] - left[metric]) >= distance).sum())
     return {metric: count / (resamples + 1) for metric, count in reached.items()}
 
 
