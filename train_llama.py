@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline import files, machine, models
+from pipeline import figures, files, machine, models
 from pipeline.attention import ATTENTIONS
 from pipeline.script import fail, first_line, git_commit, is_main, say, script, versions
 from pipeline.settings import parse_settings
@@ -38,7 +38,7 @@ TARGET_MODULES = ["all-linear"]  # or names: q_proj k_proj v_proj o_proj gate_pr
 NUM_TRAIN_EPOCHS = 1.0  # passes over the training rows
 MAX_STEPS = 0  # optimizer steps; 0 = NUM_TRAIN_EPOCHS decides
 PER_DEVICE_TRAIN_BATCH_SIZE = 0  # packed rows in a pass; 0 = as many of an optimizer step's as fit a GPU, 1 on a CPU
-GRADIENT_ACCUMULATION_STEPS = 4  # passes per optimizer step; its packed rows where the size of a pass is 0
+GRADIENT_ACCUMULATION_STEPS = 4  # passes per optimizer step; its packed rows, where the size of a pass is automatic
 LEARNING_RATE = "auto"  # or a number; auto, by parameters: 1e-3 to 1.5 B, 5e-4 to 5 B, 2e-4 to 20 B, 1e-4 above
 WARMUP_STEPS = 10  # optimizer steps with a rising learning rate, 0 = none; then it falls on a cosine
 MAX_LENGTH = 2048  # tokens of a packed row; longer rows are dropped and counted, never cut
@@ -56,9 +56,9 @@ REPORT_TO = "none"  # none, tensorboard, trackio, wandb (whichever is installed)
 SEED = 0  # of adapter, dropout and order
 DRY_RUN = False  # only say what the run would cost; loads no weights
 DRY_RUN_GPU = "here"  # what the dry run speaks of: h200, h100, a100, l40s, 4090, 3090, a10, t4; here: this machine
-DRY_RUN_PRICE = 0.0  # of an hour of the machine, in whatever currency; 0 = not told
-OVERWRITE = False  # start afresh where another run stands, or this one finished; a stopped run goes on all the same
-OUTPUT_DIR = "outputs"  # holds dataset/, gets checkpoints/ and adapter/
+DRY_RUN_PRICE = 0.0  # of an hour of the machine, in whatever currency; 0 = none is shown
+OVERWRITE = False  # replace a finished run or another run's output; an interrupted run still resumes
+OUTPUT_DIR = "outputs"  # contains dataset/, gets checkpoints/ and adapter/
 
 # Fixed
 CHOICES = {
@@ -191,7 +191,7 @@ def validation_sets(rows, tokenizer, args):
 
 
 def summary(args, base, trainer, train_rows):
-    """What run.json holds."""
+    """What run.json contains, but for the adapter's hash."""
     from pipeline.training.trainer import mean_training_loss
 
     state, seconds = trainer.state, trainer.seconds + time.time() - trainer.started
@@ -221,21 +221,24 @@ def summary(args, base, trainer, train_rows):
 
 def save_adapter(args, tokenizer, trainer, run):
     """Put adapter/ in place: the files of the best checkpoint, with what a reader wants to know of the run."""
-    from pipeline.training.trainer import draw_loss, log_lines
+    from pipeline.training.trainer import log_lines
 
     output = Path(args.output_dir)
     best = output / "checkpoints" / f"checkpoint-{run['best_step']}"
     _, broken = files.read_manifest(best)
     if broken:
         fail(f"{best}, the best one, is broken ({', '.join(broken)}): something else wrote there; train again")
-    log = log_lines(trainer.state.log_history)
     with files.whole_folder(output / "adapter") as fresh:
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             shutil.copyfile(best / name, fresh / name)  # without its mode, which some mounts cannot set
         tokenizer.save_pretrained(fresh)
-        (fresh / "log.jsonl").write_text(log)
+        (fresh / "log.jsonl").write_text(log_lines(trainer.state.log_history))
+        curves = figures.read_losses(fresh / "log.jsonl")
+        lines = figures.loss_lines(curves)
+        highest = max(loss for points in curves.values() for _, loss in points)
+        lines["adapter kept"] = [run["best_step"]] * 2, [0, highest], {"linestyle": ":"}
         try:
-            draw_loss([json.loads(line) for line in log.splitlines()], run["best_step"], fresh / "loss.png")
+            figures.draw(fresh / "loss.png", lines, "optimizer step", "loss, nats per completion token", dpi=200)
         except Exception as error:  # a matplotlibrc that it cannot read, a font that is not here
             say(f"warning: there is no loss.png, matplotlib cannot draw it ({first_line(error)})")
         run["adapter_sha256"] = files.sha256(fresh / "adapter_model.safetensors")

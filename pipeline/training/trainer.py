@@ -24,6 +24,10 @@ from pipeline.files import write_manifest, write_whole
 from pipeline.script import fail, first_line, is_main, out_of_memory, say
 from pipeline.training.estimate import SAVERS, labelled
 
+# settings that TRL has by the same name
+SAME_NAMES = ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
+SAME_NAMES += ("warmup_steps", "logging_steps", "eval_steps", "save_steps", "report_to", "seed")
+
 
 def lora_config(settings):
     return LoraConfig(
@@ -40,29 +44,20 @@ def sft_config(settings):
     cuda = torch.cuda.is_available()
     dtype = machine.compute_dtype()
     return SFTConfig(
+        **{name: getattr(settings, name) for name in SAME_NAMES},
         output_dir=str(Path(settings.output_dir) / "checkpoints"),
-        num_train_epochs=settings.num_train_epochs,
         max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup_steps,
         optim="adamw_torch_fused",  # 8-bit and paged ones save little of a LoRA's memory, and cost time
         dataset_kwargs={"skip_prepare_dataset": True},  # sequences come tokenised and packed
         activation_checkpointing=settings.activation_checkpointing == "on",
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=not cuda,
-        logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,  # it would hide them from watch
         eval_strategy="steps",
-        eval_steps=settings.eval_steps,
         metric_for_best_model="eval_loss",
-        save_steps=settings.save_steps,
         save_total_limit=settings.save_total_limit + 1,  # the newest one counts only after the oldest went
-        report_to=settings.report_to,
-        seed=settings.seed,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=cuda,
         disable_tqdm=True,
@@ -182,8 +177,8 @@ class QLoRATrainer(SFTTrainer):
         self.mark = time.time()
         super().log(logs, start_time)
         self.watch(logs)
-        loss, norm, rate = (logs[name] for name in ("loss", "grad_norm", "learning_rate"))
-        self.say_step(f"loss {loss:.4f}  grad {norm:.2f}  lr {rate:.1e}  {speed:,.0f} tokens/s ")
+        figures = f"loss {logs['loss']:.4f}  grad {logs['grad_norm']:.2f}  lr {logs['learning_rate']:.1e}"
+        self.say_step(f"{figures}  {speed:,.0f} tokens/s ")
 
     def say_step(self, more=""):
         """The step that has ended, and the time left by those of this session."""
@@ -192,7 +187,7 @@ class QLoRATrainer(SFTTrainer):
         say(f"step {step:>5}/{last}  {more}{timedelta(seconds=round(left))} left")
 
     def watch(self, logs):
-        """Stop a run that learns nothing, instead of letting it go on for hours."""
+        """Stop a run that learns nothing."""
         scaler = self.accelerator.scaler  # in float16 it leaves out a step that overflows, and scales the loss down
         overflow = not math.isfinite(logs["grad_norm"]) and (scaler is None or scaler.get_scale() < 1)
         if not math.isfinite(logs["loss"]) or overflow:
@@ -341,19 +336,3 @@ def mean_training_loss(history):
             total += entry["loss"] * (entry["step"] - last)
             last = entry["step"]
     return total / max(1, last)
-
-
-def draw_loss(history, best_step, path):
-    """A plot of the training loss and each task's validation loss by optimizer step."""
-    from matplotlib.figure import Figure
-
-    axes = Figure(figsize=(8, 4.5), layout="tight").subplots()
-    for key in sorted({key for entry in history for key in entry if key.endswith("loss")} - {"eval_loss"}):
-        steps = [entry["step"] for entry in history if key in entry]
-        losses = [entry[key] for entry in history if key in entry]
-        label = "training" if key == "loss" else f"validation {key[5:-5]}"
-        axes.plot(steps, losses, marker="" if key == "loss" else "o", label=label)
-    axes.axvline(best_step, color="gray", linestyle=":", label="adapter kept")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per completion token)", ylim=(0, None))
-    axes.legend()
-    axes.figure.savefig(path, dpi=120)
