@@ -190,10 +190,18 @@ def validation_sets(rows, tokenizer, args):
     return sets
 
 
+def mean_training_loss(history):
+    """Of all steps, from entries that are means over the steps since the entry before."""
+    total = last = 0
+    for entry in history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - last)
+            last = entry["step"]
+    return total / max(1, last)
+
+
 def summary(args, base, trainer, train_rows):
     """What run.json contains, but for the adapter's hash."""
-    from pipeline.training.trainer import mean_training_loss
-
     state, seconds = trainer.state, trainer.seconds + time.time() - trainer.started
     validations = {entry["step"]: entry for entry in state.log_history if "eval_loss" in entry}
     best = validations[state.best_global_step]

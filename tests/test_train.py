@@ -14,7 +14,6 @@ from datasets import load_from_disk
 import train_llama
 from pipeline import models
 from pipeline.tokens import load_tokenizer
-from pipeline.training.trainer import mean_training_loss
 
 BOTH = pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
 
@@ -258,7 +257,7 @@ def test_a_run_that_diverges_leaves_the_old_adapter(chain, tmp_path):
 
 def test_the_training_loss_of_a_run_is_a_mean_over_its_steps():
     history = [{"step": 4, "loss": 2.0}, {"step": 4, "eval_loss": 9.0}, {"step": 5, "loss": 7.0}]
-    assert mean_training_loss(history) == pytest.approx((4 * 2.0 + 7.0) / 5)
+    assert train_llama.mean_training_loss(history) == pytest.approx((4 * 2.0 + 7.0) / 5)
 
 
 def test_a_tokenizer_without_bos_is_taken_as_it_is_and_two_are_refused(dataset, tmp_path):

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import shutil
 import signal
 import time
 from datetime import timedelta
@@ -218,9 +217,6 @@ class QLoRATrainer(SFTTrainer):
             self.diverged("a weight is no number")
         self.state.num_input_tokens_seen = self.all_tokens()
         try:
-            if is_main():
-                shutil.rmtree(folder, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
             Trainer._save_checkpoint(self, model, trial)  # TRL's adds a model card
             self.accelerator.wait_for_everyone()
             if is_main():
@@ -326,13 +322,3 @@ def train_until_done(trainer, checkpoint):
     if trainer.stop_signal and state.global_step < state.max_steps:
         say(f"stopped at step {state.global_step} of {state.max_steps}: the same command goes on from there")
         raise SystemExit(128 + trainer.stop_signal)
-
-
-def mean_training_loss(history):
-    """Of all steps, from entries that are means over the steps since the entry before."""
-    total = last = 0
-    for entry in history:
-        if "loss" in entry:
-            total += entry["loss"] * (entry["step"] - last)
-            last = entry["step"]
-    return total / max(1, last)
