@@ -241,11 +241,11 @@ def save_adapter(args, tokenizer, trainer, run):
             shutil.copyfile(best / name, fresh / name)  # without its mode, which some mounts cannot set
         tokenizer.save_pretrained(fresh)
         (fresh / "log.jsonl").write_text(log_lines(trainer.state.log_history))
-        curves = figures.read_losses(fresh / "log.jsonl")
-        lines = figures.loss_lines(curves)
-        highest = max(loss for points in curves.values() for _, loss in points)
-        lines["adapter kept"] = [run["best_step"]] * 2, [0, highest], {"linestyle": ":"}
         try:
+            curves = figures.read_losses(fresh / "log.jsonl")
+            highest = max(loss for points in curves.values() for _, loss in points)
+            lines = figures.loss_lines(curves)
+            lines["adapter kept"] = [run["best_step"]] * 2, [0, highest], {"linestyle": ":"}
             figures.draw(fresh / "loss.png", lines, "optimizer step", "loss, nats per completion token", dpi=200)
         except Exception as error:  # a matplotlibrc that it cannot read, a font that is not here
             say(f"warning: there is no loss.png, matplotlib cannot draw it ({first_line(error)})")
