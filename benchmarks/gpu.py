@@ -171,6 +171,7 @@ def trainer_of(bench, model, **changes):
     from pipeline import lora, models
     from pipeline.files import load_rows
     from pipeline.tokens import load_tokenizer
+    from pipeline.training import trainer
     from pipeline.training.estimate import model_shape, settle
 
     flags = {name: changes.pop(name) for name in list(changes) if hasattr(train_llama, name.upper())}
@@ -185,8 +186,8 @@ def trainer_of(bench, model, **changes):
         tokens = train_llama.tokenize(rows["train"], tokenizer, args.max_length, "train")
         packed = train_llama.pack(tokens, args)
         validation = train_llama.validation_sets(rows["validation"], tokenizer, args)
-    shape = model_shape(base, models.load_config(base), train_llama.lora_config(args))
-    config, fuse = train_llama.sft_config, lora.fuse_lora
+    shape = model_shape(base, models.load_config(base), trainer.lora_config(args))
+    config, fuse = trainer.sft_config, lora.fuse_lora
 
     def changed(*options):
         made = config(*options)
@@ -194,14 +195,14 @@ def trainer_of(bench, model, **changes):
             setattr(made, name, value)
         return made
 
-    train_llama.sft_config = changed
+    trainer.sft_config = changed
     lora.fuse_lora = fuse if fused else lambda model: None
     try:
         train_llama.choose_learning_rate(args, shape)
         settle(shape, packed, args)
-        made = train_llama.make_trainer(args, model, tokenizer, packed, validation, {})
+        made = trainer.QLoRATrainer(args, model, tokenizer, packed, validation, {})
     finally:
-        train_llama.sft_config, lora.fuse_lora = config, fuse
+        trainer.sft_config, lora.fuse_lora = config, fuse
     return made, args, shape, packed
 
 
@@ -295,6 +296,7 @@ def trl_trainer(bench, model, changes):
     import train_llama
     from pipeline.files import load_rows
     from pipeline.tokens import load_tokenizer
+    from pipeline.training.trainer import lora_config
 
     class Speed(TrainerCallback):
         """Useful tokens (no padding) of a step over its time."""
@@ -323,7 +325,7 @@ def trl_trainer(bench, model, changes):
     torch.manual_seed(0)
     args = train_llama.parse_args([])
     speed = Speed()
-    trainer = Counting(model, args=config, train_dataset=rows, peft_config=train_llama.lora_config(args),
+    trainer = Counting(model, args=config, train_dataset=rows, peft_config=lora_config(args),
                        processing_class=load_tokenizer(str(bench.model())), callbacks=[speed])  # fmt: skip
     speed.trainer, trainer.useful = trainer, 0
     return trainer
@@ -378,7 +380,7 @@ def exactness(bench):
     from pipeline.files import load_rows
     from pipeline.lora import fuse_lora
     from pipeline.tokens import encode, load_tokenizer
-    from pipeline.training.trainer import summed_loss
+    from pipeline.training.trainer import lora_config, summed_loss
 
     args = train_llama.parse_args([])
     tokenizer = load_tokenizer(str(MODEL))
@@ -392,7 +394,7 @@ def exactness(bench):
     for kind, dtype in kinds.items():
         machine.compute_dtype = lambda dtype=dtype: dtype
         torch.manual_seed(0)
-        model = get_peft_model(models.load_model(str(MODEL), load_in_4bit=True), train_llama.lora_config(args)).train()
+        model = get_peft_model(models.load_model(str(MODEL), load_in_4bit=True), lora_config(args)).train()
         machine.compute_dtype = own
         trained = [p for p in model.parameters() if p.requires_grad]
         for parameter in trained:

@@ -357,8 +357,9 @@ def training(args):
     import train_llama
     from pipeline import models
     from pipeline.training.estimate import labelled, model_shape, operations
+    from pipeline.training.trainer import lora_config
 
-    lora = train_llama.lora_config(train_llama.parse_args([]))
+    lora = lora_config(train_llama.parse_args([]))
     shape = model_shape(args.model, models.load_config(str(args.model)), lora)
     lengths, completions = list(map(len, tokens["labels"])), sum(map(labelled, tokens["labels"]))
     total, flop = sum(lengths), operations(shape, lengths, completions, checkpointing=False)

@@ -16,13 +16,13 @@ def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_
     import torch
 
     if cu_seq_lens_q is None:  # never guess: plain causal attention would let the rows see one another
-        raise ValueError("packed attention was not told where the rows begin (cu_seq_lens_q)")
+        raise ValueError("packed attention needs to know where the rows begin (cu_seq_lens_q)")
     if query.is_cuda and query.dtype != torch.float32:
         from torch.nn.attention.varlen import varlen_attn
 
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        flat = [x[0].transpose(0, 1) for x in (query, key, value)]
         bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-        out = varlen_attn(query, key, value, *bounds, scale=scaling, window_size=(-1, 0), enable_gqa=True)
+        out = varlen_attn(*flat, *bounds, scale=scaling, window_size=(-1, 0), enable_gqa=True)
         return out[None], None
     lengths = cu_seq_lens_q.diff().tolist()
     rows = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
@@ -61,8 +61,8 @@ def read(model, prompts, completions, cache=None):
 
     ids = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     bounds = torch.tensor([0, *map(len, ids)]).cumsum(0)
-    starts = zip(prompts, bounds.tolist(), bounds.tolist()[1:], strict=False)
-    golds = torch.cat([torch.arange(start + len(prompt), end) for prompt, start, end in starts])
+    ends = zip(completions, bounds.tolist()[1:], strict=True)
+    golds = torch.cat([torch.arange(end - len(completion), end) for completion, end in ends])
     flat = torch.tensor(sum(ids, []), device=model.device)
     logits = model(
         input_ids=flat[None],

@@ -113,7 +113,7 @@ def only_run_in(folder):
 
 
 def holder_of(handle):
-    """The command that holds the lock on an open file, as Linux tells it."""
+    """The command that has locked an open file, as Linux lists it."""
     with suppress(OSError, ValueError):
         for line in Path("/proc/locks").read_text().splitlines():
             process, inode = line.split()[4:6]
@@ -164,13 +164,11 @@ def load_rows(output_dir, split):
         missing = [name for name, kind in columns.items() if rows.features.get(name) != kind]
         missing = missing or [name for name in columns if rows.data.column(name).null_count]
     except IndexError:  # how datasets reads back a split that was saved without rows
-        rows, missing = [], []
+        fail(f"{split} of {folder} is empty: run build_dataset.py with more examples")
     except Exception as error:  # whatever the libraries raise, the folder is not a whole data set
         fail(f"cannot read {split} of {folder} ({first_line(error)}): run build_dataset.py again")
     if missing:
         fail(f"{split} of {folder} has no column {', '.join(missing)}, or not as text: run build_dataset.py again")
-    if len(rows) == 0:
-        fail(f"{split} of {folder} is empty: run build_dataset.py with more examples")
     return rows
 
 

@@ -56,5 +56,5 @@ def fuse_lora(model):
 def fused_forward(module, x):
     if module.disable_adapters:
         return module.get_base_layer()(x)
-    a, b, scale = (part["default"] for part in (module.lora_A, module.lora_B, module.scaling))
-    return FusedLoRA.apply(x, a.weight, b.weight, module.get_base_layer(), scale)
+    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+    return FusedLoRA.apply(x, a, b, module.get_base_layer(), module.scaling["default"])

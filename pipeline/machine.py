@@ -53,11 +53,11 @@ def host_memory(root="/"):
     """Bytes that this process can have: what is free and what it has, within ulimit's and control groups' limits."""
     import psutil
 
-    mine = psutil.Process().memory_info()
-    rooms = [psutil.virtual_memory().available + mine.rss]
+    used = psutil.Process().memory_info()
+    rooms = [psutil.virtual_memory().available + used.rss]
     addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
     if addresses != resource.RLIM_INFINITY:
-        rooms.append(addresses - mine.vms + mine.rss)
+        rooms.append(addresses - used.vms + used.rss)
     for line in Path(root, "proc/self/cgroup").read_text().splitlines():
         _, kinds, group = line.split(":", 2)
         file = "sys/fs/cgroup/memory/{}/memory.limit_in_bytes" if kinds == "memory" else "sys/fs/cgroup/{}/memory.max"

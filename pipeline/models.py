@@ -243,8 +243,9 @@ def load_adapter(model, folder):
 
     try:
         model = PeftModel.from_pretrained(model, str(folder)).eval()
-        # beside LoRA on lm_head or embed_tokens PEFT saves that layer's own matrix, older versions not always
-        least, most = (set(get_peft_model_state_dict(model, save_embedding_layers=some)) for some in (False, True))
+        # with LoRA on lm_head or embed_tokens PEFT saves that layer's own matrix as well, older versions not always
+        least = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+        most = set(get_peft_model_state_dict(model, save_embedding_layers=True))
         with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
             if not least <= set(file.keys()) <= most:  # PEFT only warns, and leaves such layers as in the base
                 raise ValueError("its tensors are not those that its config names")

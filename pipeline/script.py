@@ -28,9 +28,10 @@ def settle_environment(script):
     found = {name: value for name, value in os.environ.items() if LAUNCHER.fullmatch(name)}
     sizes = [name for name, value in found.items() if "SIZE" in name and value.strip() not in ("", "-1", "1")]
     try:  # whether all is there that torchrun and its like set, and makes sense
-        numbers = {"LOCAL_WORLD_SIZE": 1} | os.environ
-        rank, local_rank, size, _, _ = (int(numbers[name]) for name in LAUNCHED)
-        launched = "MASTER_ADDR" in os.environ and 0 <= rank < size and 0 <= local_rank < size
+        environment = {"LOCAL_WORLD_SIZE": 1} | os.environ
+        numbers = {name: int(environment[name]) for name in LAUNCHED}
+        size = numbers["WORLD_SIZE"]
+        launched = "MASTER_ADDR" in os.environ and 0 <= numbers["RANK"] < size and 0 <= numbers["LOCAL_RANK"] < size
         launched &= size > 1 or "TORCHELASTIC_RUN_ID" in os.environ  # else it is alone: no meeting
     except (KeyError, ValueError):
         launched = False
@@ -126,7 +127,7 @@ def script(main):
         try:
             return main(argv)
         except KeyboardInterrupt:
-            print("\ninterrupted: what stood there before still stands; the same command goes on", file=sys.stderr)
+            print("\ninterrupted: older results are untouched; the same command goes on", file=sys.stderr)
             raise SystemExit(130) from None
         except Exception as error:
             if out_of_memory(error):

@@ -18,7 +18,7 @@ def settings_of(module):
     return dict(re.findall(r"^([A-Z]\w+)\b[^=\n]*=(?:.*?  # (.*))?", block, re.MULTILINE))
 
 
-def parse_settings(module, argv=None, choices=None):
+def parse_settings(module, argv, choices):
     """A script's settings as a namespace; each is a flag, its value the default, its comment the help.
 
     choices: {setting: what it may be}: words, int, float, bool, None, list (of the words); above 0, and not empty,
@@ -31,31 +31,31 @@ def parse_settings(module, argv=None, choices=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     settings = settings_of(module)
-    choices = dict.fromkeys(settings, (str,)) | (choices or {})
-    for name in choices:
+    allowed = dict.fromkeys(settings, (str,)) | choices
+    for name in allowed:
         if name not in settings:
             parser.error(f"{name} is missing from the settings: put its line back")
         value = getattr(module, name)
         options = {"default": value, "help": (settings[name] or " ").replace("%", "%%")}
         if value in ("", (), []):
-            options["help"] += "%(default).0s"  # else argparse tells an empty default
-        if bool in choices[name]:
+            options["help"] += "%(default).0s"  # else argparse shows an empty default
+        if bool in allowed[name]:
             options["action"] = argparse.BooleanOptionalAction
-        elif list in choices[name]:
+        elif list in allowed[name]:
             options["nargs"] = "+"
         parser.add_argument(flag_of(name), **options)
     args = parser.parse_args(argv)
     if sys.flags.optimize > 1:
         parser.error("PYTHONOPTIMIZE=2 (python -OO) takes away what libraries read of themselves: unset it")
     for name, value in vars(args).items():
-        allowed = choices[name.upper()]
+        kinds = allowed[name.upper()]
         try:
-            setattr(args, name, checked(value, allowed))
+            setattr(args, name, checked(value, kinds))
         except (TypeError, ValueError):  # also what Python cannot convert
-            number = "number from 0" if 0 in allowed else "number above 0"
+            number = "number from 0" if 0 in kinds else "number above 0"
             words = {int: f"a whole {number}", float: f"a {number}", bool: "True, False", str: "a text in UTF-8"}
-            kinds = [str(words.get(one, one)) for one in allowed if one not in (0, list)]
-            wanted = f"a list of {', '.join(kinds) or 'texts in UTF-8'}" if list in allowed else " or ".join(kinds)
+            named = [str(words.get(kind, kind)) for kind in kinds if kind not in (0, list)]
+            wanted = f"a list of {', '.join(named) or 'texts in UTF-8'}" if list in kinds else " or ".join(named)
             parser.error(f"{flag_of(name)} must be {wanted}, not {value!r}")
     if vars(args).get("output_dir") == "":
         parser.error("--output-dir must not be empty")

@@ -59,7 +59,7 @@ def tokenizer_identity(tokenizer):
 
 
 def tokenizer_of(base, folder, chat_template="auto"):
-    """The tokenizer of an adapter's folder where that holds one, else the base's; exits 2 where it has more tokens."""
+    """The tokenizer of an adapter's folder where it has one, else the base's; exits 2 where it has more tokens."""
     source = folder if folder and (Path(folder) / "tokenizer_config.json").is_file() else base
     tokenizer = load_tokenizer(str(source), chat_template)
     config = models.load_config(base)
@@ -129,5 +129,5 @@ def encode_chats(tokenizer, rows):
     ends = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
     for prompt, whole in zip(prompts, wholes, strict=True):
         end = next((i + 1 for i in range(len(prompt), len(whole)) if whole[i] in ends), 0)
-        del whole[end:]  # what stands behind the end, mostly a newline, is never generated
+        del whole[end:]  # what follows the end, mostly a newline, is never generated
     return prompts, wholes

@@ -20,7 +20,7 @@ import train_llama
 from pipeline import machine, models
 from pipeline.lora import fuse_lora
 from pipeline.training import estimate
-from pipeline.training.trainer import summed_loss
+from pipeline.training.trainer import lora_config, summed_loss, train_until_done
 
 META_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 META_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
@@ -36,7 +36,7 @@ def without_weights(folder, sizes):
 
 
 def shape_of(folder, args):
-    return estimate.model_shape(str(folder), models.load_config(str(folder)), train_llama.lora_config(args))
+    return estimate.model_shape(str(folder), models.load_config(str(folder)), lora_config(args))
 
 
 @pytest.mark.parametrize("sizes, parameters", [(META_8B, "8,030,261,248"), (META_70B, "70,553,706,496")])
@@ -110,7 +110,7 @@ def test_the_activations_are_those_autograd_keeps(dropout, factor, in_4bit, tmp_
         for module in model.modules():
             module.support_avx512bf16_for_cpu = False
         model.set_attn_implementation("one row")
-        model = get_peft_model(model, train_llama.lora_config(args)).train()
+        model = get_peft_model(model, lora_config(args)).train()
         if not dropout:
             fuse_lora(model)
         weights, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
@@ -167,7 +167,7 @@ def test_a_run_that_learns_nothing_or_diverges_is_stopped(dataset, tmp_path, cap
 def test_out_of_gpu_memory_says_what_helps(capsys):
     trainer = SimpleNamespace(train=lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(SystemExit) as stopped:
-        train_llama.train_until_done(trainer, None)
+        train_until_done(trainer, None)
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and "out of GPU memory (CUDA out of memory)" in message
     assert "--activation-checkpointing on" in message
@@ -190,9 +190,7 @@ def test_operations_are_those_that_torch_counts(tmp_path):
     args = train_llama.parse_args([])
     folder = without_weights(tmp_path / "model", sizes)
     shape = shape_of(folder, args)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_config(models.load_config(str(folder))), train_llama.lora_config(args)
-    )
+    model = get_peft_model(AutoModelForCausalLM.from_config(models.load_config(str(folder))), lora_config(args))
     model.enable_input_require_grads()  # else the first layer passes nothing on, of which the estimate knows nothing
     fuse_lora(model)
     labels = torch.full((1, 90), -100)
@@ -354,7 +352,7 @@ def test_memory_that_ends_on_a_cpu_says_what_helps(capsys):
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 6291456 bytes")
     trainer = SimpleNamespace(train=lambda **_: (_ for _ in ()).throw(error))
     with pytest.raises(SystemExit) as stopped:
-        train_llama.train_until_done(trainer, None)
+        train_until_done(trainer, None)
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and "out of memory (DefaultCPUAllocator" in message
     assert "--activation-checkpointing on" in message

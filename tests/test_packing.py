@@ -16,7 +16,7 @@ from pipeline import lora, models
 from pipeline.attention import packed_attention
 from pipeline.lora import fuse_lora
 from pipeline.tokens import load_tokenizer
-from pipeline.training.trainer import summed_loss
+from pipeline.training.trainer import QLoRATrainer, lora_config, summed_loss
 
 BOTH = pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
 
@@ -33,7 +33,7 @@ def make_trainer(dataset, output, name="tiny_llama3", arguments=(), attention="a
     by_task = train_llama.validation_sets(rows["validation"], tokenizer, args)
     model = models.load_model(args.model, load_in_4bit=True)
     args.attn_implementation = attention
-    made = train_llama.make_trainer(args, model, tokenizer, train_llama.pack(tokens, args), by_task)
+    made = QLoRATrainer(args, model, tokenizer, train_llama.pack(tokens, args), by_task)
     for parameter_name, parameter in made.model.named_parameters():
         if "lora_B" in parameter_name:  # PEFT starts with zeros, and with them lora_A has no gradient
             torch.nn.init.normal_(parameter, std=0.05)
@@ -87,7 +87,7 @@ def lora_step(in_4bit, fused, half):
     torch.manual_seed(0)
     model = models.load_model(str(FIXTURES / "tiny_llama3"), in_4bit)
     args = train_llama.parse_args(["--lora-r", "4", "--lora-alpha", "12"])
-    model = get_peft_model(model, train_llama.lora_config(args)).train()
+    model = get_peft_model(model, lora_config(args)).train()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)

@@ -208,7 +208,7 @@ def test_whether_the_time_for_a_checkpoint_has_come_the_first_process_decides(ra
     reduce = lambda own, _: given.append(own.tolist()) or told  # noqa: E731
     fake = SimpleNamespace(stop_signal=None, is_save_due=lambda: True, accelerator=SimpleNamespace(reduce=reduce))
     watch, control = trainer.Watch(fake), TrainerControl()
-    watch.told = fake.started = time.time() - 61
+    watch.printed = fake.started = time.time() - 61
     fake._initial_global_step, fake.say_step = 0, functools.partial(trainer.QLoRATrainer.say_step, fake)
     args, state = SimpleNamespace(world_size=2, device="cpu"), TrainerState(global_step=3, max_steps=9)
     fake.state = state
@@ -293,7 +293,7 @@ def test_a_signal_to_one_of_several_processes_stops_all_of_them_unfinished():
     reduce = lambda own, _: torch.tensor([int(signal.SIGUSR1), 0])  # noqa: E731
     fake = SimpleNamespace(stop_signal=None, is_save_due=lambda: False, accelerator=SimpleNamespace(reduce=reduce))
     watch, control = trainer.Watch(fake), TrainerControl()
-    watch.told = time.time()
+    watch.printed = time.time()
     args = SimpleNamespace(world_size=2, device="cpu")
     watch.on_step_end(args, TrainerState(global_step=3, max_steps=9), control)
     assert control.should_save and control.should_training_stop
@@ -429,12 +429,13 @@ def init(self, *args, **kwargs):
         self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 accelerate.state.PartialState.__init__ = init
 import train_llama
-make = train_llama.make_trainer
+from pipeline.training import trainer
+make = trainer.QLoRATrainer
 def checked(*args):
-    trainer = make(*args)
-    assert trainer.is_fsdp_enabled
-    return trainer
-train_llama.make_trainer = checked
+    made = make(*args)
+    assert made.is_fsdp_enabled
+    return made
+trainer.QLoRATrainer = checked
 train_llama.main()
 """
 

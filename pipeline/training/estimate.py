@@ -6,7 +6,7 @@ import os
 from datetime import timedelta
 
 from pipeline import machine
-from pipeline.script import fail, say
+from pipeline.script import fail, say, table
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, 8-bit scale per 64, float32 scale per 256 of those
 HOST_COPIES = 1.4  # times what autograd keeps: attention's copies on a CPU, and what the allocator keeps; measured
@@ -26,10 +26,12 @@ def model_shape(base, config, lora):
 
     with torch.device("meta"):  # tensors have shapes and no numbers there: an 8B model takes two seconds
         model = AutoModelForCausalLM.from_config(config)
-        head = model.get_output_embeddings()
-        modules = [(name, module) for name, module in model.named_modules() if module is not head]
+        modules = model.model.named_modules()  # without the head
         linear = {name: module.weight.numel() for name, module in modules if isinstance(module, torch.nn.Linear)}
-        check_target_modules(base, lora.target_modules, linear)
+        for target in [] if lora.target_modules == "all-linear" else lora.target_modules:
+            if not any(f".model.{name}".endswith(f".{target}") for name in linear):  # PEFT wants one of them alone
+                remedy = f"take all-linear alone, or of {' '.join(sorted({name.split('.')[-1] for name in linear}))}"
+                fail(f"--target-modules {target}: no layer to adapt in {base}; {remedy}")
         model = get_peft_model(model, lora, low_cpu_mem_usage=True)
     adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
     trainable, parameters = model.get_nb_trainable_parameters()
@@ -46,15 +48,6 @@ def model_shape(base, config, lora):
         "key_value": config.num_key_value_heads * config.head_dim,
         "vocabulary": config.vocab_size,
     }
-
-
-def check_target_modules(base, targets, linear):
-    """Exit 2 unless every target names a linear layer: PEFT says nothing as long as one of them does."""
-    names = sorted({name.split(".")[-1] for name in linear})
-    for target in [] if isinstance(targets, str) else targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            remedy = f"take all-linear alone, or of {' '.join(names)}"
-            fail(f"--target-modules {target}: no layer to adapt in {base}; {remedy}")
 
 
 def memory(shape, args, tokens, labels, checkpointing, width=2):
@@ -132,11 +125,11 @@ def rows_of_a_pass(shape, packed, args, checkpointing):
     """As many of an optimizer step's packed rows as fit a GPU, faster so; a CPU gains nothing by more than one."""
     if args.per_device_train_batch_size:
         return args.per_device_train_batch_size
-    if room_and_width(args)[1] == 4:
-        return 1
     rows = args.gradient_accumulation_steps
-    sizes = [size for size in range(rows, 1, -1) if rows % size == 0]
-    return next((size for size in sizes if fits(shape, packed, args, size, checkpointing)), 1)
+    for size in range(rows, 1, -1) if room_and_width(args)[1] == 2 else []:
+        if rows % size == 0 and fits(shape, packed, args, size, checkpointing):
+            return size
+    return 1
 
 
 def choose_kernels(args):
@@ -182,49 +175,49 @@ def optimizer_steps(packed, args):
     return args.max_steps or math.ceil(args.num_train_epochs * math.ceil(passes / args.gradient_accumulation_steps))
 
 
-def line(name, cells, form=""):
-    """A row of a table of at most 80 columns."""
-    say(f"{name:<26}" + "".join(f"{cell:>14{form}}" for cell in cells))
+def show(corner, columns):
+    """Print a table of columns {head: {name of a row: text}}."""
+    names = next(iter(columns.values()))
+    table([[corner, *columns], *([name, *(column[name] for column in columns.values())] for name in names)])
 
 
 def dry_run(shape, tokens, packed, args):
     """Print what the run would cost: tokens, steps, memory, operations and the time they take at a stated rate."""
-    sizes = {task: [] for task in (*sorted(set(tokens["task"])), "together")}  # a row's tokens, those with a loss
-    for row in tokens:
-        size = len(row["labels"]), labelled(row["labels"])
-        sizes[row["task"]].append(size)
-        sizes["together"].append(size)
-    lengths, labels = zip(*sizes["together"], strict=True)
-    line("", sizes)
-    line("rows", map(len, sizes.values()), ",")
-    line("tokens", [sum(length for length, _ in rows) for rows in sizes.values()], ",")
-    line("completion tokens", [sum(completion for _, completion in rows) for rows in sizes.values()], ",")
+    sizes = [(row["task"], len(row["labels"]), labelled(row["labels"])) for row in tokens]
+    by_task = {}
+    for task in (*sorted(set(tokens["task"])), "together"):
+        lengths = [length for name, length, _ in sizes if task in (name, "together")]
+        labels = sum(count for name, _, count in sizes if task in (name, "together"))
+        by_task[task] = {
+            "rows": f"{len(lengths):,}",
+            "tokens": f"{sum(lengths):,}",
+            "completion tokens": f"{labels:,}",
+        }
+    show("", by_task)
     steps = optimizer_steps(packed, args)
-    filled = sum(lengths) / len(packed) / args.max_length
+    filled = sum(lengths) / len(packed) / args.max_length  # the last ones were all
     say(f"\n{'sequences':<26}{len(packed):>14,}, {filled:.1%} of {args.max_length} tokens filled")
-    line("optimizer steps", [steps], ",")
-    line("parameters", [shape["parameters"]], ",")
-    say(f"{'trainable':<26}{shape['trainable']:>14,}, {shape['trainable'] / shape['parameters']:.2%}")
+    say(f"{'optimizer steps':<26}{steps:>14,}")
+    say(f"{'parameters':<26}{shape['parameters']:>14,}")
+    say(f"{'trainable':<26}{shape['trainable']:>14,}, {shape['trainable'] / shape['parameters']:.2%}\n")
     room, width = room_and_width(args)
-    ways = (True, False)  # with checkpointing and without
-    batches = [rows_of_a_pass(shape, packed, args, way) for way in ways]
-    largest = [pass_size(packed, batch) for batch in batches]
-    parts = [memory(shape, args, *size, way, width) for size, way in zip(largest, ways, strict=True)]
-    say()
-    line(f"peak memory of a {'GPU' if width == 2 else 'CPU'}, GB", ("checkpointing", "without"))
-    line("packed rows in a pass", batches)
-    for name in parts[0]:
-        line(name, [part[name] / 1e9 for part in parts], ".2f")
-    line("estimate", [sum(part.values()) / 1e9 for part in parts], ".2f")
     passes = steps * args.gradient_accumulation_steps * (args.per_device_train_batch_size or 1) / len(packed)
-    work = [passes * operations(shape, lengths, sum(labels), way) for way in ways]
-    line("petaflop", [flop / 1e15 for flop in work], ",.3g")
     rate = GPUS[args.dry_run_gpu][1] if args.dry_run_gpu in GPUS else matrix_rate() / 2e12
-    seconds = [flop / rate / 1e12 for flop in work]
-    line(f"time at {rate:.3g} TFLOP/s", [str(timedelta(seconds=round(took))) for took in seconds])
-    if args.dry_run_price:
-        line("price", [took / 3600 * args.dry_run_price for took in seconds], ",.2f")
+    by_way, needed = {}, {}
+    for way in ("checkpointing", "without"):
+        on = way == "checkpointing"
+        batch = rows_of_a_pass(shape, packed, args, on)
+        parts = memory(shape, args, *pass_size(packed, batch), on, width)
+        needed[way] = parts["estimate"] = sum(parts.values())
+        flop = passes * operations(shape, lengths, labels, on)
+        seconds = flop / rate / 1e12
+        by_way[way] = {"packed rows in a pass": str(batch)}
+        by_way[way] |= {name: f"{size / 1e9:.2f}" for name, size in parts.items()}
+        by_way[way]["petaflop"] = f"{flop / 1e15:,.3g}"
+        by_way[way][f"time at {rate:.3g} TFLOP/s"] = str(timedelta(seconds=round(seconds)))
+        if args.dry_run_price:
+            by_way[way]["price"] = f"{seconds / 3600 * args.dry_run_price:,.2f}"
+    show(f"peak memory of a {'GPU' if width == 2 else 'CPU'}, GB", by_way)
     say("validation, loading and the driver's own memory (about 0.5 GB) come on top")
-    least = sum(parts[args.activation_checkpointing == "off"].values())
-    if least > room:
+    if needed["without" if args.activation_checkpointing == "off" else "checkpointing"] > room:
         say(f"warning: that is more than the {room / 1e9:.0f} GB there are: {SAVERS}")
