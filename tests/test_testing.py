@@ -167,18 +167,19 @@ def test_a_row_in_a_batch_is_predicted_and_scored_as_alone_and_as_by_generate(ch
     prompts += [sum(prompts[:6], []), prompts[0][:3], prompts[1][:2], prompts[0][:1]]
     completions = [prompts[(i + 1) % 12][1 : 2 + 3 * i] for i in range(len(prompts))]
     ends = {tokenizer.eos_token_id, *tokenizer("a e s. , ? and the Tom").input_ids[1:]}  # else random models go on
+    end_of = decoding.answer_end(tokenizer, ends, one_line=False)
     assert len({len(p) for p in prompts}) > 10 and max(map(len, prompts)) > 60 * min(map(len, prompts))
     generate, sizes = model.generate, []
     monkeypatch.setattr(model, "generate", lambda ids, **options: sizes.append(len(ids)) or generate(ids, **options))
     with torch.inference_mode():
-        together = decoding.test_rows(model, prompts, completions, ends, 24, "packed")
+        together = decoding.test_rows(model, prompts, completions, "packed", 24, ends, end_of)
         sizes.clear()
         monkeypatch.setattr(decoding, "STRIDE", 3)
         monkeypatch.setattr(decoding, "READ_TOKENS", 100)
-        often = decoding.test_rows(model, prompts, completions, ends, 23, "packed")
+        often = decoding.test_rows(model, prompts, completions, "packed", 23, ends, end_of)
         assert sizes == sorted(sizes)[::-1] and len(set(sizes)) > 2  # rows that have ended are left out
         pairs = zip(prompts, completions, strict=True)
-        alone = [decoding.test_rows(model, [p], [c], ends, 24, "packed")[0] for p, c in pairs]
+        alone = [decoding.test_rows(model, [p], [c], "packed", 24, ends, end_of)[0] for p, c in pairs]
         options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": sorted(ends), "pad_token_id": 0}
         generated = [
             model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), **options)[0, len(p) :].tolist()
@@ -218,10 +219,13 @@ def test_the_prediction_files_follow_the_contract_in_the_order_of_the_dataset(ch
     assert not list(chain.glob(".*"))
 
 
-def test_batches_hold_every_row_once_and_no_more_than_their_budget():
-    lengths = [random.Random(0).randint(1, 400) for _ in range(200)] + [5000]
-    found = list(tester.batches([{"place": i, "length": length} for i, length in enumerate(lengths)], 2000))
+def test_batches_hold_every_row_once_and_no_more_than_their_budget(monkeypatch):
+    lengths = [random.Random(0).randint(2, 400) for _ in range(200)] + [5000]
+    ids = [{"place": i, "prompt_ids": [1] * (length - 1), "completion_ids": [1]} for i, length in enumerate(lengths)]
+    monkeypatch.setattr(predictions, "encoded", lambda tokenizer, rows: rows)
+    found = tester.plan("samsum", ids, None, 1, 5000, 2000)
     assert sorted(row["place"] for batch in found for row in batch) == list(range(201))
+    assert all(row["length"] == lengths[row["place"]] for batch in found for row in batch)
     assert all(len(batch) * max(row["length"] for row in batch) <= 2000 for batch in found if len(batch) > 1)
     assert found[0][0]["length"] == 5000 and len(found) < 40
 
@@ -362,7 +366,7 @@ def test_two_processes_write_the_same_files_as_one(out, capsys):
 @ONE
 @pytest.mark.parametrize("cut, healed", [(0, 6), (1, 5), (20, 5)])
 def test_work_left_behind_is_used_and_a_cut_off_line_healed(cut, healed, chain, out, monkeypatch, capsys):
-    monkeypatch.setattr("predictions.write_predictions", lambda *rest: (_ for _ in ()).throw(RuntimeError))
+    monkeypatch.setattr(predictions, "write_predictions", lambda *rest: (_ for _ in ()).throw(RuntimeError))
     with pytest.raises(RuntimeError):
         test(out, *SHORT, "--max-batch-tokens", "1")
     monkeypatch.undo()
