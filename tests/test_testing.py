@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, assert_refused, run, snapshot, start
-from datasets import load_from_disk
+from datasets import DatasetDict, load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers.cache_utils import DynamicLayer
@@ -245,6 +245,49 @@ def test_an_answer_ends_at_the_line_and_keeps_what_shares_its_last_token(chain, 
     assert set(column(out, "trivia_qa", "prediction")) == {"Lydbrook."}
     assert not any(column(out, "trivia_qa", "hit_max_new_tokens"))  # it ended with the last token it was allowed
     assert all(column(out, "samsum", "hit_max_new_tokens"))  # a summary does not end with a line
+
+
+@ONE
+def test_where_an_answer_ends_is_read_as_the_rows_were_built_whatever_todays_task_says(chain, out, monkeypatch):
+    tokenizer = load_tokenizer(str(chain / "adapter"))
+    ids = tokenizer("Paris\nand on", add_special_tokens=False).input_ids
+    monkeypatch.setattr(decoding, "test_rows", lambda model, prompts, *rest: [(1.0, ids) for _ in prompts])
+    limits = ["--trivia-qa-max-new-tokens", len(ids), "--samsum-max-new-tokens", len(ids)]
+    path = out / "dataset" / "tasks.json"
+    for ends in ({"samsum": True, "trivia_qa": False}, {"samsum": False, "trivia_qa": True}):
+        path.write_text(json.dumps({task: {"prompt": "", "one_line": one_line} for task, one_line in ends.items()}))
+        assert test(out, *limits, "--overwrite") == 0
+        for task, one_line in ends.items():
+            assert set(column(out, task, "prediction")) == {"Paris" if one_line else "Paris\nand on"}
+            assert set(column(out, task, "hit_max_new_tokens")) == {not one_line}
+    path.unlink()  # an older data set: as the tasks are today
+    assert test(out, *limits, "--overwrite") == 0
+    assert set(column(out, "trivia_qa", "prediction")) == {"Paris"}
+    assert set(column(out, "samsum", "prediction")) == {"Paris\nand on"}
+
+
+@ONE
+def test_own_rows_are_tested_like_the_others_into_a_file_of_that_name(chain, tmp_path, capsys, refused):
+    """The rows of trivia_qa under another name: the same answers."""
+    out, rows = tmp_path / "out", rows_of(load_from_disk(str(chain / "dataset"))["test"], "trivia_qa")
+    own = rows.map(lambda row: {"task": "own", "id": row["id"].replace("trivia_qa", "own")})
+    DatasetDict(test=own).save_to_disk(str(out / "dataset"))
+    (out / "dataset" / "tasks.json").write_text(json.dumps({"own": {"prompt": "{prompt}", "one_line": True}}))
+    arguments = ["--adapter", chain / "adapter", "--own-max-new-tokens", tester.TRIVIA_QA_MAX_NEW_TOKENS]
+    assert test(out, *arguments) == 0
+    assert re.search(r"\nown perplexity +[\d.,]+ +[\d.,]+\n", capsys.readouterr().out)
+    assert [path.name for path in out.glob("*_predictions*")] == ["own_predictions.json"]
+    for key in ("prediction", "base_prediction", "nll", "base_nll", "new_tokens", "hit_max_new_tokens"):
+        assert column(out, "own", key) == column(chain, "trivia_qa", key)
+    settings = read(out, "own")["settings"]
+    assert [name for name in settings if "new_tokens" in name] == ["own_max_new_tokens"]  # of the tasks with rows
+    assert test(out, *arguments, "--samsum-max-new-tokens", 7) == 0 and "nothing to do" in capsys.readouterr().out
+    assert "own max new tokens 24 there, 25 now" in refused(out, *arguments[:-1], 25)
+    DatasetDict(test=rows).save_to_disk(str(tmp_path / "next" / "dataset"))
+    shutil.rmtree(out / "dataset")
+    (tmp_path / "next" / "dataset").rename(out / "dataset")
+    assert test(out, *arguments[:2], "--overwrite") == 0  # without own rows, no file of theirs stays
+    assert [path.name for path in out.glob("*_predictions*")] == ["trivia_qa_predictions.json"]
 
 
 @pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
