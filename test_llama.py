@@ -4,13 +4,14 @@ The base is the same model with the adapter switched off, in the same run. Perpl
 likelihood / scored tokens) over the gold completion and its EOS after the exact inference prompt. That of a general
 text, which is of no task, shows what tuning or quantising cost elsewhere: its tokens in windows of 1,024 that do not
 overlap, each behind the tokenizer's BOS where it puts one; every token counts but the first of a window without BOS. A
-killed run goes on where it was when its command is given again. With --server, a server of OpenAI's protocol answers
+killed run resumes when its command is given again. With --server, a server of OpenAI's protocol answers
 in the place of a model that is loaded here. This is a script of the pipeline, not a pytest file.
 
 Reads:  OUTPUT_DIR/dataset/ (test) and OUTPUT_DIR/adapter/, whose adapter_config.json names the base model.
-Writes: OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json; with --name NAME,
-        samsum_predictions_NAME.json and so on (a server's model gives its own name); with --swap-answers
-        trivia_qa_predictions_swapped.json. Until one is whole, .samsum_predictions.part0.jsonl holds its batches.
+Writes: OUTPUT_DIR/samsum_predictions.json, trivia_qa_predictions.json, own_predictions.json, of the tasks with rows;
+        with --name NAME, samsum_predictions_NAME.json and so on (a server's model gives its own name); with
+        --swap-answers trivia_qa_predictions_swapped.json. Until one is whole, .samsum_predictions.part0.jsonl has its
+        batches.
 
     python test_llama.py
     python test_llama.py --model outputs/merged --name merged
@@ -94,9 +95,10 @@ def choose_system(args):
     if alone and given:
         return models.find_model(args.model), None, bool(args.load_in_4bit), None
     folder = Path(args.output_dir, "adapter") if args.adapter in ("auto", "none") else Path(args.adapter)
-    base = models.read_adapter(folder)
-    base = models.find_model(args.model if given else base)
-    trained, in_4bit = models.read_run(folder)["settings"], args.load_in_4bit
+    named = models.read_adapter(folder)
+    base = models.find_model(args.model if given else named)
+    trained = models.read_run(folder)["settings"]
+    in_4bit = args.load_in_4bit
     if in_4bit is None:
         in_4bit = bool(trained.get("load_in_4bit", True))  # most are QLoRA's
     if not trained:

@@ -313,18 +313,19 @@ def with_a_limit(options, dropped):
 
 def unknown_options(error, taken):
     """The options that a refusal calls unknown. It may name no option: then the next of FOUND_OUT is tried."""
-    text, found = words_of(error), taken.keys() & set(EXTRA.findall(str(error.body)))
-    named = {name: re.compile(rf"(?<!\w){name}(?!\w)") for name in taken}
-    named = {name: pattern for name, pattern in named.items() if pattern.search(text)}
-    for sentence in re.split(r"(?<=[.!?;])\s|\n", text):
-        for name, pattern in named.items():
+    found = taken.keys() & set(EXTRA.findall(str(error.body)))
+    any_named = bool(found)
+    for sentence in re.split(r"(?<=[.!?;])\s|\n", words_of(error)):
+        numbers = set(re.findall(r"(?<![\w.-])\d+(?![\w-])", sentence))
+        for name in taken:
+            if not re.search(rf"(?<!\w){name}(?!\w)", sentence):
+                continue
+            any_named = True
             # another number than its own in a sentence on a limit is about its value, for this row or for all
-            numbers = set(re.findall(r"(?<![\w.-])\d+(?![\w-])", sentence)) - {str(taken[name])}
-            of_value = name in LIMITS and numbers
-            unknown = UNKNOWN.search(sentence) or re.search(rf"\bno\W+{name}", sentence)
-            if pattern.search(sentence) and unknown and not of_value:
+            of_value = name in LIMITS and numbers - {str(taken[name])}
+            if not of_value and (UNKNOWN.search(sentence) or re.search(rf"\bno\W+{name}", sentence)):
                 found.add(name)
-    return found if named or found else set([name for name in FOUND_OUT if name in taken][:1])
+    return found if any_named else set([name for name in FOUND_OUT if name in taken][:1])
 
 
 def words_of(error):

@@ -21,7 +21,6 @@ from pipeline.script import fail, first_line, say
 from pipeline.testing import predictions
 
 READ_TOKENS = 4096  # of a pass over whole rows
-FEW_ROWS = 8  # that a CPU multiplies faster as W x'
 STRIDE = 16  # new tokens of a batch after which its keys and values are copied
 WINDOW = 1024  # tokens of the general text that are read at once
 
@@ -37,7 +36,6 @@ def load_system(base, folder, in_4bit, compare):
         logging.set_verbosity_error()  # it tells what it does
         model = model.dequantize()
         logging.set_verbosity_warning()
-    few_rows_first(model)
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)  # no sampling
     if not folder:
         return model, None
@@ -91,21 +89,6 @@ class Room(DynamicLayer):
         return self.keys, self.values
 
 
-def few_rows_first(model):
-    """On a CPU, compute the products of a few rows as W x': as x W' they take MKL up to seven times as long."""
-    if model.device.type == "cpu":
-        for module in model.modules():
-            if type(module) is torch.nn.Linear and module.bias is None:
-                module.forward = functools.partial(linear, module)
-
-
-def linear(module, x):
-    rows = x.flatten(0, -2)
-    if 1 < len(rows) <= FEW_ROWS:
-        return (module.weight @ rows.T).T.contiguous().view(*x.shape[:-1], -1)
-    return torch.nn.functional.linear(x, module.weight)
-
-
 def read_rows(model, prompts, completions, attention):
     """Each completion's negative log likelihood (nats), and the prompts' keys and values, padded left.
 
@@ -143,11 +126,6 @@ def padded(caches, prompts, completions):
     return caches[0]
 
 
-def ended(end_of, width, ids, scores, **_):
-    """For transformers' generate: which rows of `ids` have come to their end behind the first `width` tokens."""
-    return torch.tensor([end_of(row) is not None for row in ids[:, width:].tolist()], device=ids.device)
-
-
 def test_rows(model, prompts, completions, attention, new, ends, end_of):
     """nll (nats) and greedy prediction (list of at most `new` ids, an ending one included) of each row.
 
@@ -156,6 +134,10 @@ def test_rows(model, prompts, completions, attention, new, ends, end_of):
     nll, cache = read_rows(model, prompts, completions, attention)
     model.set_attn_implementation("sdpa")
     width = max(map(len, prompts))
+
+    def ended(ids, scores, **_):  # which rows have come to their end, for generate
+        return torch.tensor([end_of(row) is not None for row in ids[:, width:].tolist()], device=ids.device)
+
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     written = [[] for _ in prompts]
@@ -173,7 +155,7 @@ def test_rows(model, prompts, completions, attention, new, ends, end_of):
             max_new_tokens=more,
             eos_token_id=sorted(ends),
             pad_token_id=min(ends),
-            stopping_criteria=[functools.partial(ended, end_of, width)],
+            stopping_criteria=[ended],
         )
         for place, more_ids in zip(going, ids[:, mask.shape[1] :].tolist(), strict=True):
             written[place] += more_ids

@@ -117,17 +117,16 @@ def write_predictions(task, rows, folder, path, run, general):
     Rows too long for a model that is loaded here predict "". What a server has no answer for is `left_out`.
     """
     done = examples_done(path, run)
+    texts = [rows[place]["completion"] for place in sorted(done)]
+    scored = [done[place] for place in sorted(done)]
     too_long = {prefix + "prediction": "" for prefix in systems(run).values()} | {"too_long": True}
     kept = [key for key in ("id", "references", "answer_in_context", "swapped") if key in rows.column_names]
-    examples, left_out, texts = [], [], []
-    for place, row in enumerate(rows):
-        if place in done:
-            texts.append(row["completion"])
-        elif "server" in run:
+    examples, left_out = [], []
+    for place, row in enumerate(rows.select_columns(kept)):
+        if place in done or "server" not in run:
+            examples.append(row | done.get(place, too_long))
+        else:
             left_out.append(row["id"])
-            continue
-        examples.append({key: row[key] for key in kept} | done.get(place, too_long))
-    scored = [example for example in examples if "too_long" not in example]
     content = {
         "task": task,
         "model": run["model"],
@@ -144,30 +143,28 @@ def write_predictions(task, rows, folder, path, run, general):
 
 def show(paths, rows):
     """Print the first examples of each predictions file, then the table of their figures, base before tuned."""
-    contents = [read_json(path) for path in paths]
     prompts = dict(zip(rows["id"], rows["prompt"], strict=True))
+    contents = [read_json(path) for path in paths]
     names = {"base": "base", "tuned": "tuned" if contents[0]["adapter"] else "model"}
-    lines = [["", *(name for system, name in names.items() if system in contents[0]["perplexity"])]]
+    shown = [system for system in names if system in contents[0]["perplexity"]]
+    tables = {}
     for content in contents:
-        for example in content["examples"][:SHOWN]:
-            say(f"\n{example['id']}")
-            texts = {"prompt": prompts[example["id"]][-66:], "reference": " | ".join(example["references"][:3])}
-            texts |= {"swapped": example.get("swapped"), names["base"]: example.get("base_prediction")}
-            texts |= {names["tuned"]: example["prediction"]}
-            for name, text in texts.items():
-                if text is not None:
-                    say(f"  {name:<10} {textwrap.shorten(text, 67, placeholder='...')}")
         task = "swapped" if content["settings"].get("swap_answers") else content["task"]
-        lines += figures(task, content["perplexity"])
+        tables[task] = content["perplexity"]
+        for example in content["examples"][:SHOWN]:
+            texts = {"prompt": prompts[example["id"]][-66:], "reference": " | ".join(example["references"][:3])}
+            if "swapped" in example:
+                texts["swapped"] = example["swapped"]
+            for system in shown:
+                texts[names[system]] = example["base_prediction" if system == "base" else "prediction"]
+            say(f"\n{example['id']}")
+            for name, text in texts.items():
+                say(f"  {name:<10} {textwrap.shorten(text, 67, placeholder='...')}")
+    tables["general text"] = contents[-1]["general_text"]
+    lines = [["", *(names[system] for system in shown)]]
+    for title, figures in tables.items():
+        for name in FIGURES:
+            if name in figures.get("tuned", ()):
+                lines.append([f"{title} {name}", *(f"{figures[system][name]:,.5g}" for system in shown)])
     say()
-    table(lines + figures("general text", contents[-1]["general_text"]))
-
-
-def figures(title, perplexities):
-    """The rows of the table on {system: figures}."""
-    systems = [perplexities[system] for system in ("base", "tuned") if system in perplexities]
-    return [
-        [f"{title} {name}", *(f"{system[name]:,.5g}" for system in systems)]
-        for name in FIGURES
-        if systems and name in systems[0]
-    ]
+    table(lines)

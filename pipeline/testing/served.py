@@ -210,7 +210,6 @@ def ask_rows(served, ask, key, task, rows, path, run):
     if key == "nll":  # what got no answer is not scored
         rows = [row for row in rows if row["place"] in done]
     undone = [row for row in rows if key not in done.get(row["place"], {})]
-    undone.sort(key=prompt_length)  # the first ones are taken, if any are
     with path.with_name(f".{path.stem}.part0.jsonl").open("a") as file:
 
         def keep(row, known):
@@ -219,13 +218,9 @@ def ask_rows(served, ask, key, task, rows, path, run):
         return served.ask_all(undone, ask, keep, f"{task} {key}")
 
 
-def prompt_length(row):
-    return len(row["prompt_ids"])
-
-
-def ask_for_losses(served, asked, paths, run):
+def ask_for_losses(served, shortest, asked, paths, run):
     """Ask for the perplexity of what got an answer; how many rows have none, though the server gives them."""
-    if not served.gives_losses(min(sum(asked.values(), []), key=prompt_length)):
+    if not served.gives_losses(shortest):
         say("perplexity: not given by this server")
         return 0
     errors = []
@@ -242,12 +237,14 @@ def ask_for_losses(served, asked, paths, run):
 
 def ask_tasks(served, asked, parts, paths, run):
     """Ask for all rows, write the predictions files; the errors of rows without an answer."""
-    served.begin(min(sum(asked.values(), []), key=prompt_length))
+    shortest = min((rows[0] for rows in asked.values()), key=lambda row: len(row["prompt_ids"]))
+    served.begin(shortest)
     started, errors = time.time(), []
     for task in asked:
         errors += ask_rows(served, served.ask, "prediction", task, asked[task], paths[task], run)
     say(f"the answers took {time.time() - started:.1f} s")
-    missing = ask_for_losses(served, asked, paths, run)  # now that the answers are there: some servers break on it
+    # now that the answers are there: some servers break on it
+    missing = ask_for_losses(served, shortest, asked, paths, run)
     any_answer = any(predictions.examples_done(paths[task], run) for task in asked)
     for task in asked:
         if any_answer:
@@ -298,6 +295,7 @@ def test_server(args, tasks, base, tokenizer, rows):
                 say(f"{path} is finished, by the same settings on the same rows: nothing to do")
             elif parts[task]:
                 first_rows = predictions.encoded(tokenizer, parts[task])[: args.server_max_examples or None]
+                first_rows.sort(key=lambda row: len(row["prompt_ids"]))  # the first ones are taken, if any are
                 asked[task] = [row | tasks[task] for row in first_rows]
         if asked:
             errors = ask_tasks(served, asked, parts, paths, run)
