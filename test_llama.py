@@ -144,8 +144,8 @@ def run_identity(args, base, folder, in_4bit, rows, tokenizer, text):
     import torch
 
     lora = read_json(folder / "adapter_config.json") if folder else {}
-    for name in ("base_model_name_or_path", "peft_version", "lora_dropout"):  # change no number
-        lora.pop(name, None)
+    for without_effect in ("base_model_name_or_path", "peft_version", "lora_dropout"):
+        lora.pop(without_effect, None)
     run = {
         "model": base,
         "weights": models.weights_identity(base),

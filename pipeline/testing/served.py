@@ -207,9 +207,9 @@ def ask_rows(served, ask, key, task, rows, path, run):
     """Ask for what is not known under `key` of a task's rows, appending each answer to its work file; the errors."""
     done = predictions.examples_done(path, run)
     served.kept += len(done)
-    if key == "nll":  # what got no answer is not scored
-        rows = [row for row in rows if row["place"] in done]
-    undone = [row for row in rows if key not in done.get(row["place"], {})]
+    # what got no answer is not scored
+    wanted = rows if key == "prediction" else [row for row in rows if row["place"] in done]
+    undone = [row for row in wanted if key not in done.get(row["place"], {})]
     with path.with_name(f".{path.stem}.part0.jsonl").open("a") as file:
 
         def keep(row, known):
