@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, assert_refused, run, snapshot, start
-from datasets import load_from_disk
+from datasets import DatasetDict, load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers.cache_utils import DynamicLayer
@@ -167,18 +167,19 @@ def test_a_row_in_a_batch_is_predicted_and_scored_as_alone_and_as_by_generate(ch
     prompts += [sum(prompts[:6], []), prompts[0][:3], prompts[1][:2], prompts[0][:1]]
     completions = [prompts[(i + 1) % 12][1 : 2 + 3 * i] for i in range(len(prompts))]
     ends = {tokenizer.eos_token_id, *tokenizer("a e s. , ? and the Tom").input_ids[1:]}  # else random models go on
+    end_of = decoding.answer_end(tokenizer, ends, one_line=False)
     assert len({len(p) for p in prompts}) > 10 and max(map(len, prompts)) > 60 * min(map(len, prompts))
     generate, sizes = model.generate, []
     monkeypatch.setattr(model, "generate", lambda ids, **options: sizes.append(len(ids)) or generate(ids, **options))
     with torch.inference_mode():
-        together = decoding.test_rows(model, prompts, completions, ends, 24, "packed")
+        together = decoding.test_rows(model, prompts, completions, "packed", 24, ends, end_of)
         sizes.clear()
         monkeypatch.setattr(decoding, "STRIDE", 3)
         monkeypatch.setattr(decoding, "READ_TOKENS", 100)
-        often = decoding.test_rows(model, prompts, completions, ends, 23, "packed")
+        often = decoding.test_rows(model, prompts, completions, "packed", 23, ends, end_of)
         assert sizes == sorted(sizes)[::-1] and len(set(sizes)) > 2  # rows that have ended are left out
         pairs = zip(prompts, completions, strict=True)
-        alone = [decoding.test_rows(model, [p], [c], ends, 24, "packed")[0] for p, c in pairs]
+        alone = [decoding.test_rows(model, [p], [c], "packed", 24, ends, end_of)[0] for p, c in pairs]
         options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": sorted(ends), "pad_token_id": 0}
         generated = [
             model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), **options)[0, len(p) :].tolist()
@@ -218,10 +219,13 @@ def test_the_prediction_files_follow_the_contract_in_the_order_of_the_dataset(ch
     assert not list(chain.glob(".*"))
 
 
-def test_batches_hold_every_row_once_and_no_more_than_their_budget():
-    lengths = [random.Random(0).randint(1, 400) for _ in range(200)] + [5000]
-    found = list(tester.batches([{"place": i, "length": length} for i, length in enumerate(lengths)], 2000))
+def test_batches_hold_every_row_once_and_no_more_than_their_budget(monkeypatch):
+    lengths = [random.Random(0).randint(2, 400) for _ in range(200)] + [5000]
+    ids = [{"place": i, "prompt_ids": [1] * (length - 1), "completion_ids": [1]} for i, length in enumerate(lengths)]
+    monkeypatch.setattr(predictions, "encoded", lambda tokenizer, rows: rows)
+    found = tester.plan("samsum", ids, None, 1, 5000, 2000)
     assert sorted(row["place"] for batch in found for row in batch) == list(range(201))
+    assert all(row["length"] == lengths[row["place"]] for batch in found for row in batch)
     assert all(len(batch) * max(row["length"] for row in batch) <= 2000 for batch in found if len(batch) > 1)
     assert found[0][0]["length"] == 5000 and len(found) < 40
 
@@ -241,6 +245,49 @@ def test_an_answer_ends_at_the_line_and_keeps_what_shares_its_last_token(chain, 
     assert set(column(out, "trivia_qa", "prediction")) == {"Lydbrook."}
     assert not any(column(out, "trivia_qa", "hit_max_new_tokens"))  # it ended with the last token it was allowed
     assert all(column(out, "samsum", "hit_max_new_tokens"))  # a summary does not end with a line
+
+
+@ONE
+def test_where_an_answer_ends_is_read_as_the_rows_were_built_whatever_todays_task_says(chain, out, monkeypatch):
+    tokenizer = load_tokenizer(str(chain / "adapter"))
+    ids = tokenizer("Paris\nand on", add_special_tokens=False).input_ids
+    monkeypatch.setattr(decoding, "test_rows", lambda model, prompts, *rest: [(1.0, ids) for _ in prompts])
+    limits = ["--trivia-qa-max-new-tokens", len(ids), "--samsum-max-new-tokens", len(ids)]
+    path = out / "dataset" / "tasks.json"
+    for ends in ({"samsum": True, "trivia_qa": False}, {"samsum": False, "trivia_qa": True}):
+        path.write_text(json.dumps({task: {"prompt": "", "one_line": one_line} for task, one_line in ends.items()}))
+        assert test(out, *limits, "--overwrite") == 0
+        for task, one_line in ends.items():
+            assert set(column(out, task, "prediction")) == {"Paris" if one_line else "Paris\nand on"}
+            assert set(column(out, task, "hit_max_new_tokens")) == {not one_line}
+    path.unlink()  # an older data set: as the tasks are today
+    assert test(out, *limits, "--overwrite") == 0
+    assert set(column(out, "trivia_qa", "prediction")) == {"Paris"}
+    assert set(column(out, "samsum", "prediction")) == {"Paris\nand on"}
+
+
+@ONE
+def test_own_rows_are_tested_like_the_others_into_a_file_of_that_name(chain, tmp_path, capsys, refused):
+    """The rows of trivia_qa under another name: the same answers."""
+    out, rows = tmp_path / "out", rows_of(load_from_disk(str(chain / "dataset"))["test"], "trivia_qa")
+    own = rows.map(lambda row: {"task": "own", "id": row["id"].replace("trivia_qa", "own")})
+    DatasetDict(test=own).save_to_disk(str(out / "dataset"))
+    (out / "dataset" / "tasks.json").write_text(json.dumps({"own": {"prompt": "{prompt}", "one_line": True}}))
+    arguments = ["--adapter", chain / "adapter", "--own-max-new-tokens", tester.TRIVIA_QA_MAX_NEW_TOKENS]
+    assert test(out, *arguments) == 0
+    assert re.search(r"\nown perplexity +[\d.,]+ +[\d.,]+\n", capsys.readouterr().out)
+    assert [path.name for path in out.glob("*_predictions*")] == ["own_predictions.json"]
+    for key in ("prediction", "base_prediction", "nll", "base_nll", "new_tokens", "hit_max_new_tokens"):
+        assert column(out, "own", key) == column(chain, "trivia_qa", key)
+    settings = read(out, "own")["settings"]
+    assert [name for name in settings if "new_tokens" in name] == ["own_max_new_tokens"]  # of the tasks with rows
+    assert test(out, *arguments, "--samsum-max-new-tokens", 7) == 0 and "nothing to do" in capsys.readouterr().out
+    assert "own max new tokens 24 there, 25 now" in refused(out, *arguments[:-1], 25)
+    DatasetDict(test=rows).save_to_disk(str(tmp_path / "next" / "dataset"))
+    shutil.rmtree(out / "dataset")
+    (tmp_path / "next" / "dataset").rename(out / "dataset")
+    assert test(out, *arguments[:2], "--overwrite") == 0  # without own rows, no file of theirs stays
+    assert [path.name for path in out.glob("*_predictions*")] == ["trivia_qa_predictions.json"]
 
 
 @pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
@@ -362,7 +409,7 @@ def test_two_processes_write_the_same_files_as_one(out, capsys):
 @ONE
 @pytest.mark.parametrize("cut, healed", [(0, 6), (1, 5), (20, 5)])
 def test_work_left_behind_is_used_and_a_cut_off_line_healed(cut, healed, chain, out, monkeypatch, capsys):
-    monkeypatch.setattr("predictions.write_predictions", lambda *rest: (_ for _ in ()).throw(RuntimeError))
+    monkeypatch.setattr(predictions, "write_predictions", lambda *rest: (_ for _ in ()).throw(RuntimeError))
     with pytest.raises(RuntimeError):
         test(out, *SHORT, "--max-batch-tokens", "1")
     monkeypatch.undo()
