@@ -26,7 +26,7 @@ TRAIN = ("--max-length", 1024, "--gradient-accumulation-steps", 2, "--warmup-ste
 AS_HERE = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"), "ACCELERATE_USE_CPU": "false",
            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}  # fmt: skip
 VARIANTS = {"qlora": (), "lora": ("--no-load-in-4bit",), "plain": ("--chat-template", "off")}
-BASES = {  # tested by themselves, beside the first variant: options of test_llama.py
+BASES = {  # tested by themselves, with the first variant: options of test_llama.py
     "base-3-shot": ("--adapter", "none", "--shots", 3),
     "base-16bit": ("--adapter", "none", "--no-load-in-4bit"),
 }
