@@ -166,14 +166,14 @@ def draw_rows(name, files, large, args, counts):
 def take_from_train(name, rows, args, counts):
     """Move a tenth of train's rows, or as many as can be needed, to each split that has no file.
 
-    Rows that are the same go together, else none of them could be kept; those without a text stay in train.
+    Rows that are the same go together: where many are, nothing would be left of train.
     """
     missing = [split for split in ("test", "validation") if split not in rows]
     if not missing:
         return
     left = random.Random(args.seed).sample(rows["train"], len(rows["train"]))
     same = defaultdict(list)
-    for row in sorted(left, key=lambda row: not row.key):
+    for row in left:
         same[row.key or row.id].append(row)
     if len(same) <= len(missing):
         unread = "".join(f" ({reason}: {count:,})" for reason, count in counts.items())

@@ -31,8 +31,9 @@ def readable(path):
     try:
         yield
     except (OSError, ValueError, RecursionError, csv.Error) as error:  # pyarrow's are ValueErrors
-        kind = path.suffix[1:]
-        parts = "" if kind == "parquet" else ", has stray quotes or no commas between columns, is not in UTF-8"
+        kind = path.suffix[1:].lower()
+        of_csv = ", has stray quotes or no commas between columns, is not in UTF-8"
+        parts = {"csv": of_csv, "parquet": ""}.get(kind, ", is not in UTF-8")
         raise BadData(f"cannot read {path} ({first_line(error)}): it is cut off{parts}, or is no {kind}") from error
 
 

@@ -215,6 +215,7 @@ WRONG = {  # name of the file, its content, flags, what the sentence says
     ),
     "a csv of other names": ("a.csv", "frage;antwort\nx;y\n", [], "no column completion, prompt among frage;antwort"),
     "no template": ("a.jsonl", PAIR, ["--own-prompt", "{prompt"], "--own-prompt is no template"),
+    "a field without a name": ("a.jsonl", PAIR, ["--own-prompt", "{} {prompt}"], "--own-prompt names no column"),
     "a template without a field": ("a.jsonl", PAIR, ["--own-prompt", "Hi"], "--own-prompt names no column"),
     "an empty file": ("a.jsonl", "", [], "0 different rows in train"),
     "an empty list": ("a.json", "[]", [], "0 different rows in train"),
@@ -300,11 +301,11 @@ def test_a_folder_with_two_files_for_a_split_is_refused(tmp_path, capsys):
 
 def test_rows_of_one_prompt_stay_in_one_split(tmp_path, capsys):
     rows = [{"prompt": name, "completion": f"{name} {i}"} for name in NAMES for i in range(40)]
-    splits = build(tmp_path, write_lines(tmp_path / "rows.jsonl", [*rows, {"prompt": " ", "completion": "x"}]))
+    splits = build(tmp_path, write_lines(tmp_path / "rows.jsonl", rows))
     assert {split: len(of_split) for split, of_split in splits.items()} == {"train": 8, "validation": 1, "test": 1}
     assert {row["prompt"] for of_split in splits.values() for row in of_split} == set(NAMES)
     counts = report_of(tmp_path)["tasks"]["own"]["counts"]["train"]
-    assert counts["duplicate"] == 8 * 39 and counts["no text"] == 1 and "also in test" not in counts
+    assert counts["duplicate"] == 8 * 39 and "also in test" not in counts
     assert "own: 40 rows for test are drawn out of train, 10.0%" in capsys.readouterr().out
 
 
