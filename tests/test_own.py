@@ -414,8 +414,8 @@ def test_a_prompt_that_is_in_another_tasks_test_is_dropped_and_counted(tmp_path,
     copies = [{"prompt": samsum.PROMPT.format(**row), "completion": row["summary"]} for row in dialogues]
     path = write_lines(tmp_path / "own.jsonl", copies)
     splits = build(tmp_path, path, "--tasks", "samsum", "own", "--samsum", source)
-    in_test = set(splits["test"]["prompt"])
-    assert not in_test & {*splits["train"]["prompt"], *splits["validation"]["prompt"]}
+    in_test = {row["prompt"] for row in splits["test"]}
+    assert not in_test & {row["prompt"] for row in splits["train"] + splits["validation"]}
     assert re.search(r"train: \d+ rows dropped, whose prompts are in another task's test", capsys.readouterr().out)
 
 
