@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import evaluations
-from pipeline.scoring import metrics, significance
+from pipeline.scoring import metrics, page, significance
 from pipeline.texts import holds
 from tasks import samsum, trivia_qa
 
@@ -300,7 +300,8 @@ def test_both_tasks_base_and_perplexity_are_read_from_the_output_dir_into_file_a
     assert report["versions"]["sacrebleu"] and report["settings"]["output_dir"] == "outputs"
     rows = [line.split() for line in done.stdout.splitlines()]
     interval = ["[+100.00,", "+100.00]", "1.0000"]
-    assert rows.count(["exact_match", "0.00", "100.00", "+100.00", *interval]) == 2
+    assert rows.count(["exact_match", "0.00", "100.00", "+100.00", *interval]) == 1
+    assert rows.count(["exact_match", "0.00", "100.00", "+100.00", *interval[:2], "expl."]) == 1  # of summaries
     assert rows.count(["perplexity", "8.00", "3.25", "-4.75"]) == 2
     assert all(len(line) <= 84 for line in done.stdout.splitlines()[:-1])
 
@@ -605,7 +606,10 @@ def test_any_number_of_systems_is_compared_with_the_first_row_by_row_whatever_th
     counts = {n: [t["exact_match"][k] for k in ("wins", "ties", "losses")] for n, t in report["comparisons"].items()}
     assert counts == {"b": [1, 2, 1], "c": [1, 1, 2]}
     assert report["per_example"]["c"]["exact_match"] == [100, 100, 0, 0]
-    assert done.stdout.count("trivia_qa (4 examples)") == 2
+    assert done.stdout.count("trivia_qa (4 examples)") == 1
+    lines = [line.split()[:3] for line in done.stdout.splitlines()]
+    at = lines.index(["exact_match", "75.00"])
+    assert lines[at + 1 : at + 3] == [["b", "75.00", "+0.00"], ["c", "50.00", "-25.00"]]
 
 
 # --- intervals and tests
@@ -663,7 +667,7 @@ def chance_of(tables):
     args = evaluations.parse_args(["--resamples", "400"])
     tables = {name: np.reshape(values, (-1, 1)).astype(float) for name, values in tables.items()}
     differences = significance.measure(mean, tables, args)["differences"]
-    return significance.compare(mean, tables, {"mean": 0}, differences, args)["b"]["mean"]
+    return significance.compare(mean, tables, {"mean": 0}, differences, ("mean",), args)["b"]["mean"]
 
 
 def test_a_difference_as_small_as_said_is_found_in_about_80_of_100_test_sets_and_half_of_it_is_not():
@@ -826,11 +830,11 @@ def test_the_same_seed_gives_the_same_files_byte_for_byte_and_another_one_others
     assert files[0][0] != files[2][0] and files[0][1] != files[2][1]
 
 
-def test_every_score_has_its_interval_and_all_tests_are_one_family(tmp_path):
+def test_every_score_has_its_interval_and_the_main_scores_of_a_task_alone_are_tested_as_one_family(tmp_path):
     both_tasks(tmp_path)
-    assert run(tmp_path, "--output-dir", ".", "--resamples", "500").returncode == 0
-    report, tests = result(tmp_path / "evaluation.json"), []
-    for task in ("samsum", "trivia_qa"):
+    done = run(tmp_path, "--output-dir", ".", "--resamples", "500")
+    report, printed = result(tmp_path / "evaluation.json"), done.stdout.split("trivia_qa (60")
+    for task, family in (("samsum", 4), ("trivia_qa", 3)):
         part = report[task]
         names = set(evaluations.TASKS[task].SCORES)
         for system in ("base", "tuned"):
@@ -838,12 +842,35 @@ def test_every_score_has_its_interval_and_all_tests_are_one_family(tmp_path):
             assert set(part["intervals"][system]) == names
             for metric, (low, high) in part["intervals"][system].items():
                 assert low <= scores[metric] <= high
-        assert set(part["comparisons"]["tuned"]) == names
-        tests += [test for test in part["comparisons"]["tuned"].values() if "p_value" in test]
-        assert "p_value" not in part["comparisons"]["tuned"].get("length_ratio", {})
-    assert len(tests) == 16  # 7 + 9 without the length ratio
-    assert min(test["p_holm"] for test in tests) == pytest.approx(16 * min(test["p_value"] for test in tests))
-    assert all(test["significant"] == (test["p_holm"] < 0.05) for test in tests)
+        tests = part["comparisons"]["tuned"]
+        assert set(tests) == names
+        tested = {metric: test for metric, test in tests.items() if "p_value" in test}
+        assert set(tested) == set(evaluations.TASKS[task].MAIN_SCORES) and len(tested) == family
+        assert min(test["p_holm"] for test in tested.values()) == pytest.approx(
+            family * min(test["p_value"] for test in tested.values())
+        )
+        assert all(test["significant"] == (test["p_holm"] < 0.05) for test in tested.values())
+        for metric in names - set(tested):  # with an interval, and no claim
+            assert (
+                {"difference", "interval"}
+                <= set(tests[metric])
+                <= {"difference", "interval", "wins", "ties", "losses"}
+            )
+        lines = [line.split() for line in printed[task == "trivia_qa"].splitlines()]
+        shown = [line[0] for line in lines if line and line[0] in names]
+        assert set(shown[:family]) == set(tested)  # first
+        assert {line[0] for line in lines if line and line[-1] == "expl."} == set(shown[family:])
+    assert {"wins", "losses"}.isdisjoint(report["samsum"]["comparisons"]["tuned"]["length_ratio"])  # no end is better
+
+
+def test_no_p_is_shown_as_zero_or_smaller_than_the_resamples_can_show(tmp_path):
+    rows = [example(id=str(i), base_prediction="Rome", nll=1.0, base_nll=9.0, tokens=2) for i in range(60)]
+    prediction_file(tmp_path / "outputs/trivia_qa_predictions.json", examples=rows)
+    for resamples, shown in ((50, f"{3 / 51:.4f}"), (500, f"{3 / 501:.4f}"), (40_000, "< 0.0001")):
+        done = run(tmp_path, "--resamples", resamples)
+        page_text = (tmp_path / "outputs/evaluation.html").read_text()
+        assert shown in done.stdout and f"p {shown.replace('<', '&lt;')}<" in page_text
+        assert "0.0000" not in done.stdout and "p 0.0000" not in page_text
 
 
 def test_several_trainings_are_one_system_and_one_of_them_is_as_without_a_seed(tmp_path):
@@ -1064,7 +1091,7 @@ def test_the_table_fits_80_columns_with_large_perplexities_and_long_names(tmp_pa
 
 @pytest.mark.parametrize("p, shown", [(0.00005, "< 0.0001"), (0.0001, "0.0001"), (0.04567, "0.0457"), (1, "1.0000")])
 def test_a_small_p_is_shown_as_smaller_than_what_can_be_printed(p, shown):
-    assert evaluations.p_value(p) == shown
+    assert page.p_value(p) == shown
 
 
 def test_rows_too_long_for_the_model_are_wrong_answers_and_stay_out_of_the_perplexity(tmp_path):

@@ -73,12 +73,11 @@ def notes(name, task, result):
     for system, count in result["too_long"].items():
         reason = f"{count:,} of them were too long for the model of {system}"
         sentences.append(f"{reason}: they count as empty answers, and not in its perplexity")
-    often = [
-        f"{percent:.0f} % of those of {system}" for system, percent in result["cut_off"].items() if percent > MANY
-    ]
+    often = {system: percent for system, percent in result["cut_off"].items() if percent > MANY}
     if often:
         setting = f"{getattr(task, 'OF', name).upper()}_MAX_NEW_TOKENS of test_llama.py"
-        sentences.append(f"Answers cut off at the limit, {setting}: {', '.join(often)}")
+        shares = ", ".join(f"{percent:.0f} % of {system}'s" for system, percent in often.items())
+        sentences.append(f"Answers cut off at the limit, {setting}: {shares}")
     (first, bits), *others = result["bits"].items()
     for system, of_system in others:
         if bits and of_system and bits != of_system:

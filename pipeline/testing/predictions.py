@@ -12,6 +12,9 @@ from pipeline.files import read_json, refuse_another, write_whole
 from pipeline.script import say
 
 SHOWN = 3  # examples of each task printed at the end
+FIGURES = dict.fromkeys(("perplexity", "bits_per_byte", "word_perplexity"), ",.5g")  # and how they are printed
+FIGURES |= dict.fromkeys(("hit_max_new_tokens", "empty_predictions"), ",d")
+MEANINGLESS = 1e6  # a word perplexity above it says no more than the perplexity
 
 
 def template_of(tokenizer):
@@ -141,7 +144,7 @@ def show(contents, prompts):
     general = {"task": "general text", "settings": {}, "perplexity": contents[-1]["general_text"]}
     for content in [*contents, general]:
         task = "swapped" if content["settings"].get("swap_answers") else content["task"]
-        for key in ("perplexity", "bits_per_byte", "word_perplexity", "hit_max_new_tokens", "empty_predictions"):
-            if key in content["perplexity"].get("tuned", ()):
-                figures = "".join(f"{content['perplexity'][name][key]:>18,.5g}" for name in names)
-                say(f"{task + ' ' + key:<30}{figures}")
+        for key, form in FIGURES.items():
+            values = [content["perplexity"].get(name, {}).get(key, 0) for name in names]
+            if any(values) and (key != "word_perplexity" or max(values) <= MEANINGLESS):
+                say(f"{task + ' ' + key:<30}" + "".join(f"{value:>18{form}}" for value in values))
