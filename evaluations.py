@@ -398,7 +398,7 @@ def adjust(results):
 def percent_of(systems, column):
     """{system: percent of the answers of all its seeds for which a column of System is true}, where it is known."""
     known = {name: [getattr(system, column) for system in seeds.values()] for name, seeds in systems.items()}
-    return {name: 100 * float(np.mean(answers)) for name, answers in known.items() if None not in answers}
+    return {name: round(100 * float(np.mean(answers)), 4) for name, answers in known.items() if None not in answers}
 
 
 def measure_groups(by_sums, tables, inside, args):

@@ -1146,3 +1146,73 @@ def test_page_and_terminal_say_where_rouge_misses_most_letters_and_the_scores_st
     done = run(tmp_path, "--predictions", prediction_file(tmp_path / "english.json"))
     assert "misses" not in done.stdout
     assert "misses" not in (tmp_path / "outputs" / "evaluation.html").read_text(encoding="utf-8")
+
+
+# --- systems found in the output folder, their bits, what was cut off
+
+
+def test_every_named_file_of_the_same_rows_is_a_system_and_others_are_left_out_in_one_line_each(tmp_path):
+    outputs = runs(tmp_path)
+    main = result(outputs / "samsum_predictions.json")
+    row = {"references": ["a b"], "prediction": "b", "hit_max_new_tokens": False}
+    in_16_bit = main["settings"] | {"adapter": "none", "4_bit": False}
+    named = {
+        "base-16bit": {"examples": [row], "settings": in_16_bit},
+        "theirs": {"examples": [row]},  # says nothing of itself
+        "more": {"examples": [row, row]},
+        "contexts": {"examples": [row], "settings": MADE_FROM | {"rows": "d" * 32}},
+        "x_swapped": {"examples": [row]},
+        "judge": {"examples": [row]},
+        "a b": {"examples": [row]},
+        "other": {"examples": [row | {"references": ["c"]}]},
+    }
+    for name, content in named.items():
+        prediction_file(outputs / f"samsum_predictions_{name}.json", "samsum", **content)
+    (outputs / "samsum_predictions_broken.json").write_text("{")
+    done = run(tmp_path, "--resamples", "50")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    left_out = [line for line in done.stdout.splitlines() if line.startswith("left out: ")]
+    assert [line.split("samsum_predictions_")[1].split(".json: ")[0] for line in left_out] == [
+        "a b", "broken", "contexts", "judge", "more", "other",
+    ]  # fmt: skip
+    report = result(outputs / "evaluation.json")
+    assert list(report["samsum"]["files"]) == ["base", "tuned", "base-16bit", "theirs"]
+    assert list(report["trivia_qa"]["files"]) == ["base", "tuned"]
+    assert report["samsum"]["bits"] == {"base": 4, "tuned": 4, "base-16bit": 16, "theirs": None}
+    assert ["base-16bit", "theirs", 1] in report["samsum"]["equal_predictions"]
+    assert report["training"]["facts"]["steps"] == 5  # of the tuned system, whatever else lies there
+    page_text = (outputs / "evaluation.html").read_text()
+    assert 'base-16bit<small class="range">16 bit</small>' in page_text
+    sentence = "Compared are base with weights of 4 bits, base-16bit of 16: part of this difference is quantisation."
+    assert sentence in page_text and sentence in done.stdout.replace("\n", " ")
+    assert "bits of the weights: base 4, tuned 4, base-16bit 16\n" in done.stdout
+    assert page_text.count("part of this difference is quantisation") == 1
+    done = run(tmp_path, "--resamples", "50", "--predictions", outputs / "samsum_predictions.json")
+    assert "left out" not in done.stdout and list(result(outputs / "evaluation.json")["samsum"]["files"])[2:] == []
+
+
+def test_answers_cut_off_or_empty_are_counted_for_each_system_and_many_of_them_named_with_the_setting(tmp_path):
+    rows = [
+        example(id=str(i), prediction="" if i < 2 else "Paris", hit_max_new_tokens=i == 5)
+        | {"base_prediction": "a b", "base_hit_max_new_tokens": i < 11}
+        for i in range(20)
+    ]
+    path = prediction_file(tmp_path / "outputs/trivia_qa_predictions.json", examples=rows)
+    done = run(tmp_path, "--resamples", "50")
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["cut", "off", "at", "the", "limit", "55", "%", "5", "%"] in lines
+    assert ["empty", "0", "%", "10", "%"] in lines
+    part = result(tmp_path / "outputs/evaluation.json")["trivia_qa"]
+    assert part["cut_off"] == {"base": 55, "tuned": 5} and part["empty"] == {"base": 0, "tuned": 10}
+    page_text = (tmp_path / "outputs/evaluation.html").read_text().replace("&#39;", "'")
+    sentence = "Answers cut off at the limit, TRIVIA_QA_MAX_NEW_TOKENS of test_llama.py: 55 % of base's."
+    assert sentence in page_text and sentence in done.stdout.replace("\n", " ")
+    assert "<th>cut off at the limit</th><td>55 %</td><td>5 %</td>" in page_text
+    for row in rows:
+        for name in ("hit_max_new_tokens", "base_hit_max_new_tokens"):
+            del row[name]
+        row["prediction"] = "Paris"
+    prediction_file(path, examples=rows)  # of another system, which does not say
+    done = run(tmp_path, "--resamples", "50")
+    assert "cut off" not in done.stdout and "empty" not in done.stdout
+    assert "<th>cut off" not in (tmp_path / "outputs/evaluation.html").read_text()
