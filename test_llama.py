@@ -4,16 +4,18 @@ The base is the same model with the adapter switched off, in the same run. Perpl
 likelihood / scored tokens) over the gold completion and its EOS after the exact inference prompt. That of a general
 text, which is of no task, shows what tuning or quantising cost elsewhere: its tokens in windows of 1,024 that do not
 overlap, each behind the tokenizer's BOS where it puts one; every token counts but the first of a window without BOS. A
-killed run goes on where it was when its command is given again. With --server, a server of OpenAI's protocol answers
+killed run resumes when its command is given again. With --server, a server of OpenAI's protocol answers
 in the place of a model that is loaded here. This is a script of the pipeline, not a pytest file.
 
 Reads:  OUTPUT_DIR/dataset/ (test) and OUTPUT_DIR/adapter/, whose adapter_config.json names the base model.
-Writes: OUTPUT_DIR/samsum_predictions.json and trivia_qa_predictions.json; with --name NAME,
-        samsum_predictions_NAME.json and so on (a server's model gives its own name); with --swap-answers
-        trivia_qa_predictions_swapped.json. Until one is whole, .samsum_predictions.part0.jsonl holds its batches.
+Writes: OUTPUT_DIR/samsum_predictions.json, trivia_qa_predictions.json, own_predictions.json, of the tasks with rows;
+        with --name NAME, samsum_predictions_NAME.json and so on (a server's model gives its own name); with
+        --swap-answers trivia_qa_predictions_swapped.json. Until one is whole, .samsum_predictions.part0.jsonl has its
+        batches.
 
     python test_llama.py
     python test_llama.py --model outputs/merged --name merged
+    python test_llama.py --adapter none --shots 3 --name base-3-shot
     python test_llama.py --swap-answers
     python test_llama.py --server http://127.0.0.1:8000/v1
     accelerate launch --num_processes 2 test_llama.py
@@ -35,8 +37,8 @@ from pipeline.files import built_tasks, load_rows, only_run_in, read_json, refus
 from pipeline.script import fail, first_line, is_main, progress, say, script
 from pipeline.settings import check_url, parse_settings
 from pipeline.testing import predictions
-from pipeline.tokens import CHAT_TEMPLATES, encode, end_tokens, tokenizer_identity, tokenizer_of
-from tasks import TASKS, swapped
+from pipeline.tokens import CHAT_TEMPLATES, end_tokens, tokenizer_identity, tokenizer_of
+from tasks import TASKS, own, samsum, swapped, trivia_qa
 
 # Settings: edit here, or override for one run on the command line.
 ADAPTER = "auto"  # a folder, or none: the base alone; auto: OUTPUT_DIR/adapter, or none where MODEL is given
@@ -45,10 +47,12 @@ NAME = ""  # of a further pair of prediction files
 CHAT_TEMPLATE = "auto"  # on, off; auto: as the adapter was trained, or where the model alone has a chat template
 COMPARE_WITH_BASE = True  # also test the base, with the adapter switched off
 SWAP_ANSWERS = False  # trivia_qa alone, another answer in the contexts: is it read or remembered? a file of its own
+SHOTS = 0  # solved train examples in front of each test prompt, for a model without an adapter; 0 = none
 LOAD_IN_4BIT = None  # True, False; None: as the adapter was trained, and a model without one in 16 bit
 MAX_BATCH_TOKENS = 16384  # tokens of a batch, prompts and predictions; an 8B model's keys and values: 2 GB
-SAMSUM_MAX_NEW_TOKENS = 96  # the longest gold summaries have some 80 tokens
-TRIVIA_QA_MAX_NEW_TOKENS = 24  # an answer is a few words; it ends at the line's end
+SAMSUM_MAX_NEW_TOKENS = samsum.MAX_NEW_TOKENS  # the longest gold summaries have some 80 tokens
+TRIVIA_QA_MAX_NEW_TOKENS = trivia_qa.MAX_NEW_TOKENS  # an answer is a few words; it ends at the line's end
+OWN_MAX_NEW_TOKENS = own.MAX_NEW_TOKENS  # of answers to your own prompts: enough for a paragraph
 GENERAL_TEXT = "general_text.txt"  # a text file, here or in pipeline/testing/, whose perplexity is told; empty: none
 SERVER = ""  # http(s)://host/v1 of an OpenAI-compatible server that is asked; empty: the model is loaded here
 SERVER_MODEL = ""  # its name there; empty: the only one that the server has
@@ -67,10 +71,12 @@ CHOICES = {"CHAT_TEMPLATE": CHAT_TEMPLATES, "SERVER_API": ("auto", "completions"
 CHOICES |= {"LOAD_IN_4BIT": (bool, None), "SERVER_CONCURRENCY": (int,), "SERVER_TIMEOUT": (float,)}
 CHOICES |= dict.fromkeys(("COMPARE_WITH_BASE", "SWAP_ANSWERS", "OVERWRITE"), (bool,))
 CHOICES |= dict.fromkeys(("MAX_BATCH_TOKENS", "SAMSUM_MAX_NEW_TOKENS", "TRIVIA_QA_MAX_NEW_TOKENS"), (int,))
-CHOICES |= dict.fromkeys(("SERVER_MAX_EXAMPLES", "SERVER_THOUGHT_TOKENS"), (0, int))
+CHOICES |= {"OWN_MAX_NEW_TOKENS": (int,)}
+CHOICES |= dict.fromkeys(("SHOTS", "SERVER_MAX_EXAMPLES", "SERVER_THOUGHT_TOKENS"), (0, int))
 CHOICES |= dict.fromkeys(("SERVER_INPUT_PRICE", "SERVER_OUTPUT_PRICE"), (0, float))
 # Settings that are resolved, or without an influence
 UNBOUND = ("adapter", "model", "chat_template", "load_in_4bit", "general_text", "name", "overwrite", "output_dir")
+UNBOUND += ("shots",)  # noted where there are any: files without stay finished
 
 
 def parse_args(argv=None):
@@ -81,6 +87,8 @@ def parse_args(argv=None):
         fail("--name must be another one: files whose names end in swapped are those that swap answers")
     if args.server:
         check_url("--server", args.server)
+        if args.shots:
+            fail("--shots is for a model that is loaded here: leave out --server or --shots")
     return args
 
 
@@ -105,9 +113,10 @@ def choose_system(args):
     if alone and given:
         return models.find_model(args.model), None, bool(args.load_in_4bit), None
     folder = Path(args.output_dir, "adapter") if args.adapter in ("auto", "none") else Path(args.adapter)
-    base = models.read_adapter(folder)
-    base = models.find_model(args.model if given else base)
-    trained, in_4bit = models.read_run(folder)["settings"], args.load_in_4bit
+    named = models.read_adapter(folder)
+    base = models.find_model(args.model if given else named)
+    trained = models.read_run(folder)["settings"]
+    in_4bit = args.load_in_4bit
     if in_4bit is None:
         in_4bit = bool(trained.get("load_in_4bit", True))  # most are QLoRA's
     if not trained:
@@ -133,13 +142,28 @@ def read_general_text(args):
     return text
 
 
+def tasks_of(args, rows):
+    """{task: where its answers end, `one_line`, and their most tokens, `new`} of the tasks that have rows."""
+    present = set(rows.unique("task"))
+    if unknown := present - TASKS.keys():
+        fail(f"test of {args.output_dir}/dataset has an unknown task {min(unknown)}: run build_dataset.py again")
+    tasks = {}
+    for task, built in built_tasks(args.output_dir, TASKS).items():
+        new = vars(args)[f"{task}_max_new_tokens"]
+        if task in present:
+            tasks[task] = {"one_line": built["one_line"], "new": new}
+        else:
+            del vars(args)[f"{task}_max_new_tokens"]  # it does not tell one run from another
+    return tasks
+
+
 def run_identity(args, base, folder, in_4bit, rows, tokenizer, text):
-    """What has to be the same for a run to go on where it was, `settings` in the files: weights, rows, settings."""
+    """What has to be the same for a run to resume, `settings` in the files: weights, rows, settings."""
     import torch
 
     lora = read_json(folder / "adapter_config.json") if folder else {}
-    for name in ("base_model_name_or_path", "peft_version", "lora_dropout"):  # change no number
-        lora.pop(name, None)
+    for without_effect in ("base_model_name_or_path", "peft_version", "lora_dropout"):
+        lora.pop(without_effect, None)
     run = {
         "model": base,
         "weights": models.weights_identity(base),
@@ -152,55 +176,47 @@ def run_identity(args, base, folder, in_4bit, rows, tokenizer, text):
         "general_text": hashlib.sha256(text.encode()).hexdigest()[:16] if text else "none",
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
-    here = {name: value for name, value in vars(args).items() if not name.startswith("server")}
-    return run | {name: value for name, value in here.items() if name not in UNBOUND}
+    for name, value in vars(args).items():
+        if name not in UNBOUND and not name.startswith("server"):
+            run[name] = value
+    return run
 
 
-def plan(task, rows, tokenizer, new, limit, max_tokens):
-    """The batches of the rows that fit the model's `limit`, as dicts with their place, ids and most tokens, length."""
-    try:
-        ids = encode(tokenizer, rows.to_dict())
-    except ValueError as error:
-        fail(f"cannot test: {first_line(error)}")
+def plan(task, rows, tokenizer, new, limit, max_tokens, shots=()):
+    """The batches of the rows that fit the model's `limit` of tokens: lists of dicts, `length` their most tokens.
+
+    A batch has at most max_tokens when padded. The longest come first: memory ends at once or not at all.
+    """
     fitting = []
-    for place, row in enumerate(rows):
-        row |= {"place": place} | {key: values[place] for key, values in ids.items()}
-        row["length"] = len(row["prompt_ids"]) + max(new, len(row["completion_ids"]))
-        if row["length"] <= limit:
-            fitting.append(row)
+    for row in predictions.encoded(tokenizer, rows, shots):
+        length = len(row["prompt_ids"]) + max(new, len(row["completion_ids"]))
+        if length <= limit:
+            fitting.append(row | {"length": length})
     if not fitting:
-        flag = f"--{task.replace('_', '-')}-max-new-tokens"
+        flag = f"--{task.replace('_', '-')}-max-new-tokens" + (" or --shots" if shots else "")
         fail(f"no row of {task} fits the model's {limit} tokens: lower {flag}, or take a model that reads more")
     if left := len(rows) - len(fitting):
         say(f"{task}: {left} of {len(rows)} rows do not fit the model's {limit} tokens: counted as wrong")
-    return list(batches(fitting, max_tokens))
+    batches = []
+    for row in sorted(fitting, key=lambda row: -row["length"]):
+        if not batches or (len(batches[-1]) + 1) * batches[-1][0]["length"] > max_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
 
 
-def batches(rows, max_tokens):
-    """Lists of rows, each at most max_tokens when padded; the longest first: memory ends at once or not at all."""
-    batch = []
-    for row in sorted(rows, key=lambda row: -row["length"]):
-        if batch and (len(batch) + 1) * batch[0]["length"] > max_tokens:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state):
+def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state, one_line, new, shots=()):
     """Test this process' share of the batches, appending each to its work file as soon as it is done."""
     import torch
 
     from pipeline.testing import decoding
 
-    new = getattr(args, f"{task}_max_new_tokens")
     attention = choose_attention("packed")
     max_tokens = args.max_batch_tokens if attention == "packed" else 1  # else nothing keeps the rows apart
-    everything = plan(task, rows, tokenizer, new, model.config.max_position_embeddings, max_tokens)
+    batches = plan(task, rows, tokenizer, new, model.config.max_position_embeddings, max_tokens, shots)
     done = predictions.examples_done(path, run)
     state.wait_for_everyone()  # all have read what is done before any adds to it
-    undone = [batch for batch in everything if not all(row["place"] in done for row in batch)]
+    undone = [batch for batch in batches if not all(row["place"] in done for row in batch)]
     share = undone[state.process_index :: state.num_processes]
     ends = end_tokens(model, tokenizer)
     started, tokens = time.time(), 0
@@ -211,7 +227,7 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state)
             examples = {row["place"]: {"tokens": len(row["completion_ids"])} for row in batch}
             for prefix in predictions.systems(run).values():
                 with adapter_off() if prefix else contextlib.nullcontext():
-                    results = decoding.test_batch(model, tokenizer, batch, ends, task == "trivia_qa", new, attention)
+                    results = decoding.test_batch(model, tokenizer, batch, attention, new, ends, one_line)
                 for row, result in zip(batch, results, strict=True):
                     examples[row["place"]] |= {prefix + key: value for key, value in result.items()}
                     tokens += len(row["prompt_ids"]) + len(row["completion_ids"]) + result["new_tokens"]
@@ -222,12 +238,15 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state)
     say(f"{task}: {len(rows)} rows{before}; {tokens:,} tokens in {took}")
 
 
-def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
+def test_undone(args, tasks, base, folder, in_4bit, tokenizer, rows, state):
     """Test the tasks that are not finished; the paths of all that have rows."""
     from pipeline.testing import decoding  # and torch, transformers
+    from pipeline.testing.shots import choose_shots
 
     text = read_general_text(args)
     run = run_identity(args, base, folder, in_4bit, rows, tokenizer, text)
+    if args.shots:
+        run |= choose_shots(args.output_dir, tasks, args.shots, tokenizer)
     if folder and args.model == "auto":  # an adapter from elsewhere names no weights
         trained_on = models.read_run(folder)["run"].get("weights", run["weights"])
         remedy = f"put back what {folder}/run.json names, or give --model {base} to test on this one all the same"
@@ -243,7 +262,7 @@ def test_undone(args, base, folder, in_4bit, tokenizer, rows, state):
         if task in done:
             say(f"{path} is finished, by the same settings on the same rows: nothing to do")
         elif parts[task]:
-            test_task(args, task, parts[task], tokenizer, *system, path, run, state)
+            test_task(args, task, parts[task], tokenizer, *system, path, run, state, **tasks[task])
             state.wait_for_everyone()
             if is_main():
                 predictions.write_predictions(task, parts[task], folder, path, run, general)
@@ -262,18 +281,17 @@ def main(argv=None):
         fail("--server is for one process: start the script with python, not with torchrun or accelerate launch")
     started = time.time()
     rows = load_rows(args.output_dir, "test")
+    tasks = tasks_of(args, rows)
     if args.swap_answers:
         rows, args.swap_answers = swap_answers(args, rows)  # how many, for the settings in the file
     base, folder, in_4bit, source = choose_system(args)
+    if args.shots and folder:
+        fail("--shots is for a model without an adapter: give --adapter none, and a --name")
     say(f"testing {args.server or folder or base} on {len(rows):,} rows")
-    if unknown := set(rows.unique("task")) - TASKS.keys():
-        fail(f"test of {args.output_dir}/dataset has an unknown task {min(unknown)}: run build_dataset.py again")
-    prompts = dict(zip(rows["id"], rows["prompt"], strict=True))
     if args.server:
         from pipeline.testing.served import test_server
 
-        tokenizer = tokenizer_of(base, source, args.chat_template)
-        test_server(args, base, tokenizer, rows, prompts)
+        test_server(args, tasks, base, tokenizer_of(base, source, args.chat_template), rows)
         return
     import torch
     from accelerate import PartialState
@@ -283,9 +301,9 @@ def main(argv=None):
     with only_run_in(args.output_dir):
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
         tokenizer = tokenizer_of(base, source, args.chat_template)
-        paths = test_undone(args, base, folder, in_4bit, tokenizer, rows, state)
+        paths = test_undone(args, tasks, base, folder, in_4bit, tokenizer, rows, state)
         if is_main():
-            predictions.show([read_json(path) for path in paths], prompts)
+            predictions.show(paths, rows)
         say(f"\n{time.time() - started:.0f} s, peak memory {machine.peak_memory():.2f} GB")
         state.wait_for_everyone()
         state.destroy_process_group()

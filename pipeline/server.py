@@ -162,9 +162,12 @@ class Server:
         self.kept = 0  # answers that count, those of earlier runs among them
         self.silent_until, self.stopping = 0.0, threading.Event()
 
-    def send(self, path, asked, options, waits=None):
-        """The Answer to what is `asked` with those of the `options` that the server takes; raises ERRORS."""
-        dropped, waits, tries = set(self.refused), WAITS if waits is None else waits, 0
+    def send(self, path, asked, options, once=False):
+        """The Answer to what is `asked` with those of the `options` that the server takes; raises ERRORS.
+
+        once: what fails is not sent again, but for a server that is busy.
+        """
+        dropped, tries = set(self.refused), 0
         while True:
             taken = with_a_limit(options, dropped)
             try:
@@ -176,7 +179,7 @@ class Server:
                     raise
                 dropped |= unknown
             except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError) as error:
-                if not self.wait(error, waits, tries):
+                if not self.wait(error, 0 if once else len(WAITS), tries):
                     raise
                 tries += 1
         with self.lock:
@@ -188,27 +191,26 @@ class Server:
             self.completion_tokens += answer.written or 0
         return answer
 
-    def wait(self, error, waits, tries):
+    def wait(self, error, most, tries):
         """Wait before a request is sent again, all requests for as long as the server asks; False: do not send it.
 
-        A server that is busy with other requests is asked again as long as it answers any.
+        most: how many tries more there may be. A server that is busy is asked again as long as it answers any.
         """
         now = time.monotonic()
-        patient = now - max(self.answered_at, self.silent_until) < self.timeout
-        limited = isinstance(error, openai.RateLimitError) and "insufficient_quota" not in str(error)
-        if may_be_at_work(error) or not (patient if limited else tries < len(waits)):
-            return False
-        waits = waits or WAITS
+        if isinstance(error, openai.RateLimitError) and "insufficient_quota" not in str(error):
+            again = now - max(self.answered_at, self.silent_until) < self.timeout
+        else:
+            again = tries < most and not may_be_at_work(error)
         headers = error.response.headers if isinstance(error, openai.APIStatusError) else None
         asked_for = self.client._parse_retry_after_header(headers) or 0  # reads Retry-After's forms
-        if asked_for > LONGEST_WAIT:
+        if not again or asked_for > LONGEST_WAIT:
             return False
         with self.lock:
             if asked_for > 1 and now + asked_for > self.silent_until + 1:
                 say(f"{self.name} asks to wait for {asked_for:.0f} s")
             if now + asked_for > self.silent_until:  # NaN is not
                 self.silent_until = now + asked_for
-        return not self.stopping.wait(waits[min(tries, len(waits) - 1)])
+        return not self.stopping.wait(WAITS[min(tries, len(WAITS) - 1)])
 
     def post(self, path, body):
         """Send a request when there is a place for it. One that timed out keeps its own: fewer go at once then."""
@@ -237,7 +239,10 @@ class Server:
 
         The very first goes alone: a wrong key or address costs one request. Exits 2 where no more answers come.
         """
-        errors, in_row, most, alone = [], 0, 2 * self.at_once, 0 if self.answered else 1
+        errors = []
+        failures_in_a_row = 0
+        give_up_after = 2 * self.at_once
+        sent_alone = 0 if self.answered else 1
         self.answered_at = time.monotonic()
 
         def outcome(item):
@@ -250,20 +255,24 @@ class Server:
                 self.kept += 1
 
         def outcomes(pool):
-            yield from map(outcome, items[:alone])
-            for job in as_completed([pool.submit(outcome, item) for item in items[alone:]]):
+            yield from map(outcome, items[:sent_alone])
+            for job in as_completed([pool.submit(outcome, item) for item in items[sent_alone:]]):
                 yield job.result()
 
         with ThreadPoolExecutor(self.at_once) as pool:
             bar = progress(outcomes(pool), title, len(items))
             try:
                 for number, error in enumerate(bar, 1):
-                    errors += [error] if error else []
                     # refusals of one request each end a run only where there was never anything else
                     of_one = isinstance(error, NoAnswer) or getattr(error, "status_code", 0) in OF_ONE_REQUEST
-                    in_row = in_row + 1 if error and not (of_one and self.kept) else 0
-                    too_many = in_row > (max(most, REFUSED_AT_FIRST) if of_one else most)
-                    if too_many or (error and not of_one and number <= alone):
+                    if not error or (of_one and self.kept):
+                        failures_in_a_row = 0
+                    else:
+                        failures_in_a_row += 1
+                    if error:
+                        errors.append(error)
+                    too_many = failures_in_a_row > (max(give_up_after, REFUSED_AT_FIRST) if of_one else give_up_after)
+                    if too_many or (error and not of_one and number <= sent_alone):
                         reason = f"{self.name} gives no answers ({self.why(error)})"
                         fail(f"{reason}; run again to go on from those that it gave")
             finally:
@@ -304,18 +313,19 @@ def with_a_limit(options, dropped):
 
 def unknown_options(error, taken):
     """The options that a refusal calls unknown. It may name no option: then the next of FOUND_OUT is tried."""
-    text, found = words_of(error), taken.keys() & set(EXTRA.findall(str(error.body)))
-    named = {name: re.compile(rf"(?<!\w){name}(?!\w)") for name in taken}
-    named = {name: pattern for name, pattern in named.items() if pattern.search(text)}
-    for sentence in re.split(r"(?<=[.!?;])\s|\n", text):
-        for name, pattern in named.items():
+    found = taken.keys() & set(EXTRA.findall(str(error.body)))
+    any_named = bool(found)
+    for sentence in re.split(r"(?<=[.!?;])\s|\n", words_of(error)):
+        numbers = set(re.findall(r"(?<![\w.-])\d+(?![\w-])", sentence))
+        for name in taken:
+            if not re.search(rf"(?<!\w){name}(?!\w)", sentence):
+                continue
+            any_named = True
             # another number than its own in a sentence on a limit is about its value, for this row or for all
-            numbers = set(re.findall(r"(?<![\w.-])\d+(?![\w-])", sentence)) - {str(taken[name])}
-            of_value = name in LIMITS and numbers
-            unknown = UNKNOWN.search(sentence) or re.search(rf"\bno\W+{name}", sentence)
-            if pattern.search(sentence) and unknown and not of_value:
+            of_value = name in LIMITS and numbers - {str(taken[name])}
+            if not of_value and (UNKNOWN.search(sentence) or re.search(rf"\bno\W+{name}", sentence)):
                 found.add(name)
-    return found if named or found else set([name for name in FOUND_OUT if name in taken][:1])
+    return found if any_named else set([name for name in FOUND_OUT if name in taken][:1])
 
 
 def words_of(error):

@@ -788,6 +788,21 @@ def test_swapped_questions_are_asked_into_a_file_of_their_own_and_compared_with_
     assert code == 2 and "swap answers" in output
 
 
+def test_own_rows_are_asked_too_and_their_answers_end_as_the_data_set_says(fake, ask, rows, tmp_path):
+    known = [row | {"task": "own", "id": f"own:{row_id}"} for row_id, (row, _, _) in list(rows.items())[:2]]
+    (tmp_path / "dataset").unlink()
+    DatasetDict(test=Dataset.from_list(known)).save_to_disk(tmp_path / "dataset")
+    for one_line in (False, True):
+        fake.seen = []
+        tasks = {"own": {"prompt": "{prompt}", "one_line": one_line}}
+        (tmp_path / "dataset" / "tasks.json").write_text(json.dumps(tasks))
+        assert ask(fake.url, "--overwrite")[0] == 0
+        answers = [entry["body"] for entry in fake.seen if is_for_an_answer(entry["body"])]
+        assert [(limit(body), "stop" in body) for body in answers] == 2 * [(tester.OWN_MAX_NEW_TOKENS, one_line)]
+        assert all(("\n" in one["prediction"]) != one_line for one in read(tmp_path, "own")["examples"])
+    assert [path.name for path in tmp_path.glob("*_predictions_*")] == ["own_predictions_tuned-1.json"]
+
+
 @pytest.mark.parametrize(
     "url, words",
     [("localhost:8000", "http(s)://host/path"), (f"http://x:{KEY}@host/v1", "http(s)://host"),

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, assert_refused, run, snapshot, start
-from datasets import load_from_disk
+from datasets import DatasetDict, load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers.cache_utils import DynamicLayer
@@ -167,18 +167,19 @@ def test_a_row_in_a_batch_is_predicted_and_scored_as_alone_and_as_by_generate(ch
     prompts += [sum(prompts[:6], []), prompts[0][:3], prompts[1][:2], prompts[0][:1]]
     completions = [prompts[(i + 1) % 12][1 : 2 + 3 * i] for i in range(len(prompts))]
     ends = {tokenizer.eos_token_id, *tokenizer("a e s. , ? and the Tom").input_ids[1:]}  # else random models go on
+    end_of = decoding.answer_end(tokenizer, ends, one_line=False)
     assert len({len(p) for p in prompts}) > 10 and max(map(len, prompts)) > 60 * min(map(len, prompts))
     generate, sizes = model.generate, []
     monkeypatch.setattr(model, "generate", lambda ids, **options: sizes.append(len(ids)) or generate(ids, **options))
     with torch.inference_mode():
-        together = decoding.test_rows(model, prompts, completions, ends, 24, "packed")
+        together = decoding.test_rows(model, prompts, completions, "packed", 24, ends, end_of)
         sizes.clear()
         monkeypatch.setattr(decoding, "STRIDE", 3)
         monkeypatch.setattr(decoding, "READ_TOKENS", 100)
-        often = decoding.test_rows(model, prompts, completions, ends, 23, "packed")
+        often = decoding.test_rows(model, prompts, completions, "packed", 23, ends, end_of)
         assert sizes == sorted(sizes)[::-1] and len(set(sizes)) > 2  # rows that have ended are left out
         pairs = zip(prompts, completions, strict=True)
-        alone = [decoding.test_rows(model, [p], [c], ends, 24, "packed")[0] for p, c in pairs]
+        alone = [decoding.test_rows(model, [p], [c], "packed", 24, ends, end_of)[0] for p, c in pairs]
         options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": sorted(ends), "pad_token_id": 0}
         generated = [
             model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), **options)[0, len(p) :].tolist()
@@ -218,10 +219,13 @@ def test_the_prediction_files_follow_the_contract_in_the_order_of_the_dataset(ch
     assert not list(chain.glob(".*"))
 
 
-def test_batches_hold_every_row_once_and_no_more_than_their_budget():
-    lengths = [random.Random(0).randint(1, 400) for _ in range(200)] + [5000]
-    found = list(tester.batches([{"place": i, "length": length} for i, length in enumerate(lengths)], 2000))
+def test_batches_hold_every_row_once_and_no_more_than_their_budget(monkeypatch):
+    lengths = [random.Random(0).randint(2, 400) for _ in range(200)] + [5000]
+    ids = [{"place": i, "prompt_ids": [1] * (length - 1), "completion_ids": [1]} for i, length in enumerate(lengths)]
+    monkeypatch.setattr(predictions, "encoded", lambda tokenizer, rows, shots: rows)
+    found = tester.plan("samsum", ids, None, 1, 5000, 2000)
     assert sorted(row["place"] for batch in found for row in batch) == list(range(201))
+    assert all(row["length"] == lengths[row["place"]] for batch in found for row in batch)
     assert all(len(batch) * max(row["length"] for row in batch) <= 2000 for batch in found if len(batch) > 1)
     assert found[0][0]["length"] == 5000 and len(found) < 40
 
@@ -241,6 +245,49 @@ def test_an_answer_ends_at_the_line_and_keeps_what_shares_its_last_token(chain, 
     assert set(column(out, "trivia_qa", "prediction")) == {"Lydbrook."}
     assert not any(column(out, "trivia_qa", "hit_max_new_tokens"))  # it ended with the last token it was allowed
     assert all(column(out, "samsum", "hit_max_new_tokens"))  # a summary does not end with a line
+
+
+@ONE
+def test_where_an_answer_ends_is_read_as_the_rows_were_built_whatever_todays_task_says(chain, out, monkeypatch):
+    tokenizer = load_tokenizer(str(chain / "adapter"))
+    ids = tokenizer("Paris\nand on", add_special_tokens=False).input_ids
+    monkeypatch.setattr(decoding, "test_rows", lambda model, prompts, *rest: [(1.0, ids) for _ in prompts])
+    limits = ["--trivia-qa-max-new-tokens", len(ids), "--samsum-max-new-tokens", len(ids)]
+    path = out / "dataset" / "tasks.json"
+    for ends in ({"samsum": True, "trivia_qa": False}, {"samsum": False, "trivia_qa": True}):
+        path.write_text(json.dumps({task: {"prompt": "", "one_line": one_line} for task, one_line in ends.items()}))
+        assert test(out, *limits, "--overwrite") == 0
+        for task, one_line in ends.items():
+            assert set(column(out, task, "prediction")) == {"Paris" if one_line else "Paris\nand on"}
+            assert set(column(out, task, "hit_max_new_tokens")) == {not one_line}
+    path.unlink()  # an older data set: as the tasks are today
+    assert test(out, *limits, "--overwrite") == 0
+    assert set(column(out, "trivia_qa", "prediction")) == {"Paris"}
+    assert set(column(out, "samsum", "prediction")) == {"Paris\nand on"}
+
+
+@ONE
+def test_own_rows_are_tested_like_the_others_into_a_file_of_that_name(chain, tmp_path, capsys, refused):
+    """The rows of trivia_qa under another name: the same answers."""
+    out, rows = tmp_path / "out", rows_of(load_from_disk(str(chain / "dataset"))["test"], "trivia_qa")
+    own = rows.map(lambda row: {"task": "own", "id": row["id"].replace("trivia_qa", "own")})
+    DatasetDict(test=own).save_to_disk(str(out / "dataset"))
+    (out / "dataset" / "tasks.json").write_text(json.dumps({"own": {"prompt": "{prompt}", "one_line": True}}))
+    arguments = ["--adapter", chain / "adapter", "--own-max-new-tokens", tester.TRIVIA_QA_MAX_NEW_TOKENS]
+    assert test(out, *arguments) == 0
+    assert re.search(r"\nown perplexity +[\d.,]+ +[\d.,]+\n", capsys.readouterr().out)
+    assert [path.name for path in out.glob("*_predictions*")] == ["own_predictions.json"]
+    for key in ("prediction", "base_prediction", "nll", "base_nll", "new_tokens", "hit_max_new_tokens"):
+        assert column(out, "own", key) == column(chain, "trivia_qa", key)
+    settings = read(out, "own")["settings"]
+    assert [name for name in settings if "new_tokens" in name] == ["own_max_new_tokens"]  # of the tasks with rows
+    assert test(out, *arguments, "--samsum-max-new-tokens", 7) == 0 and "nothing to do" in capsys.readouterr().out
+    assert "own max new tokens 24 there, 25 now" in refused(out, *arguments[:-1], 25)
+    DatasetDict(test=rows).save_to_disk(str(tmp_path / "next" / "dataset"))
+    shutil.rmtree(out / "dataset")
+    (tmp_path / "next" / "dataset").rename(out / "dataset")
+    assert test(out, *arguments[:2], "--overwrite") == 0  # without own rows, no file of theirs stays
+    assert [path.name for path in out.glob("*_predictions*")] == ["trivia_qa_predictions.json"]
 
 
 @pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
@@ -343,6 +390,114 @@ def test_stopped_by_ctrl_c_and_killed_twice_it_goes_on_and_writes_the_same_bytes
     assert_same_files(out, "_undisturbed")
 
 
+SHOTS = ["--adapter", "none", "--shots", 3, "--name", "shots", "--samsum-max-new-tokens", 40]
+
+
+def texts_with_examples(out, task):
+    """[(prompt with the examples of a predictions file in front, completion)] of a task's test rows."""
+    data = load_from_disk(str(out / "dataset"))
+    examples = {row["id"]: row["prompt"] + row["completion"] + "\n\n" for row in data["train"]}
+    front = "".join(examples[row_id] for row_id in read(out, task, "_shots")["settings"]["shot_ids"][task])
+    return [(front + row["prompt"], row["completion"]) for row in rows_of(data["test"], task)]
+
+
+@BOTH
+def test_solved_train_examples_are_in_front_of_each_prompt_and_the_loss_is_that_of_the_completion(
+    name, dataset, tmp_path
+):
+    out = tmp_path / "out"
+    shutil.copytree(dataset, out)
+    model_alone = ["--model", FIXTURES / name]
+    assert test(out, *SHOTS, *model_alone) == 0
+    assert test(out, *SHORT, *model_alone, "--name", "base") == 0
+    tokenizer, data = load_tokenizer(str(FIXTURES / name)), load_from_disk(str(out / "dataset"))
+    model = models.load_model(str(FIXTURES / name), load_in_4bit=False)
+    settings = read(out, "samsum", "_shots")["settings"]
+    assert settings["shots"] == 3 and "shots" not in read(out, "samsum", "_base")["settings"]
+    for task in TASKS:
+        ids = encode(tokenizer, rows_of(data["train"], task).to_dict())
+        sizes = [len(prompt + completion) for prompt, completion in zip(*ids.values(), strict=True)]
+        size_of = dict(zip(rows_of(data["train"], task)["id"], sizes, strict=True))
+        shots = settings["shot_ids"][task]
+        assert len(set(shots)) == 3 and max(size_of[shot] for shot in shots) <= sorted(sizes)[len(sizes) // 2]
+        assert settings["shot_tokens"][task] == sum(size_of[shot] for shot in shots)
+        losses = []
+        for prompt, completion in texts_with_examples(out, task):
+            start = len(tokenizer(prompt).input_ids)
+            whole = torch.tensor([[*tokenizer(prompt + completion).input_ids, tokenizer.eos_token_id]])
+            labels = whole.clone()
+            labels[:, :start] = -100
+            with torch.inference_mode():
+                losses.append(model(whole, labels=labels).loss.item() * (whole.shape[1] - start))
+        assert column(out, task, "nll", "_shots") == pytest.approx(losses, rel=1e-4)
+        assert column(out, task, "tokens", "_shots") == column(out, task, "tokens", "_base")
+        assert column(out, task, "nll", "_shots") != column(out, task, "nll", "_base")
+
+
+@ONE
+def test_behind_plain_examples_an_answer_ends_at_its_line_unless_answers_in_train_have_several(
+    chain, out, tmp_path, monkeypatch, capsys
+):
+    tokenizer = load_tokenizer(str(chain / "adapter"))
+    ids = tokenizer("Paris\n\nSummarise this", add_special_tokens=False).input_ids
+    monkeypatch.setattr(decoding, "test_rows", lambda model, prompts, *rest: [(1.0, ids) for _ in prompts])
+    assert test(out, *SHOTS) == 0 and "run on into" not in capsys.readouterr().out
+    assert set(column(out, "samsum", "prediction", "_shots")) == {"Paris"}
+    data = load_from_disk(str(out / "dataset"))
+    lines = data["train"].map(lambda row: {"completion": row["completion"].replace(". ", ".\n")})
+    assert any("\n" in row["completion"] for row in rows_of(lines, "samsum"))
+    other = tmp_path / "other"
+    DatasetDict(data | {"train": lines}).save_to_disk(str(other / "dataset"))
+    shutil.copy(out / "dataset" / "tasks.json", other / "dataset")
+    assert test(other, *SHOTS, "--model", base_of(chain)) == 0
+    assert "samsum: its answers have several lines" in capsys.readouterr().out
+    assert set(column(other, "samsum", "prediction", "_shots")) == {"Paris\n\nSummarise this"}
+    assert set(column(other, "trivia_qa", "prediction", "_shots")) == {"Paris"}
+
+
+@ONE
+def test_an_interrupted_run_with_examples_resumes_and_another_number_of_them_is_another_run(
+    chain, out, monkeypatch, capsys, refused
+):
+    monkeypatch.setattr(predictions, "write_predictions", lambda *rest: (_ for _ in ()).throw(RuntimeError))
+    with pytest.raises(RuntimeError):
+        test(out, *SHOTS)
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert test(out, *SHOTS) == 0 and "samsum: 6 rows, 6 of them from before" in capsys.readouterr().out
+    assert test(out, *SHOTS) == 0 and capsys.readouterr().out.count("nothing to do") == 2
+    before = snapshot(out)
+    assert "shots 3 there, 2 now" in refused(out, *SHOTS, "--shots", 2)
+    assert "shots 3 there, 0 now" in refused(out, *SHOTS, "--shots", 0)
+    assert snapshot(out) == before
+    assert test(out, *SHOTS, "--overwrite", "--shots", 0) == 0
+    assert "shots 0 there, 3 now" in refused(out, *SHOTS)
+
+
+@ONE
+def test_examples_are_refused_with_an_adapter_with_a_server_and_where_train_has_too_few(chain, out, refused):
+    assert "--shots is for a model without an adapter" in refused(out, "--shots", 3)
+    assert "--shots is for a model that is loaded here" in refused(
+        out, "--shots", 3, "--server", "http://localhost/v1"
+    )
+    assert "--shots 7 needs 14 train rows of samsum" in refused(out, *SHOTS, "--shots", 7)
+
+
+@ONE
+def test_rows_that_examples_make_too_long_are_counted(chain, out, tmp_path, capsys):
+    assert test(out, *SHOTS) == 0
+    tokenizer = load_tokenizer(str(chain / "adapter"))
+    texts = texts_with_examples(out, "samsum")
+    lengths = [len(tokenizer(prompt).input_ids) + 40 for prompt, _ in texts]
+    limit = sorted(lengths)[2]  # so that three of six fit
+    shutil.copytree(FIXTURES / "tiny_llama3", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": limit}))
+    assert test(out, *SHOTS, "--model", tmp_path / "model", "--overwrite") == 0
+    assert "samsum: 3 of 6 rows do not fit" in capsys.readouterr().out
+    assert len(read(out, "samsum", "_shots")["too_long"]) == 3
+
+
 @ONE
 def test_two_processes_write_the_same_files_as_one(out, capsys):
     arguments = [*SHORT, "--max-batch-tokens", "400", "--output-dir", str(out)]
@@ -362,7 +517,7 @@ def test_two_processes_write_the_same_files_as_one(out, capsys):
 @ONE
 @pytest.mark.parametrize("cut, healed", [(0, 6), (1, 5), (20, 5)])
 def test_work_left_behind_is_used_and_a_cut_off_line_healed(cut, healed, chain, out, monkeypatch, capsys):
-    monkeypatch.setattr("predictions.write_predictions", lambda *rest: (_ for _ in ()).throw(RuntimeError))
+    monkeypatch.setattr(predictions, "write_predictions", lambda *rest: (_ for _ in ()).throw(RuntimeError))
     with pytest.raises(RuntimeError):
         test(out, *SHORT, "--max-batch-tokens", "1")
     monkeypatch.undo()
@@ -696,7 +851,9 @@ def test_a_row_of_nan_in_the_embedding_of_a_token_that_never_occurs_changes_no_f
     same_columns(out, chain, "nll", "base_nll", rel=1e-5)
 
 
-def test_the_table_at_the_end_has_whole_counts_and_no_line_of_zeros_or_of_a_word_perplexity_beyond_meaning(capsys):
+def test_the_table_at_the_end_has_whole_counts_and_no_line_of_zeros_or_of_a_word_perplexity_beyond_meaning(
+    tmp_path, capsys
+):
     figures = {"perplexity": 2209.8, "word_perplexity": 1.5e8, "hit_max_new_tokens": 123_456, "empty_predictions": 0}
     tuned = figures | {"perplexity": 23.788, "word_perplexity": 2355.5, "hit_max_new_tokens": 0}
     content = {"task": "samsum", "adapter": "a", "settings": {}, "general_text": {}, "examples": []}
@@ -704,6 +861,8 @@ def test_the_table_at_the_end_has_whole_counts_and_no_line_of_zeros_or_of_a_word
         (figures, ["perplexity 2,209.8 23.788", "hit_max_new_tokens 123,456 0"]),
         (tuned, ["perplexity 23.788 23.788", "word_perplexity 2,355.5 2,355.5"]),
     ):
-        predictions.show([content | {"perplexity": {"tuned": tuned, "base": base}}], {})
+        path = tmp_path / "samsum_predictions.json"
+        path.write_text(json.dumps(content | {"perplexity": {"tuned": tuned, "base": base}}))
+        predictions.show([path], {"id": [], "prompt": []})
         printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
         assert printed[1:] == ["base tuned", *(f"samsum {line}" for line in lines)]

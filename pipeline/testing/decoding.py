@@ -21,7 +21,6 @@ from pipeline.script import fail, first_line, say
 from pipeline.testing import predictions
 
 READ_TOKENS = 4096  # of a pass over whole rows
-FEW_ROWS = 8  # that a CPU multiplies faster as W x'
 STRIDE = 16  # new tokens of a batch after which its keys and values are copied
 WINDOW = 1024  # tokens of the general text that are read at once
 
@@ -37,7 +36,6 @@ def load_system(base, folder, in_4bit, compare):
         logging.set_verbosity_error()  # it tells what it does
         model = model.dequantize()
         logging.set_verbosity_warning()
-    few_rows_first(model)
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)  # no sampling
     if not folder:
         return model, None
@@ -91,21 +89,6 @@ class Room(DynamicLayer):
         return self.keys, self.values
 
 
-def few_rows_first(model):
-    """On a CPU, compute the products of a few rows as W x': as x W' they take MKL up to seven times as long."""
-    if model.device.type == "cpu":
-        for module in model.modules():
-            if type(module) is torch.nn.Linear and module.bias is None:
-                module.forward = functools.partial(linear, module)
-
-
-def linear(module, x):
-    rows = x.flatten(0, -2)
-    if 1 < len(rows) <= FEW_ROWS:
-        return (module.weight @ rows.T).T.contiguous().view(*x.shape[:-1], -1)
-    return torch.nn.functional.linear(x, module.weight)
-
-
 def read_rows(model, prompts, completions, attention):
     """Each completion's negative log likelihood (nats), and the prompts' keys and values, padded left.
 
@@ -122,7 +105,7 @@ def read_rows(model, prompts, completions, attention):
         caches.append(DynamicCache())
         logits, golds = read(model, prompts[part], completions[part], caches[-1])
         losses = losses_of(logits, golds).split([len(gold) for gold in completions[part]])
-        nll += [some.sum().item() for some in losses]
+        nll += [row_losses.sum().item() for row_losses in losses]
         start = end
     return nll, padded(caches, prompts, completions)
 
@@ -134,37 +117,34 @@ def padded(caches, prompts, completions):
     offsets = torch.arange(lengths.max() - 1) - (lengths.max() - lengths)[:, None]
     places = (sizes.cumsum(0) - sizes)[:, None] + offsets.clamp(min=0)  # padding repeats a row's first token
     places = places.to(caches[0].layers[0].device)
-    for layer, *others in zip(*(cache.layers for cache in caches), strict=True):
+    for first, *others in zip(*(cache.layers for cache in caches), strict=True):
         for name in ("keys", "values"):
-            flat = torch.cat([getattr(one, name)[0] for one in (layer, *others)], dim=1)
-            setattr(layer, name, flat[:, places].transpose(0, 1))
-        for one in others:
-            one.reset()
+            flat = torch.cat([getattr(layer, name)[0] for layer in (first, *others)], dim=1)
+            setattr(first, name, flat[:, places].transpose(0, 1))
+        for layer in others:
+            layer.reset()
     return caches[0]
 
 
-def ended(end_of, width, ids, scores, **_):
-    """For transformers' generate: which rows of `ids` have come to their end behind the first `width` tokens."""
-    return torch.tensor([end_of(row) is not None for row in ids[:, width:].tolist()], device=ids.device)
-
-
-def test_rows(model, prompts, completions, ends, new, attention, end_of=None):
+def test_rows(model, prompts, completions, attention, new, ends, end_of):
     """nll (nats) and greedy prediction (list of at most `new` ids, an ending one included) of each row.
 
-    ends: ids that end any text. end_of: of a prediction's ids how many go to its end, or None; by default the first
-    of `ends`.
+    ends: ids that end any text. end_of: the answer_end of the task.
     """
-    end_of = end_of or (lambda ids: next((i for i, token in enumerate(ids, 1) if token in ends), None))
     nll, cache = read_rows(model, prompts, completions, attention)
     model.set_attn_implementation("sdpa")
     width = max(map(len, prompts))
+
+    def ended(ids, scores, **_):  # which rows have come to their end, for generate
+        return torch.tensor([end_of(row) is not None for row in ids[:, width:].tolist()], device=ids.device)
+
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    written, going = [[] for _ in prompts], list(range(len(prompts)))
-    left = going
-    while left and len(written[going[0]]) < new:
+    written = [[] for _ in prompts]
+    going = left = list(range(len(prompts)))  # places of the rows that have not ended; left: of these in the batch
+    for length in range(0, new, STRIDE):
         going, ids, mask = [going[i] for i in left], ids[left], mask[left]
-        more = min(STRIDE, new - len(written[going[0]]))
+        more = min(STRIDE, new - length)
         for number, layer in enumerate(cache.layers):  # one at a time: the old keys and values go
             cache.layers[number] = Room(layer.keys[left], layer.values[left], more)
         ids = model.generate(
@@ -175,12 +155,14 @@ def test_rows(model, prompts, completions, ends, new, attention, end_of=None):
             max_new_tokens=more,
             eos_token_id=sorted(ends),
             pad_token_id=min(ends),
-            stopping_criteria=[functools.partial(ended, end_of, width)],
+            stopping_criteria=[ended],
         )
-        for place, row in zip(going, ids[:, mask.shape[1] :].tolist(), strict=True):
-            written[place] += row
+        for place, more_ids in zip(going, ids[:, mask.shape[1] :].tolist(), strict=True):
+            written[place] += more_ids
         mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
         left = [i for i, place in enumerate(going) if end_of(written[place]) is None]
+        if not left:
+            break
     return [(loss, row[: end_of(row)]) for loss, row in zip(nll, written, strict=True)]
 
 
@@ -190,8 +172,8 @@ def in_halves(model, prompts, completions, *options):
         return test_rows(model, prompts, completions, *options)
     except torch.OutOfMemoryError as error:
         if len(prompts) == 1:
-            reason = first_line(error)
-            fail(f"one row is too much for the GPU's memory ({reason}): try --load-in-4bit", in_any_process=True)
+            reason = f"one row is too much for the GPU's memory ({first_line(error)})"
+            fail(f"{reason}: try --load-in-4bit", in_any_process=True)
     torch.cuda.empty_cache()
     say(f"{len(prompts)} rows are too much for the GPU's memory: halved; try a lower --max-batch-tokens")
     middle = len(prompts) // 2
@@ -217,11 +199,13 @@ def answer_end(tokenizer, ends, one_line):
     return end_of
 
 
-def test_batch(model, tokenizer, rows, ends, one_line, new, attention):
+def test_batch(model, tokenizer, rows, attention, new, ends, one_line):
     """What is known of each row after it, under the names of the predictions file."""
-    prompts, completions = ([row[key] for row in rows] for key in ("prompt_ids", "completion_ids"))
-    results, end_of = [], answer_end(tokenizer, ends, one_line)
-    tested = in_halves(model, prompts, completions, ends, new, attention, end_of)
+    prompts = [row["prompt_ids"] for row in rows]
+    completions = [row["completion_ids"] for row in rows]
+    end_of = answer_end(tokenizer, ends, one_line)
+    results = []
+    tested = in_halves(model, prompts, completions, attention, new, ends, end_of)
     for row, (nll, ids) in zip(rows, tested, strict=True):
         if not nll < MAX_NLL * len(row["completion_ids"]):  # NaN too
             reason = f"{row['id']} has a log-likelihood of {-nll}: the model diverged"

@@ -9,12 +9,25 @@ from pathlib import Path
 
 from pipeline.attention import MAX_NLL
 from pipeline.files import read_json, refuse_another, write_whole
-from pipeline.script import say
+from pipeline.script import fail, first_line, say, table
+from pipeline.tokens import encode
 
 SHOWN = 3  # examples of each task printed at the end
 FIGURES = dict.fromkeys(("perplexity", "bits_per_byte", "word_perplexity"), ",.5g")  # and how they are printed
 FIGURES |= dict.fromkeys(("hit_max_new_tokens", "empty_predictions"), ",d")
 MEANINGLESS = 1e6  # a word perplexity above it says no more than the perplexity
+
+
+def encoded(tokenizer, rows, shots=()):
+    """The rows of a Dataset as dicts, with their `place`, `prompt_ids`, `completion_ids`; exits 2 where it cannot."""
+    try:
+        ids = encode(tokenizer, rows.to_dict(), shots)
+    except ValueError as error:
+        fail(f"cannot test: {first_line(error)}")
+    dicts = []
+    for place, row in enumerate(rows):
+        dicts.append(row | {"place": place} | {name: values[place] for name, values in ids.items()})
+    return dicts
 
 
 def template_of(tokenizer):
@@ -71,13 +84,14 @@ def remove_work(path):
 
 
 def finished(args, path, run):
-    """Whether the predictions of this run stand at `path`; exits 2 where they, or work for them, are of another."""
+    """Whether the predictions of this run are at `path`; exits 2 where they, or work for them, are of another."""
     stored = [read_json(path).get("settings")] if path.exists() else []
     begun = [item["settings"] for item in read_work(path)]
-    if not args.overwrite and run not in begun:  # else what stands there was to be replaced
+    if not args.overwrite and run not in begun:  # else what is there was to be replaced
+        remedy = "give its settings again, or --overwrite, or --name for more files"
         for other in begun + stored:
-            other = other if isinstance(other, dict) else {}  # another system's predictions
-            refuse_another(path, other, run, "give its settings again, or --overwrite, or --name for more files")
+            other = other if isinstance(other, dict) else {}  # {}: another system's
+            refuse_another(path, {"shots": 0} | other, {"shots": 0} | run, remedy)  # noted where there are any
     return stored == [run] and not args.overwrite
 
 
@@ -106,13 +120,16 @@ def write_predictions(task, rows, folder, path, run, general):
     Rows too long for a model that is loaded here predict "". What a server has no answer for is `left_out`.
     """
     done = examples_done(path, run)
-    scored = [done[place] for place in sorted(done)]
     texts = [rows[place]["completion"] for place in sorted(done)]
+    scored = [done[place] for place in sorted(done)]
     too_long = {prefix + "prediction": "" for prefix in systems(run).values()} | {"too_long": True}
     kept = [key for key in ("id", "references", "answer_in_context", "swapped") if key in rows.column_names]
-    examples = [row | done.get(place, too_long) for place, row in enumerate(rows.select_columns(kept))]
-    left_out = [rows[place]["id"] for place in range(len(rows)) if "server" in run and place not in done]
-    examples = [example for example in examples if example["id"] not in left_out]
+    examples, left_out = [], []
+    for place, row in enumerate(rows.select_columns(kept)):
+        if place in done or "server" not in run:
+            examples.append(row | done.get(place, too_long))
+        else:
+            left_out.append(row["id"])
     content = {
         "task": task,
         "model": run["model"],
@@ -127,24 +144,31 @@ def write_predictions(task, rows, folder, path, run, general):
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def show(contents, prompts):
-    """Print the first examples of each task, then the table, base before tuned, within 80 columns."""
+def show(paths, rows):
+    """Print the first examples of each predictions file, then the table of their figures, base before tuned."""
+    prompts = dict(zip(rows["id"], rows["prompt"], strict=True))
+    contents = [read_json(path) for path in paths]
     names = {"base": "base", "tuned": "tuned" if contents[0]["adapter"] else "model"}
-    names = {system: names[system] for system in reversed(contents[0]["perplexity"])}
+    shown = [system for system in names if system in contents[0]["perplexity"]]
+    tables = {}
     for content in contents:
+        task = "swapped" if content["settings"].get("swap_answers") else content["task"]
+        tables[task] = content["perplexity"]
         for example in content["examples"][:SHOWN]:
             texts = {"prompt": prompts[example["id"]][-66:], "reference": " | ".join(example["references"][:3])}
-            texts |= {"swapped": example["swapped"]} if "swapped" in example else {}
-            for system, name in names.items():
-                texts[name] = example["base_prediction" if system == "base" else "prediction"]
+            if "swapped" in example:
+                texts["swapped"] = example["swapped"]
+            for system in shown:
+                texts[names[system]] = example["base_prediction" if system == "base" else "prediction"]
             say(f"\n{example['id']}")
             for name, text in texts.items():
                 say(f"  {name:<10} {textwrap.shorten(text, 67, placeholder='...')}")
-    say(f"\n{'':<30}" + "".join(f"{name:>18}" for name in names.values()))
-    general = {"task": "general text", "settings": {}, "perplexity": contents[-1]["general_text"]}
-    for content in [*contents, general]:
-        task = "swapped" if content["settings"].get("swap_answers") else content["task"]
-        for key, form in FIGURES.items():
-            values = [content["perplexity"].get(name, {}).get(key, 0) for name in names]
-            if any(values) and (key != "word_perplexity" or max(values) <= MEANINGLESS):
-                say(f"{task + ' ' + key:<30}" + "".join(f"{value:>18{form}}" for value in values))
+    tables["general text"] = contents[-1]["general_text"]
+    lines = [["", *(names[system] for system in shown)]]
+    for title, figures in tables.items():
+        for name, form in FIGURES.items():
+            values = [figures.get(system, {}).get(name, 0) for system in shown]
+            if any(values) and (name != "word_perplexity" or max(values) <= MEANINGLESS):
+                lines.append([f"{title} {name}", *[f"{value:{form}}" for value in values]])
+    say()
+    table(lines)

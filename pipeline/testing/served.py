@@ -13,14 +13,13 @@ import openai
 from pipeline import models
 from pipeline.attention import MAX_NLL
 from pipeline.files import only_run_in, read_json, rows_of
-from pipeline.script import fail, first_line, say
+from pipeline.script import fail, say
 from pipeline.server import ERRORS, HALF_A_CHARACTER, NO_ROOM, NoAnswer, Server, as_dict
 from pipeline.testing import predictions
 from pipeline.tokens import encode, end_tokens
 
-# What binds a server's answers, beside its model and the rows: not where it was reached
+# Settings that bind a server's answers, beside its model and the rows: not where it was reached
 OF_SERVER = ("server_api", "server_max_examples", "server_thought_tokens", "swap_answers")
-OF_SERVER += ("samsum_max_new_tokens", "trivia_qa_max_new_tokens")
 NO_SUCH = (400, 404, 405, 422, 501)  # an endpoint, or a form of a prompt
 CAUSES = {  # why a server reads so many tokens more than the run
     0: "the same",
@@ -46,12 +45,9 @@ class Tested(Server):
     def __init__(self, args, tokenizer, ends):
         super().__init__("server", args.server, args.server_model, args.server_concurrency, args.server_timeout)
         self.tokenizer, self.ends, self.thought_tokens = tokenizer, ends, args.server_thought_tokens
-        self.form, self.same_tokens, self.more, self.logprobs = None, False, 0, None
-        self.share = 1  # of a prompt's tokens, as the run counts them, that another tokenizer makes of it
         order = ("chat", "text") if tokenizer.chat_template else ("text", "chat")
         self.forms = {"completions": ("text",), "chat": ("chat",)}.get(args.server_api, order)
-        if not self.model:
-            self.model = self.only_model()
+        self.model = self.model or self.only_model()
 
     def only_model(self):
         try:
@@ -77,68 +73,62 @@ class Tested(Server):
                 text = text.removeprefix(self.tokenizer.bos_token)
         return "/completions", {"prompt": text}
 
-    def takes(self, form, *rows):
-        """How many tokens more than the run the server reads of each prompt (None: not known); []: no such form.
-
-        Where the first prompt is taken, another one may be refused for what it says.
-        """
-        self.form, more = form, []
+    def read_more(self, row):
+        """How many tokens more than the run the server reads of a prompt; None: it does not say. Raises ERRORS."""
         options = {"max_tokens": FIRST_TOKENS + self.thought_tokens, "temperature": 0}
-        for row in rows:
+        answer = self.send(*self.request(row), options)
+        if not answer.choice:
+            raise NoAnswer(answer.problem)
+        return answer.read - len(row["prompt_ids"]) if answer.read else None
+
+    def take_form(self, forms, row):
+        """Set the first form in which the server takes a row's prompt; read_more of it. Raises ERRORS."""
+        for form in forms:
+            self.form = form
             try:
-                answer = self.send(*self.request(row), options)
-                if not answer.choice:
-                    raise NoAnswer(answer.problem)
-                more.append(answer.read - len(row["prompt_ids"]) if answer.read else None)
+                return self.read_more(row)
             except (openai.APIStatusError, NoAnswer) as error:
-                if getattr(error, "status_code", 400) not in NO_SUCH:
+                if form == forms[-1] or getattr(error, "status_code", 400) not in NO_SUCH:
                     raise
-                if not more:
-                    self.refusal = error
-                    return []
-                more.append(None)
-        return more
 
     def begin(self, row):
-        """Find out, with the first row and PROBE, how the server is to be asked, and say whether it reads the same."""
-        probe = {"id": ["probe"], "prompt": [PROBE], "completion": [" a"]}
-        probe = {"prompt": PROBE, "prompt_ids": encode(self.tokenizer, probe)["prompt_ids"][0]}
-        more = []
+        """Find out, with PROBE and the first row, how the server is to be asked, and say whether it reads the same."""
+        ids = encode(self.tokenizer, {"id": ["probe"], "prompt": [PROBE], "completion": [" a"]})["prompt_ids"][0]
+        probe = {"prompt": PROBE, "prompt_ids": ids}
         try:
-            for form in self.forms:
-                more = more or self.takes(form, probe, row)
-            if not more:
-                raise self.refusal
-            of_probe, of_row = more
-            row, self.more = (probe, of_probe) if of_row is None else (row, of_row)
-            self.same_tokens = of_probe is not None and self.more == of_probe
-            self.share = min(1, 1 + (self.more or 0) / len(row["prompt_ids"]))
-            say(self.reading(row, self.more))
-            # ids are never read as another text, but must mean the same
-            if self.form == "text" and self.same_tokens:
-                of_ids = self.takes("ids", probe)
-                self.form, self.more = ("ids", of_ids[0] or 0) if of_ids else ("text", self.more)
+            more_of_probe = self.more = self.take_form(self.forms, probe)
+            measured = probe
+            with suppress(*ERRORS):  # where the probe is taken, a row may be refused for what it says
+                more_of_row = self.read_more(row)
+                if more_of_row is not None:
+                    measured, self.more = row, more_of_row
+            self.same_tokens = more_of_probe is not None and self.more == more_of_probe
+            # of a prompt's tokens, as the run counts them, that another tokenizer makes of it
+            self.share = min(1, 1 + (self.more or 0) / len(measured["prompt_ids"]))
+            say(self.reading(len(measured["prompt_ids"])))
+            if self.form == "text" and self.same_tokens:  # ids are never read as another text, but must mean the same
+                self.more = self.take_form(("ids", "text"), probe) or 0
         except ERRORS as error:
             flags = "--server, --server-model, --server-api and, for a reasoning model, --server-thought-tokens"
             fail(f"{self.name} gives no answers ({self.why(error)}): check {flags}")
         say(f"{self.name} is asked by {WAYS[self.form]}")
 
-    def reading(self, row, more):
-        """A sentence on what the server reads of a prompt beside what the run reads."""
-        own = len(row["prompt_ids"])
-        if more is None:
+    def reading(self, tokens):
+        """A sentence on what the server reads of a prompt that has so many tokens for the run."""
+        if self.more is None:
             return f"{self.name} does not say how many tokens it reads: whether it reads the same is not known"
-        cause = CAUSES.get(more, CAUSES["more"])
+        cause = CAUSES.get(self.more, CAUSES["more"])
         if self.form == "chat" and not self.tokenizer.chat_template:
             cause = "it puts a chat template around, without which the run was trained; try --server-api completions"
         if not self.same_tokens:
             cause = "it has another tokenizer, for it reads other prompts otherwise: another model's answers"
-        return f"{self.name} reads {own + more} tokens of the first prompt, the run {own}: {cause}"
+        return f"{self.name} reads {tokens + self.more} tokens of the first prompt, the run {tokens}: {cause}"
 
     def ask(self, row):
         """What is known of a row after its answer, under the names of the predictions file; raises ERRORS."""
         options = {"temperature": 0, "max_tokens": row["new"] + self.thought_tokens}
-        options |= {"stop_token_ids": self.ends} if self.same_tokens else {}  # of vLLM; others know the model's own
+        if self.same_tokens:
+            options["stop_token_ids"] = self.ends  # of vLLM; others know the model's own
         stop = {"stop": ["\n"]} if row["one_line"] and not self.thought_tokens else {}
         answer = self.answer_to(row, options | stop)
         if stop and not answer.text.strip():  # a line's end in front has stopped it: an answer may be behind
@@ -146,8 +136,8 @@ class Tested(Server):
         text, cut_off = answer.text.strip(), answer.cut_off
         if self.thought_tokens:  # an answer may not have their room
             ends = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-            cut_off = cut_off or len(ends) > row["new"]
-            text = text[: ends[row["new"] - 1][1]] if len(ends) > row["new"] else text
+            if len(ends) > row["new"]:
+                text, cut_off = text[: ends[row["new"] - 1][1]], True
         if row["one_line"]:
             cut_off = cut_off and "\n" not in text
             text = text.split("\n")[0].strip()
@@ -155,7 +145,7 @@ class Tested(Server):
 
     def answer_to(self, row, options):
         """The server's Answer to a whole prompt; raises ERRORS, NoAnswer where the server has cut the prompt."""
-        answer, own = self.send(*self.request(row), options), len(row["prompt_ids"])
+        answer = self.send(*self.request(row), options)
         # a template may begin the thoughts, so that only their end is in the answer, or not even that
         _, end, text = answer.text.rpartition("</think>")
         endless = self.thought_tokens and answer.cut_off and not (end or answer.thoughts)
@@ -163,8 +153,9 @@ class Tested(Server):
         if problem:
             remedy = ": give them room, --server-thought-tokens 2000 or more" if problem == NO_ROOM else ""
             raise NoAnswer(problem + remedy)
-        whole = own + self.more if self.same_tokens else FEWEST * self.share * own
-        if answer.read and answer.read < whole:
+        tokens = len(row["prompt_ids"])
+        fewest = tokens + self.more if self.same_tokens else FEWEST * self.share * tokens
+        if answer.read and answer.read < fewest:
             raise NoAnswer(f"it read only {answer.read} tokens of the prompt, which it must have cut")
         return answer._replace(text=text)
 
@@ -173,7 +164,7 @@ class Tested(Server):
         for way in LOGPROBS if self.same_tokens else ():
             self.logprobs = way
             try:
-                self.loss(row, waits=())
+                self.loss(row, once=True)
                 return True
             except NoLogProbability:
                 return True
@@ -181,11 +172,11 @@ class Tested(Server):
                 pass
         return False
 
-    def loss(self, row, waits=None):
+    def loss(self, row, once=False):
         """{"nll": negative log likelihood (nats) of a row's completion}; raises ERRORS."""
         start, ids = len(row["prompt_ids"]), row["prompt_ids"] + row["completion_ids"]
         options = {"max_tokens": 1, "temperature": 0}
-        choice = self.send("/completions", {"prompt": ids} | self.logprobs, options, waits).choice
+        choice = self.send("/completions", {"prompt": ids} | self.logprobs, options, once).choice
         try:
             if "echo" in self.logprobs:
                 given = choice["logprobs"]["token_logprobs"]
@@ -201,40 +192,24 @@ class Tested(Server):
         return {"nll": -math.fsum(values)}
 
 
-def rows_to_ask(args, task, rows, tokenizer):
-    """What server.Tested needs of each of the first SERVER_MAX_EXAMPLES rows of a task, as dicts."""
-    rows = rows.select(range(min(len(rows), args.server_max_examples or len(rows))))
-    try:
-        ids = encode(tokenizer, rows.to_dict()) if len(rows) else {}
-    except ValueError as error:
-        fail(f"cannot test: {first_line(error)}")
-    known = {"one_line": task == "trivia_qa", "new": getattr(args, f"{task}_max_new_tokens")}
-    asked = [row | known | {"place": place} for place, row in enumerate(rows)]
-    return [row | {key: values[row["place"]] for key, values in ids.items()} for row in asked]
-
-
-def open_server(args, base, tokenizer):
-    """The server.Tested, with the end tokens of the local test."""
+def ends_of(base, tokenizer):
+    """The ids that end a text in the local test, too."""
     from transformers import GenerationConfig
 
     try:
         config = GenerationConfig.from_pretrained(base)
     except OSError:  # an older folder has none
         config = GenerationConfig.from_model_config(models.load_config(base))
-    ends = end_tokens(SimpleNamespace(generation_config=config), tokenizer)
-    return Tested(args, tokenizer, sorted(ends))
+    return sorted(end_tokens(SimpleNamespace(generation_config=config), tokenizer))
 
 
 def ask_rows(served, ask, key, task, rows, path, run):
     """Ask for what is not known under `key` of a task's rows, appending each answer to its work file; the errors."""
     done = predictions.examples_done(path, run)
-    undone = [row for row in rows if key not in done.get(row["place"], {})]
-    undone.sort(key=lambda row: len(row["prompt_ids"]))  # the first ones are taken, if any are
     served.kept += len(done)
-    if key == "nll":  # what got no answer is not scored
-        undone = [row for row in undone if row["place"] in done]
-    if not undone:
-        return []
+    # what got no answer is not scored
+    wanted = rows if key == "prediction" else [row for row in rows if row["place"] in done]
+    undone = [row for row in wanted if key not in done.get(row["place"], {})]
     with path.with_name(f".{path.stem}.part0.jsonl").open("a") as file:
 
         def keep(row, known):
@@ -243,10 +218,9 @@ def ask_rows(served, ask, key, task, rows, path, run):
         return served.ask_all(undone, ask, keep, f"{task} {key}")
 
 
-def ask_for_losses(served, asked, paths, run):
+def ask_for_losses(served, shortest, asked, paths, run):
     """Ask for the perplexity of what got an answer; how many rows have none, though the server gives them."""
-    shortest = min(sum(asked.values(), []), key=lambda row: len(row["prompt_ids"]))
-    if not served.gives_losses(shortest):  # now that the answers are there: some servers break on it
+    if not served.gives_losses(shortest):
         say("perplexity: not given by this server")
         return 0
     errors = []
@@ -261,41 +235,16 @@ def ask_for_losses(served, asked, paths, run):
     return missing
 
 
-def ask_server(args, base, tokenizer, rows):
-    """Ask args.server for the rows that have no answer yet; {task: its predictions file}, and the errors."""
-    served = open_server(args, base, tokenizer)
-    run = {"server": True, "model": served.model, "adapter": "none", "rows": rows._fingerprint}
-    run["chat_template"] = predictions.template_of(tokenizer)
-    run |= {name: value for name, value in vars(args).items() if name in OF_SERVER}
-    name = args.name or re.sub(r"[^\w-]+", "-", Path(served.model).name) or "model"
-    name += "-model" if name.endswith("swapped") else ""  # a file of that name is one of --swap-answers
-    paths = predictions.paths_of(("samsum", "trivia_qa"), args.output_dir, name, args.swap_answers)
-    parts = {task: rows_of(rows, task) for task in paths}
-    asked = {}
-    for task, path in paths.items():
-        if predictions.finished(args, path, run) and not predictions.work_files(path):
-            say(f"{path} is finished, by the same settings on the same rows: nothing to do")
-        elif parts[task]:
-            asked[task] = rows_to_ask(args, task, parts[task], tokenizer)
-    if asked:
-        errors = ask_tasks(served, asked, parts, paths, run)
-        counts = served.counts()
-        say(", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in counts.items()))
-        price = counts["prompt_tokens"] * args.server_input_price
-        if price := price + counts["completion_tokens"] * args.server_output_price:
-            say(f"price: {price / 1e6:,.4g}")
-    written = {task: path for task, path in paths.items() if read_json(path).get("settings") == run}
-    return written, errors if asked else []
-
-
 def ask_tasks(served, asked, parts, paths, run):
     """Ask for all rows, write the predictions files; the errors of rows without an answer."""
-    served.begin(min(sum(asked.values(), []), key=lambda row: len(row["prompt_ids"])))
+    shortest = min((rows[0] for rows in asked.values()), key=lambda row: len(row["prompt_ids"]))
+    served.begin(shortest)
     started, errors = time.time(), []
     for task in asked:
         errors += ask_rows(served, served.ask, "prediction", task, asked[task], paths[task], run)
     say(f"the answers took {time.time() - started:.1f} s")
-    missing = ask_for_losses(served, asked, paths, run)
+    # now that the answers are there: some servers break on it
+    missing = ask_for_losses(served, shortest, asked, paths, run)
     any_answer = any(predictions.examples_done(paths[task], run) for task in asked)
     for task in asked:
         if any_answer:
@@ -324,13 +273,42 @@ def comparison(args, paths):
     return shlex.join(command)
 
 
-def test_server(args, base, tokenizer, rows, prompts):
-    """Ask for the rows and show what came; exit 1 where answers are missing."""
+def test_server(args, tasks, base, tokenizer, rows):
+    """Ask args.server for the rows that have no answer yet and show what came; exit 1 where answers are missing.
+
+    tasks: {task: {"one_line", "new"}} of those with rows.
+    """
+    served = Tested(args, tokenizer, ends_of(base, tokenizer))
+    run = {"server": True, "model": served.model, "adapter": "none", "rows": rows._fingerprint}
+    run["chat_template"] = predictions.template_of(tokenizer)
+    for setting, value in vars(args).items():
+        if setting in OF_SERVER or setting.endswith("_max_new_tokens"):
+            run[setting] = value
+    name = args.name or re.sub(r"[^\w-]+", "-", Path(served.model).name) or "model"
+    name += "-model" if name.endswith("swapped") else ""  # a file of that name is one of --swap-answers
+    paths = predictions.paths_of(tasks, args.output_dir, name, args.swap_answers)
+    parts = {task: rows_of(rows, task) for task in tasks}
+    asked, errors = {}, []
     with only_run_in(args.output_dir):
-        paths, errors = ask_server(args, base, tokenizer, rows)
-    if paths:
-        predictions.show([read_json(path) for path in paths.values()], prompts)
+        for task, path in paths.items():
+            if predictions.finished(args, path, run) and not predictions.work_files(path):
+                say(f"{path} is finished, by the same settings on the same rows: nothing to do")
+            elif parts[task]:
+                first_rows = predictions.encoded(tokenizer, parts[task])[: args.server_max_examples or None]
+                first_rows.sort(key=lambda row: len(row["prompt_ids"]))  # the first ones are taken, if any are
+                asked[task] = [row | tasks[task] for row in first_rows]
+        if asked:
+            errors = ask_tasks(served, asked, parts, paths, run)
+            counts = served.counts()
+            say(", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()))
+            price = counts["prompt_tokens"] * args.server_input_price
+            price += counts["completion_tokens"] * args.server_output_price
+            if price:
+                say(f"price: {price / 1e6:,.4g}")
+    written = {task: path for task, path in paths.items() if read_json(path).get("settings") == run}
+    if written:
+        predictions.show(written.values(), rows)
         if not args.swap_answers:  # evaluations.py scores those beside the plain ones
-            say(f"\nhow many predictions are equal to those of other tests: {comparison(args, paths)}")
+            say(f"\nhow many predictions are equal to those of other tests: {comparison(args, written)}")
     if errors:
         raise SystemExit(1)
