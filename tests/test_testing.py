@@ -851,9 +851,7 @@ def test_a_row_of_nan_in_the_embedding_of_a_token_that_never_occurs_changes_no_f
     same_columns(out, chain, "nll", "base_nll", rel=1e-5)
 
 
-def test_the_table_at_the_end_has_whole_counts_and_no_line_of_zeros_or_of_a_word_perplexity_beyond_meaning(
-    tmp_path, capsys
-):
+def test_the_table_at_the_end_has_whole_counts_and_no_line_that_says_nothing(tmp_path, capsys):
     figures = {"perplexity": 2209.8, "word_perplexity": 1.5e8, "hit_max_new_tokens": 123_456, "empty_predictions": 0}
     tuned = figures | {"perplexity": 23.788, "word_perplexity": 2355.5, "hit_max_new_tokens": 0}
     content = {"task": "samsum", "adapter": "a", "settings": {}, "general_text": {}, "examples": []}
