@@ -412,7 +412,7 @@ def test_a_prompt_that_is_in_another_tasks_test_is_dropped_and_counted(tmp_path,
     dialogues = [{"dialogue": f"Ann: {q}", "summary": a} for q, a in exchanges(40)]
     source = write_lines(tmp_path / "dialogues.jsonl", dialogues)
     copies = [{"prompt": samsum.PROMPT.format(**row), "completion": row["summary"]} for row in dialogues]
-    path = write_lines(tmp_path / "own.jsonl", copies)
+    path = write_lines(tmp_path / "own.jsonl", copies[::-1])
     splits = build(tmp_path, path, "--tasks", "samsum", "own", "--samsum", source)
     in_test = {row["prompt"] for row in splits["test"]}
     assert not in_test & {row["prompt"] for row in splits["train"] + splits["validation"]}
