@@ -584,6 +584,7 @@ def main(argv=None):
         judge.judge(tasks, report, args)
     adjust(report)
     report |= read_run(args, tasks) | {
+        "date": page.date_of_evaluation(),
         "versions": versions("evaluate", "matplotlib", "numpy", "rouge_score", "sacrebleu"),
         "settings": {**vars(args), "stemmer": True},
     }

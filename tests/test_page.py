@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
             "task": task,
             "model": NASTY,
             "examples": rows,
-            "settings": {"adapter": ADAPTER[:16], "rows": "b" * 32},
+            "settings": {"adapter": ADAPTER[:16], "rows": "b" * 32, "model": NASTY},
         }
         (output / f"{task}_predictions.json").write_text(json.dumps(content))
     adapter = output / "adapter"
@@ -104,7 +104,7 @@ def tab(browser, folder):
 
 
 def shown(tab):
-    """The rows of the table of examples: [task, prediction, base, tuned, difference]."""
+    """The rows of the table of examples: [task, first words, base, tuned, difference]."""
     return [row.locator("td").all_inner_texts() for row in tab.locator("#examples tr.open").all()]
 
 
@@ -131,10 +131,7 @@ def test_filters_for_task_outcome_and_context_do_what_they_say(tab):
     assert count(tab) == "12" and {row[0] for row in shown(tab)} == {"samsum"}
     tab.select_option("#task", "trivia_qa")
     tab.select_option("#outcome", "-1")
-    assert [row[1:] for row in shown(tab)] == [
-        ["Bonn", "100.0", "0.0", "−100.0"],
-        [f"needle {NASTY}", "100.0", "97.0", "−3.0"],
-    ]
+    assert [row[2:] for row in shown(tab)] == [["100.0", "0.0", "−100.0"], ["100.0", "97.0", "−3.0"]]
     tab.select_option("#outcome", "0")
     assert count(tab) == "19"  # Oslo twice
     tab.select_option("#outcome", "")
@@ -165,9 +162,9 @@ def test_scores_that_are_not_tested_are_folded_away_and_nothing_is_claimed_of_th
     folded = tab.locator("details", has_text="Exploratory scores").nth(1)
     assert not folded.locator("table").is_visible() and "ROUGE-1" in folded.inner_html()
     folded.locator("summary").click()
-    assert "ROUGE-1" in folded.inner_text() and "exploratory" in folded.locator("tbody").inner_text()
-    for word in ("better", "worse", "not shown", "p 0", "p 1"):
-        assert word not in folded.locator("tbody").inner_text()
+    assert "ROUGE-1" in folded.inner_text() and "wins / ties / losses" in folded.inner_text()
+    for word in ("better", "worse", "not shown", "p 0", "p 1", "test", "visible from"):
+        assert word not in folded.locator("table").inner_text()
     shown = tab.locator("main > .wide").nth(1).locator("tbody th").all_inner_texts()
     assert shown == ["Exact match", "F1"]
 
@@ -186,6 +183,109 @@ def test_sorting_by_a_score_or_the_difference_goes_both_ways_over_all_pages(tab)
             values.append(seen)
         assert len(values[0]) == 72 and len(set(values[0])) > 1
         assert values[0] == sorted(values[0], reverse=True) and values[1] == sorted(values[1])
+
+
+def focused(tab):
+    return tab.evaluate("document.activeElement.textContent")
+
+
+def test_the_focus_stays_on_the_column_that_was_sorted(tab):
+    button = tab.locator("#examples thead button", has_text="tuned")
+    button.focus()
+    for arrow in ("↓", "↑"):
+        tab.keyboard.press("Enter")
+        assert focused(tab) == f"tuned {arrow}"
+
+
+def test_j_and_k_go_from_example_to_example_over_the_pages(tab):
+    for key, number in (("k", 0), ("j", 1), ("j", 2), ("k", 1)):
+        tab.keyboard.press(key)
+        assert tab.evaluate("buttons().indexOf(document.activeElement)") == number
+    tab.keyboard.press("Enter")
+    assert "samsum:1" in tab.locator("#examples tr.detail").inner_text()
+    for key, start in (("j", 26), ("k", 1)):
+        tab.evaluate(f"buttons().at({'-1' if key == 'j' else '0'}).focus()")
+        tab.keyboard.press(key)
+        assert tab.locator("#where").inner_text().startswith(f"{start} to ")
+    tab.focus("#search")
+    tab.keyboard.press("j")
+    assert tab.locator("#search").input_value() == "j"
+
+
+def test_the_address_leads_back_to_filters_and_to_an_example(tab, folder):
+    tab.select_option("#task", "trivia_qa")
+    tab.select_option("#outcome", "-1")
+    tab.locator("#examples thead button", has_text="diff.").click()
+    tab.locator("#examples tr.open", has_text="Bonn").click()
+    address, state = tab.url, shown(tab)
+    tab.goto("about:blank")
+    tab.goto(address)
+    assert shown(tab) == state and "Bonn" in tab.locator("#examples tr.detail").inner_text()
+    tab.locator("#examples tr.detail a").click()
+    assert count(tab) == "60" and "Bonn" in tab.locator("#examples tr.detail").inner_text()
+    tab.goto(f"{(folder / 'evaluation.html').as_uri()}#task=nowhere&example=nothing&sort=x")
+    assert count(tab) == "72" and tab.locator("#examples tr.detail").count() == 0
+
+
+def test_the_contents_lead_to_the_parts_of_the_page(tab):
+    links = tab.locator("nav a").all_inner_texts()
+    assert links == [heading.split(" 12 ")[0].split(" 60 ")[0] for heading in tab.locator("h2").all_inner_texts()]
+    tab.select_option("#task", "samsum")
+    for link in tab.locator("nav a").all():
+        link.click()
+        assert tab.locator(link.get_attribute("href")).count() == 1
+    assert count(tab) == "12"  # the filter is still there
+
+
+def test_a_row_shows_reference_base_and_tuned_before_it_is_opened_and_then_loss_and_tokens(browser, folder):
+    output = folder / "losses"
+    output.mkdir()
+    rows = [example(i, "Oslo", "Rome", "Rome", nll=3.0, base_nll=6.0, tokens=2) for i in range(3)]
+    rows[1] |= {"too_long": True, "nll": None, "base_nll": None}
+    (output / "trivia_qa_predictions.json").write_text(json.dumps({"task": "trivia_qa", "examples": rows}))
+    assert run("evaluations.py", "--output-dir", output, "--resamples", "50").returncode == 0
+    tab = browser.new_page()
+    tab.goto((output / "evaluation.html").as_uri())
+    words = "reference\nRome · Rome Town\nbase\nOslo\ntuned\nRome"
+    assert [row[1] for row in shown(tab)] == [words] * 3
+    tab.locator("#examples tr.open").first.click()
+    for loss in ("3.00", "1.50"):
+        assert f"loss of the reference {loss} nats per token, 2 tokens" in tab.locator(".detail").inner_text()
+    tab.locator("#examples tr.open").nth(1).click()
+    assert tab.locator(".detail").nth(1).inner_text().count("nats per token") == 0
+    tab.close()
+
+
+def test_no_example_wins_by_a_score_of_which_neither_end_is_better(tab):
+    tab.select_option("#outcome", "1")
+    better = int(count(tab))
+    tab.select_option("#metric", "length_ratio")
+    assert tab.locator("#outcome").is_disabled() and count(tab) == "72" and 0 < better < 72
+    tab.evaluate("lowerIsBetter.push('f1')")
+    tab.select_option("#task", "trivia_qa")
+    tab.select_option("#metric", "f1")
+    tab.select_option("#outcome", "1")
+    assert {row[4] for row in shown(tab)} == {"−100.0", "−3.0"}  # where lower is better
+
+
+def test_a_group_of_few_examples_has_no_scores_on_the_page(tmp_path):
+    rows = [example(i, "Oslo", "Rome", "Rome", answer_in_context=i >= 9) for i in range(19)]
+    (tmp_path / "trivia_qa_predictions.json").write_text(json.dumps({"task": "trivia_qa", "examples": rows}))
+    assert run("evaluations.py", "--output-dir", tmp_path, "--resamples", "50").returncode == 0
+    text = (tmp_path / "evaluation.html").read_text()
+    assert ">in the context, 10 examples<" in text and ">not in the context, 9" not in text
+    assert "Answers not in the context: 9, too few to show their scores." in text
+
+
+def test_the_date_of_an_evaluation_is_in_its_title_and_its_numbers(tab, folder, monkeypatch):
+    date = json.loads((folder / "evaluation.json").read_text())["date"]
+    assert tab.title().endswith(f", {date}") and date in tab.locator("main > p").first.inner_text()
+    for seconds, expected in (("0", "1970-01-01"), ("1764374400", "2025-11-29")):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", seconds)
+        assert page.date_of_evaluation() == expected
+    for nonsense in ("", "soon", "-1", "1" * 30):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", nonsense)
+        assert page.date_of_evaluation() >= date
 
 
 def test_another_score_can_be_shown_and_pages_turn_both_ways(tab):
@@ -207,15 +307,9 @@ def test_a_row_opens_to_prompt_references_and_predictions_with_the_differing_wor
     text = detail.inner_text()
     for part in ("samsum:0", "Dialogue:\nAnn: tea?", "Ann drinks tea.", "Bob runs.", "Ann drinks no tea."):
         assert part in text
-    assert detail.locator("mark").all_inner_texts() == ["Bob", "runs.", "Ann", "drinks", "no", "tea."]
+    assert detail.locator("mark").all_inner_texts() == ["Bob", "runs.", "no"]  # what the reference lacks
     row.click()
     assert tab.locator("#examples tr.detail").count() == 0
-    tab.select_option("#mark", "reference")
-    tab.locator("#examples tr.open").first.click()
-    assert tab.locator("#examples mark").all_inner_texts() == ["Bob", "runs.", "no"]
-    tab.select_option("#mark", "system")
-    tab.locator("#examples tr.open").nth(1).click()
-    assert tab.locator("#examples mark").all_inner_texts() == ["drinks"]  # only what the other one lacks
 
 
 def test_of_more_than_two_systems_any_can_be_held_against_the_first(browser, folder):
@@ -231,19 +325,21 @@ def test_of_more_than_two_systems_any_can_be_held_against_the_first(browser, fol
     tab.goto((folder / "three" / "evaluation.html").as_uri())
     first = tab.locator("#examples tr.open").first
     assert tab.locator("#examples thead th").count() == 6 and "no tea" in first.inner_text()
+    assert len(tab.locator("table.scores").all()) == 2  # all systems in one
     assert tab.locator("#examples thead th").all_inner_texts()[2:5] == ["base", "tuned", "a"]
     tab.select_option("#other", "a")
     assert first.locator("td").all_inner_texts()[4:] == ["100.0", "+100.0"]
+    assert first.locator(".snippet small").all_inner_texts() == ["reference", "base", "a"]
     tab.close()
 
 
 def test_markup_in_a_prediction_prompt_id_or_setting_stays_text(tab):
     search(tab, "needle", "of 1")
-    assert shown(tab)[0][1] == f"needle {NASTY}"
+    assert shown(tab)[0][1].endswith(f"needle {NASTY}")
     tab.locator("#examples tr.open").click()
     detail = tab.locator("#examples tr.detail").inner_text()
     assert detail.count(NASTY) >= 5  # id, prompt, references, base, tuned
-    assert tab.title() == "Evaluation"
+    assert tab.title().startswith(f"Evaluation of {NASTY}, 20")
     assert tab.locator("script").count() == 2 and tab.locator("img").count() == 0
     assert NASTY in tab.locator("main").inner_text()  # the model
 
@@ -254,6 +350,13 @@ def test_it_fits_a_phone_and_text_stands_out_in_both_colour_schemes(browser, fol
     tab = context.new_page()
     tab.goto((folder / "evaluation.html").as_uri())
     assert tab.evaluate("document.documentElement.scrollWidth") == 360
+    scrolls = (
+        "tables => tables.filter(table => table.parentElement.scrollWidth > table.parentElement.clientWidth).length"
+    )
+    assert tab.locator("table.scores, #examples").evaluate_all(scrolls) == 0
+    assert "visible from" in tab.locator("table.scores td[data-label='visible from']").first.evaluate(
+        "cell => getComputedStyle(cell, '::before').content"
+    )
     contrast = """() => {
       const light = c => {
         const v = c.match(/[0-9.]+/g).slice(0, 3).map(x => x / 255);
@@ -274,9 +377,10 @@ def test_it_fits_a_phone_and_text_stands_out_in_both_colour_schemes(browser, fol
 
 def test_every_number_of_the_tables_is_in_evaluation_json(tab, folder):
     report = json.loads((folder / "evaluation.json").read_text())
-    cells = tab.locator("main > .wide").nth(1).locator("tbody tr").first.locator("td").all_inner_texts()
+    base, tuned = tab.locator("main > .wide").nth(1).locator("tbody").first.locator("tr").all()
+    base, cells = base.locator("td").all_inner_texts(), tuned.locator("td").all_inner_texts()
     test, task = report["trivia_qa"]["comparisons"]["tuned"]["exact_match"], report["trivia_qa"]
-    assert cells[0].split("\n")[0] == f"{task['base']['exact_match']:.2f}"
+    assert base[1].split("\n")[0] == f"{task['base']['exact_match']:.2f}"
     assert cells[1].split("\n")[0] == f"{task['tuned']['exact_match']:.2f}"
     low, high = test["interval"]
     assert cells[2].split("\n") == [f"{test['difference']:+.2f}", f"{low:+.2f} to {high:+.2f}"]
@@ -337,6 +441,10 @@ def test_a_gain_stands_to_the_right_of_zero_in_the_figure(monkeypatch):
     assert shares == {0: 50, 50: 25, 100: 25}
 
 
+def test_a_figure_says_which_side_is_better(tab):
+    assert "← worse · difference · better →" in tab.locator("figure svg").first.text_content()
+
+
 def test_a_page_whose_figures_cannot_be_drawn_is_written_without_them(folder, tmp_path):
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe no text")
     given = [str(folder / f"{task}_predictions.json") for task in ("samsum", "trivia_qa")]
@@ -389,4 +497,4 @@ def test_no_path_of_this_machine_is_on_the_page(folder, tmp_path):
         page = (output / "evaluation.html").read_text(encoding="utf-8")
         assert "nobodys-business" not in page and str(tmp_path) not in page
         assert "<dd>llama</dd>" in page and "<code>samsum_predictions.json</code>" in page
-        assert "model llama" in page and "<code>out</code>" in page
+        assert "Evaluation of llama" in page and "<code>out</code>" in page

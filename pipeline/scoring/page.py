@@ -1,7 +1,9 @@
 """evaluation.html: the numbers of evaluation.json, figures of them, and every example."""
 
 import io
+import os
 import re
+import time
 from pathlib import Path
 
 import jinja2
@@ -12,6 +14,13 @@ from pipeline.scoring import significance
 from pipeline.script import first_line, say
 
 MANY = 10  # percent of a system's answers: where more were cut off, a sentence says so
+FEW = 10  # examples: the scores of a smaller group say nothing, and are not shown
+
+
+def date_of_evaluation():
+    """Today, in UTC; SOURCE_DATE_EPOCH (seconds since 1970) gives the same files on any day."""
+    given = re.fullmatch("[0-9]{1,11}", os.environ.get("SOURCE_DATE_EPOCH", ""))
+    return time.strftime("%Y-%m-%d", time.gmtime(int(given[0]) if given else None))
 
 
 def label(metric):
@@ -40,7 +49,10 @@ def draw_task(task, result):
         share = np.histogram(values[name] - values[first], edges)[0] / result["examples"] * 100
         lines[name] = edges, [*share, share[-1]], {"drawstyle": "steps-post"}
     caption = f"Difference in {label(main)} to {first}, example by example"
-    return [draw(caption, "difference", "% of the examples", lines, first=1)] if others else []
+    xlabel = "← worse · difference · better →"
+    if main in significance.LOWER_IS_BETTER:
+        xlabel = "← better · difference · worse →"
+    return [draw(caption, xlabel, "% of the examples", lines, first=1)] if others else []
 
 
 def scores_of(result):
@@ -86,6 +98,31 @@ def notes(name, task, result):
     return [f"{sentence}." for sentence in sentences]
 
 
+def losses_of(system):
+    """[[loss in nats per token, tokens]] of the completions, None where a system has none of an example."""
+    losses = system.losses or [(0, 0)] * len(system.predictions)
+    return [[round(nll / tokens, 4), tokens] if nll and tokens else None for nll, tokens in losses]
+
+
+def shown_examples(task, rows, result):
+    """What the page's script knows of a task's examples."""
+    return {
+        "task": task,
+        "main": rows.task.MAIN_SCORES[0],
+        "short": rows.task.ONE_LINE,
+        "id": result["ids"],
+        "references": rows.column("references"),
+        "prompts": rows.column("prompt"),
+        "inside": rows.column("answer_in_context") if result["groups"] else None,
+        "swapped": rows.column("swapped"),
+        "predictions": {name: system.predictions for name, system in rows.systems.items()},
+        "cut": {name: system.cut_off for name, system in rows.systems.items()},
+        "losses": {name: losses_of(system) for name, system in rows.systems.items()},
+        "scores": result["per_example"],
+        "reasons": result["judge"]["reasons"] if "judge" in result else None,
+    }
+
+
 def public_name(value):
     """Of a path its name, since where it is on this machine is nobody's business; anything else as it is."""
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "./", "../", "~")) else value
@@ -112,6 +149,7 @@ def page(report, tasks):
         tested = [metric for metric in metrics if metric in rows.task.MAIN_SCORES]
         part |= {"tested": tested, "exploratory": metrics[len(tested) :]}
         part |= {"endings": endings(report[name]), "notes": notes(name, rows.task, report[name])}
+        part |= {"data": shown_examples(name, rows, report[name])}
         parts.append(part | {"result": report[name], "systems": list(scores), "scores": scores, "metrics": metrics})
     made_from = [made or {} for part in parts for made in part["result"]["made_from"].values()]
     return environment.get_template("evaluation.html.jinja").render(
@@ -121,6 +159,8 @@ def page(report, tasks):
         figures=drawn,
         labels={metric: label(metric) for part in parts for metric in (*part["metrics"], "judge")},
         lower_is_better=significance.LOWER_IS_BETTER,
+        no_better_end=significance.NO_BETTER_END,
         yes_or_no=significance.YES_OR_NO,
+        few=FEW,
         p_value=p_value,
     )
