@@ -483,7 +483,7 @@ def test_rows_of_the_users_own_are_scored_and_shown_as_any_others(tmp_path):
     assert tuned["length_ratio"] == pytest.approx(100 * (1 + 2 / 3) / 2) and "bleu" in tuned
     assert part["perplexity"] == figures and "own (2 examples)" in done.stdout
     html = (tmp_path / "outputs/evaluation.html").read_text()
-    assert "own, ROUGE-L: base → tuned" in html and "Difference in ROUGE-L to base" in html and "a red dog" in html
+    assert "own, ROUGE-L<" in html and "Difference in ROUGE-L to base" in html and "a red dog" in html
 
 
 def test_a_file_of_our_own_is_told_to_be_made_again(tmp_path):
@@ -1207,7 +1207,7 @@ def test_answers_cut_off_or_empty_are_counted_for_each_system_and_many_of_them_n
     page_text = (tmp_path / "outputs/evaluation.html").read_text().replace("&#39;", "'")
     sentence = "Answers cut off at the limit, TRIVIA_QA_MAX_NEW_TOKENS of test_llama.py: 55 % of base's."
     assert sentence in page_text and sentence in done.stdout.replace("\n", " ")
-    assert "<th>cut off at the limit</th><td>55 %</td><td>5 %</td>" in page_text
+    assert ">base 55 %, tuned 5 %</td>" in page_text
     for row in rows:
         for name in ("hit_max_new_tokens", "base_hit_max_new_tokens"):
             del row[name]

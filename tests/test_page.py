@@ -274,7 +274,7 @@ def test_a_group_of_few_examples_has_no_scores_on_the_page(tmp_path):
     assert run("evaluations.py", "--output-dir", tmp_path, "--resamples", "50").returncode == 0
     text = (tmp_path / "evaluation.html").read_text()
     assert ">in the context, 10 examples<" in text and ">not in the context, 9" not in text
-    assert "Answers not in the context: 9, too few to show their scores." in text
+    assert "Questions whose answer is not in the context: 9, too few to show their scores." in text
 
 
 def test_the_date_of_an_evaluation_is_in_its_title_and_its_numbers(tab, folder, monkeypatch):

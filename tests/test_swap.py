@@ -172,7 +172,7 @@ def test_a_planted_reader_and_a_planted_memory_are_told_apart_and_the_plain_scor
     assert "so many give the one that is now there" in page and "Read or remembered?" in page.split("<script")[0]
     examples = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert [part["task"] for part in examples] == ["trivia_qa", "swapped"]
-    assert examples[1]["main"] == "follows_context" and examples[1]["texts"]["swapped"][7] == "Other 7"
+    assert examples[1]["main"] == "follows_context" and examples[1]["swapped"][7] == "Other 7"
     assert examples[1]["scores"]["tuned"]["from_memory"][34:38] == [0, 100, 100, 0]
     assert found["equal_predictions"] == [["base", "tuned", 0]] and "so many give" in result.stdout
     assert "too long" not in result.stdout
@@ -209,7 +209,7 @@ def test_a_swapped_question_is_never_shown_with_the_context_of_the_plain_one(dat
     assert evaluate(tmp_path).returncode == 0
     page = (tmp_path / "evaluation.html").read_text()
     plain, other = json.loads(page.split('id="data">')[1].split("</script>")[0])
-    assert plain["texts"]["prompts"] == [row["prompt"] for row in rows] and other["texts"]["prompts"] is None
+    assert plain["prompts"] == [row["prompt"] for row in rows] and other["prompts"] is None
 
 
 @pytest.fixture
