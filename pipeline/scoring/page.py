@@ -49,9 +49,7 @@ def draw_task(task, result):
         share = np.histogram(values[name] - values[first], edges)[0] / result["examples"] * 100
         lines[name] = edges, [*share, share[-1]], {"drawstyle": "steps-post"}
     caption = f"Difference in {label(main)} to {first}, example by example"
-    xlabel = "← worse · difference · better →"
-    if main in significance.LOWER_IS_BETTER:
-        xlabel = "← better · difference · worse →"
+    xlabel = "← worse · difference · better →"  # of no task is the first main score better where it is lower
     return [draw(caption, xlabel, "% of the examples", lines, first=1)] if others else []
 
 
