@@ -48,7 +48,7 @@ RESAMPLES = 10_000  # of the bootstrap and of the randomisation tests
 SEED = 0  # of the resamples, and of the rows a judge sees
 JUDGE_MODEL = ""  # a model that judges the predictions; empty: none
 JUDGE_URL = "https://api.openai.com/v1"  # any OpenAI-compatible server: OpenAI, vLLM, transformers serve
-JUDGE_MAX_EXAMPLES = 0  # per task; 0 = not said: a judge costs, so it asks; each is one request per system
+JUDGE_MAX_EXAMPLES = 0  # rows per task to judge; required with a judge, because requests cost money
 JUDGE_CONCURRENCY = 8  # requests at once
 JUDGE_TIMEOUT = 60.0  # seconds for a request, times those at once: a local server answers one after the other
 OUTPUT_DIR = "outputs"  # holds the predictions, gets evaluation.json and evaluation.html
