@@ -287,6 +287,7 @@ def main(argv=None):
     from accelerate import PartialState
 
     machine.own_gpu("test_llama.py")
+    machine.warn_of_load()
     models.quiet()
     with only_run_in(args.output_dir):
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))

@@ -34,7 +34,7 @@ LOAD_IN_4BIT = True  # 4-bit base weights (NF4 with double quantisation); False:
 LORA_R = 8  # rank of the LoRA update
 LORA_ALPHA = 16  # scale of the LoRA update, which is multiplied by LORA_ALPHA / LORA_R
 LORA_DROPOUT = 0.0  # dropout before the adapter, 0 to below 1; above 0 training needs more memory and time
-TARGET_MODULES = ["all-linear"]  # layers: all-linear, or names: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj
+TARGET_MODULES = ["all-linear"]  # layers: all-linear or any of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj
 NUM_TRAIN_EPOCHS = 1.0  # passes over the training rows
 MAX_STEPS = 0  # number of optimizer steps; 0 = NUM_TRAIN_EPOCHS decides
 PER_DEVICE_TRAIN_BATCH_SIZE = 0  # batch size in packed rows; 0 = automatic: as many as fit a GPU, 1 on a CPU
@@ -320,6 +320,7 @@ def main(argv=None):
     base = models.find_model(args.model)
     rows = {split: files.load_rows(args.output_dir, split) for split in ("train", "validation")}
     machine.own_gpu("train_llama.py")
+    machine.warn_of_load()
     models.quiet()
     if not args.dry_run:
         with files.only_run_in(args.output_dir):

@@ -37,6 +37,14 @@ def own_gpu(script):
         say(f"taking one of {count} GPUs; for all of them: {launch}")
 
 
+def warn_of_load():
+    """One line where other programs keep the cores busy: threads that wait for one another then slow a run down."""
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    if load > cores and "OMP_NUM_THREADS" not in os.environ:
+        remedy = "OMP_NUM_THREADS=1 in front of the command may be faster"
+        say(f"warning: other programs keep this machine busy (load {load:.1f}, {cores} cores): {remedy}")
+
+
 def under_fsdp():
     return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
