@@ -153,7 +153,8 @@ def command(name):
     path = Path(sys.executable).with_name(name)
     if shutil.which(name) == str(path):
         return name
-    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+    here = os.path.relpath(path)
+    return shlex.quote(str(path) if here.startswith("..") else here)
 
 
 def versions(*packages):

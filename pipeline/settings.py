@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -71,7 +72,7 @@ def parse_settings(module, argv, choices):
 
 def refuse_values_of_booleans(parser, argv, flags):
     """Exit 2 where one of these flags is given True or False, and say what to write instead."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in pairwise([*argv, ""]):
         flag, _, value = word.partition("=")
         value = (value or following).lower()
         if flag in flags and value in ("true", "false"):

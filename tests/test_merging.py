@@ -171,7 +171,8 @@ def test_the_figures_are_those_of_the_whole_models(into, out, tmp_path, capsys):
     lines = capsys.readouterr().out.split("\n")
     with_paths = ("merging ", "wrote ", "it is ")
     assert all(len(line) <= 80 for line in lines if not line.startswith(with_paths))
-    assert any(re.search("to test it, too: .*python test_llama.py --model", line) for line in lines) == (into == "16bit")
+    advice = re.compile("to test it, too: .*python test_llama.py --model")
+    assert any(map(advice.search, lines)) == (into == "16bit")
     content = report(out / "merged")
     assert content["check_rows"] == 5 and content["trained_on"] == "4bit" and content["merge_base"] == into
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")

@@ -144,9 +144,7 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-GATED = (
-    "gated/401-model is gated: accept its licence at https://huggingface.co/gated/401-model, then run: hf auth login"
-)
+GATED = "gated/401-model is gated: accept its licence at https://huggingface.co/gated/401-model, then run: "
 TYPO = "there is no model nobody/gated-typo on the hub"
 
 
@@ -158,7 +156,7 @@ def test_a_gated_model_and_a_missing_one_are_told_apart(model, words, dataset, t
         environment["HF_HUB_CACHE"] = str(tmp_path)
         result = run("train_llama.py", "--model", model, "--output-dir", dataset, **environment)
         hub.shutdown()
-    assert_refused(result, words)
+    assert_refused(result, words, "hf auth login")
 
 
 def test_one_model_has_one_name_and_a_path_with_gated_in_it_is_not_called_gated(dataset, tmp_path, monkeypatch):
