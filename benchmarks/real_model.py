@@ -5,7 +5,7 @@ tuned), evaluated, merged; the merged folders tested, into the 16-bit weights an
 variants, some 15 minutes each, are trained and tested on the same rows: without quantisation (lora), on plain prompts
 (plain). An interrupted run goes on where it was. Seconds and peak memory are those of the commands.
 
-    python benchmarks/real_model.py --model smollm2-135m-instruct --samsum knkarthick/samsum --trivia-qa mandarjoshi/trivia_qa
+    python benchmarks/real_model.py --model smollm2-135m-instruct --samsum FOLDER --trivia-qa FOLDER
     python benchmarks/real_model.py --model FOLDER --samsum FOLDER --trivia-qa FOLDER --variants lora plain
 """
 
