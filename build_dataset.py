@@ -125,12 +125,12 @@ def find_in_folder(name, source, root, args):
     files, faults = {}, []
     for split, of_split in patterns.items():
         found = sorted(path for pattern in of_split for path in root.glob(pattern) if path.suffix.lower() in SUFFIXES)
-        parts = {int(number) for path in found for number in re.findall(r"-of-(\d+)\.", path.name)}
+        parts = {int(number) for path in found for number in re.findall(r"-of-(\d+)\.", path.name)} or {1}
         if found:
             files[split] = found
         elif split in task.NEEDED:
             faults.append(f"no {of_split[0]}")
-        if parts - {len(found)}:
+        if found and parts != {len(found)}:
             faults.append(f"{len(found)} files {of_split[0]} where there should be {max(parts)}")
     if faults:
         fail(f"{name}: {' and '.join(faults)} in {place}: {remedy}")
@@ -160,24 +160,33 @@ def draw_rows(name, files, large, args, counts):
         split: [row for path in paths for row in read_file(name, path, large, args, counts[split])]
         for split, paths in files.items()
     }
-    take_from_train(name, rows, args)
+    take_from_train(name, rows, args, counts["train"])
     return {split: random.Random(args.seed).sample(rows[split], len(rows[split])) for split in SPLITS}
 
 
-def take_from_train(name, rows, args):
-    """Move a tenth of train's rows, or as many as can be needed, to each split that has no file."""
+def take_from_train(name, rows, args, counts):
+    """Move a tenth of train's rows, or as many as can be needed, to each split that has no file.
+
+    Rows that are the same go together: where many are, nothing would be left of train.
+    """
     missing = [split for split in ("test", "validation") if split not in rows]
     if not missing:
         return
     left = random.Random(args.seed).sample(rows["train"], len(rows["train"]))
-    if len(left) <= len(missing):
-        fail(f"{name}: {len(left)} rows in train, out of which {' and '.join(missing)} are taken, too: give more")
-    tenth = max(1, len(left) // 10)
+    same = defaultdict(list)
+    for row in left:
+        same[row.key or row.id].append(row)
+    if len(same) <= len(missing):
+        unread = "".join(f" ({reason}: {count:,})" for reason, count in counts.items())
+        reason = f"{len(same)} different rows in train{unread}, out of which {' and '.join(missing)} are taken, too"
+        fail(f"{name}: {reason}: give more")
+    tenth = max(1, len(same) // 10)
     for split in missing:
         size = min(tenth, with_spares(getattr(args, f"{split}_examples_per_task")) or tenth)
-        say(f"{name}: {size:,} rows for {split} are drawn out of train, {size / len(rows['train']):.1%}")
-        rows[split], left = left[:size], left[size:]
-    rows["train"] = left
+        rows[split] = [row for key in list(islice(same, size)) for row in same.pop(key)]
+        share = len(rows[split]) / len(left)
+        say(f"{name}: {len(rows[split]):,} rows for {split} are drawn out of train, {share:.1%}")
+    rows["train"] = [row for row in left if (row.key or row.id) in same]
 
 
 def with_spares(limit):

@@ -15,6 +15,7 @@ Writes: OUTPUT_DIR/samsum_predictions.json, trivia_qa_predictions.json, own_pred
 
     python test_llama.py
     python test_llama.py --model outputs/merged --name merged
+    python test_llama.py --adapter none --shots 3 --name base-3-shot
     python test_llama.py --swap-answers
     python test_llama.py --server http://127.0.0.1:8000/v1
     accelerate launch --num_processes 2 test_llama.py
@@ -46,6 +47,7 @@ NAME = ""  # name of an additional pair of prediction files
 CHAT_TEMPLATE = "auto"  # chat template for prompts: on, off; auto: as in training, or on if a model alone has one
 COMPARE_WITH_BASE = True  # also test the base, with the adapter switched off
 SWAP_ANSWERS = False  # replace the answers in trivia_qa's contexts, to see whether the model reads or recalls
+SHOTS = 0  # solved train examples in front of each test prompt, for a model without an adapter; 0 = none
 LOAD_IN_4BIT = None  # 4-bit weights: True, False; None: as in training, and for a model without an adapter False
 MAX_BATCH_TOKENS = 16384  # batch size in tokens, prompts and predictions; 16384 take 2 GB for keys and values at 8B
 SAMSUM_MAX_NEW_TOKENS = samsum.MAX_NEW_TOKENS  # length limit of a summary, in tokens; references have up to 80
@@ -70,10 +72,11 @@ CHOICES |= {"LOAD_IN_4BIT": (bool, None), "SERVER_CONCURRENCY": (int,), "SERVER_
 CHOICES |= dict.fromkeys(("COMPARE_WITH_BASE", "SWAP_ANSWERS", "OVERWRITE"), (bool,))
 CHOICES |= dict.fromkeys(("MAX_BATCH_TOKENS", "SAMSUM_MAX_NEW_TOKENS", "TRIVIA_QA_MAX_NEW_TOKENS"), (int,))
 CHOICES |= {"OWN_MAX_NEW_TOKENS": (int,)}
-CHOICES |= dict.fromkeys(("SERVER_MAX_EXAMPLES", "SERVER_THOUGHT_TOKENS"), (0, int))
+CHOICES |= dict.fromkeys(("SHOTS", "SERVER_MAX_EXAMPLES", "SERVER_THOUGHT_TOKENS"), (0, int))
 CHOICES |= dict.fromkeys(("SERVER_INPUT_PRICE", "SERVER_OUTPUT_PRICE"), (0, float))
 # Settings that are resolved, or without an influence
 UNBOUND = ("adapter", "model", "chat_template", "load_in_4bit", "general_text", "name", "overwrite", "output_dir")
+UNBOUND += ("shots",)  # noted where there are any: files without stay finished
 
 
 def parse_args(argv=None):
@@ -84,6 +87,8 @@ def parse_args(argv=None):
         fail("--name must be another one: files whose names end in swapped are those that swap answers")
     if args.server:
         check_url("--server", args.server)
+        if args.shots:
+            fail("--shots is for a model that is loaded here: leave out --server or --shots")
     return args
 
 
@@ -177,18 +182,18 @@ def run_identity(args, base, folder, in_4bit, rows, tokenizer, text):
     return run
 
 
-def plan(task, rows, tokenizer, new, limit, max_tokens):
+def plan(task, rows, tokenizer, new, limit, max_tokens, shots=()):
     """The batches of the rows that fit the model's `limit` of tokens: lists of dicts, `length` their most tokens.
 
     A batch has at most max_tokens when padded. The longest come first: memory ends at once or not at all.
     """
     fitting = []
-    for row in predictions.encoded(tokenizer, rows):
+    for row in predictions.encoded(tokenizer, rows, shots):
         length = len(row["prompt_ids"]) + max(new, len(row["completion_ids"]))
         if length <= limit:
             fitting.append(row | {"length": length})
     if not fitting:
-        flag = f"--{task.replace('_', '-')}-max-new-tokens"
+        flag = f"--{task.replace('_', '-')}-max-new-tokens" + (" or --shots" if shots else "")
         fail(f"no row of {task} fits the model's {limit} tokens: lower {flag}, or take a model that reads more")
     if left := len(rows) - len(fitting):
         say(f"{task}: {left} of {len(rows)} rows do not fit the model's {limit} tokens: counted as wrong")
@@ -200,7 +205,7 @@ def plan(task, rows, tokenizer, new, limit, max_tokens):
     return batches
 
 
-def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state, one_line, new):
+def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state, one_line, new, shots=()):
     """Test this process' share of the batches, appending each to its work file as soon as it is done."""
     import torch
 
@@ -208,7 +213,7 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state,
 
     attention = choose_attention("packed")
     max_tokens = args.max_batch_tokens if attention == "packed" else 1  # else nothing keeps the rows apart
-    batches = plan(task, rows, tokenizer, new, model.config.max_position_embeddings, max_tokens)
+    batches = plan(task, rows, tokenizer, new, model.config.max_position_embeddings, max_tokens, shots)
     done = predictions.examples_done(path, run)
     state.wait_for_everyone()  # all have read what is done before any adds to it
     undone = [batch for batch in batches if not all(row["place"] in done for row in batch)]
@@ -236,9 +241,12 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state,
 def test_undone(args, tasks, base, folder, in_4bit, tokenizer, rows, state):
     """Test the tasks that are not finished; the paths of all that have rows."""
     from pipeline.testing import decoding  # and torch, transformers
+    from pipeline.testing.shots import choose_shots
 
     text = read_general_text(args)
     run = run_identity(args, base, folder, in_4bit, rows, tokenizer, text)
+    if args.shots:
+        run |= choose_shots(args.output_dir, tasks, args.shots, tokenizer)
     if folder and args.model == "auto":  # an adapter from elsewhere names no weights
         trained_on = models.read_run(folder)["run"].get("weights", run["weights"])
         remedy = f"put back what {folder}/run.json names, or give --model {base} to test on this one all the same"
@@ -277,6 +285,8 @@ def main(argv=None):
     if args.swap_answers:
         rows, args.swap_answers = swap_answers(args, rows)  # how many, for the settings in the file
     base, folder, in_4bit, source = choose_system(args)
+    if args.shots and folder:
+        fail("--shots is for a model without an adapter: give --adapter none, and a --name")
     say(f"testing {args.server or folder or base} on {len(rows):,} rows")
     if args.server:
         from pipeline.testing.served import test_server

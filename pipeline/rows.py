@@ -31,16 +31,17 @@ def readable(path):
     try:
         yield
     except (OSError, ValueError, RecursionError, csv.Error) as error:  # pyarrow's are ValueErrors
-        kind = path.suffix[1:]
-        parts = "" if kind == "parquet" else ", has stray quotes or is not in UTF-8"
+        kind = path.suffix[1:].lower()
+        of_csv = ", has stray quotes or no commas between columns, is not in UTF-8"
+        parts = {"csv": of_csv, "parquet": ""}.get(kind, ", is not in UTF-8")
         raise BadData(f"cannot read {path} ({first_line(error)}): it is cut off{parts}, or is no {kind}") from error
 
 
 def read_csv(file, counts):
     csv.field_size_limit(2**31 - 1)
     rows = []
-    for row in csv.DictReader(file, restkey="more", strict=True):  # past a stray quote, nobody knows what is a row
-        if "more" in row or None in row.values():
+    for row in csv.DictReader(file, strict=True):  # past a stray quote, nobody knows what is a row
+        if None in row or None in row.values():  # more cells than columns, or fewer
             counts["broken CSV line"] += 1
         else:
             rows.append(row)
@@ -49,7 +50,7 @@ def read_csv(file, counts):
 
 def read_json_rows(text):
     """The objects of a JSON list, or one a line; a number is read as its text. Raises ValueError."""
-    as_written = {"parse_int": str, "parse_float": str}
+    as_written = {"parse_int": str, "parse_float": str, "parse_constant": lambda name: None}  # NaN, as pandas has it
     if text.lstrip().startswith("["):
         rows = json.loads(text, **as_written)
     else:
@@ -58,7 +59,7 @@ def read_json_rows(text):
             try:
                 rows += [json.loads(line, **as_written)] if line.strip() else []
             except ValueError as error:
-                raise ValueError(f"line {number} is no JSON: {error}") from error
+                raise ValueError(f"line {number} is no JSON: {error}; give a list, or an object a line") from error
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError('not every row is an object such as {"prompt": "...", "completion": "..."}')
     return rows

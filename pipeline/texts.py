@@ -42,7 +42,7 @@ def text_of(value, name):
     """The text of a text or a number, "" of None. Raises BadData for anything else; name: whose value it is."""
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
         raise BadData(f"{name} is a {type(value).__name__}: a text or a number is needed")
-    return "" if value is None else str(value)
+    return "" if value is None or value != value else str(value)  # NaN: none, as pandas has it
 
 
 def texts_of(row, names):
@@ -54,6 +54,11 @@ def texts_of(row, names):
 
 @functools.cache  # every metric asks for the same texts
 def normalize_answer(text):
+    """The text normalized, or as it is in lower case where that leaves nothing of it: "A" is an answer, and "+"."""
+    return normalized(text) or text.strip().lower()
+
+
+def normalized(text):  # without a cache, which would keep every context in memory
     """The official TriviaQA normalisation: `_` and punctuation become blanks, lower case, no a/an/the, single blanks.
 
     Source: github.com/mandarjoshi90/triviaqa, evaluation/triviaqa_evaluation.py. Punctuation is ASCII's and ‘ ’ ´ `:
@@ -61,9 +66,6 @@ def normalize_answer(text):
     """
     text = text.replace("_", " ").lower().translate(PUNCTUATION)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-normalized = normalize_answer.__wrapped__  # past its cache, which would keep every context in memory
 
 
 class WordTable(dict):
@@ -144,7 +146,11 @@ def holds(text, answers):
 
 def template_parts(template):
     """[(text, the field behind it or None)] of a template such as "Q: {question}"; ValueError where it is none."""
-    return [(text, field) for text, field, _, _ in string.Formatter().parse(template)]
+    parts = []
+    for text, field, form, conversion in string.Formatter().parse(template):
+        ends = (conversion and f"!{conversion}", form and f":{form}")  # a column may be called so
+        parts.append((text, field and field + "".join(filter(None, ends))))
+    return parts
 
 
 def fields_of(template, prompt):

@@ -85,19 +85,22 @@ def end_tokens(model, tokenizer):
     return {trained, tokenizer.eos_token_id} | own | named
 
 
-def encode(tokenizer, rows):
+def encode(tokenizer, rows, shots=()):
     """Token ids of a batch of rows: {"prompt_ids", "completion_ids"}, lists of lists; the completion ends with EOS.
 
     The prompt is encoded as in generation, with one BOS, or none where the tokenizer puts none. The completion is what
     follows it when both are encoded together; a row whose prompt would be split otherwise then raises ValueError.
     With a chat template, the prompt is the user's turn and the completion the assistant's: see encode_chats.
+    shots: [(prompt, completion)] of solved examples that each prompt begins with.
     """
     if tokenizer.chat_template:
-        prompts, wholes = encode_chats(tokenizer, rows)
+        prompts, wholes = encode_chats(tokenizer, rows, shots)
     else:
-        texts = [prompt + completion for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True)]
+        examples = "".join(f"{prompt}{completion}\n\n" for prompt, completion in shots)
+        prompt_texts = [examples + prompt for prompt in rows["prompt"]]
+        texts = [prompt + completion for prompt, completion in zip(prompt_texts, rows["completion"], strict=True)]
         options = {"split_special_tokens": True, "verbose": False}  # "</s>" in a dialogue is text, and ends nothing
-        prompts = tokenizer(rows["prompt"], **options).input_ids
+        prompts = tokenizer(prompt_texts, **options).input_ids
         wholes = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts, **options).input_ids]
     completions = []
     for row_id, prompt, whole in zip(rows["id"], prompts, wholes, strict=True):
@@ -109,25 +112,36 @@ def encode(tokenizer, rows):
     return {"prompt_ids": prompts, "completion_ids": completions}
 
 
-def encode_chats(tokenizer, rows):
+def encode_chats(tokenizer, rows, shots=()):
     """Ids of the prompts and of the whole rows, as a server's chat endpoint makes them from one message of a user.
 
-    A prompt goes as far as the answer's first token, a whole row to the token that ends the assistant's turn. Special
-    tokens are those that the template writes; in a dialogue they are text. ValueError where the template is to blame.
+    A prompt goes as far as the answer's first token, a whole row to the token that ends the assistant's turn; solved
+    examples are earlier turns. Special tokens are those that the template writes; in a dialogue they are text.
+    ValueError where the template is to blame.
     """
-    chats = [[{"role": "user", "content": prompt}] for prompt in rows["prompt"]]
-    answers = [[{"role": "assistant", "content": completion.strip()}] for completion in rows["completion"]]
+    examples = [turn for prompt, completion in shots for turn in (user_turn(prompt), assistant_turn(completion))]
+    chats = [[*examples, user_turn(prompt)] for prompt in rows["prompt"]]
+    answers = [[assistant_turn(completion)] for completion in rows["completion"]]
     options = {"return_dict": False, "sanitize_control_tokens": True}
     try:
         prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, **options)
         wholes = tokenizer.apply_chat_template([c + a for c, a in zip(chats, answers, strict=True)], **options)
-        shown = tokenizer.apply_chat_template(chats[0] + answers[0], tokenize=False)
+        first = chats[0] + answers[0]
+        shown = tokenizer.apply_chat_template(first, tokenize=False)
     except Exception as error:  # a template is a program
         raise ValueError(f"its chat template fails ({first_line(error)}): {PLAIN_PROMPTS}") from error
-    if not all(text.strip() in shown for text in (rows["prompt"][0], rows["completion"][0])):
+    if not all(turn["content"].strip() in shown for turn in first):
         raise ValueError(f"its chat template does not write the whole text it is given: {PLAIN_PROMPTS}")
     ends = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
     for prompt, whole in zip(prompts, wholes, strict=True):
         end = next((i + 1 for i in range(len(prompt), len(whole)) if whole[i] in ends), 0)
         del whole[end:]  # what follows the end, mostly a newline, is never generated
     return prompts, wholes
+
+
+def user_turn(prompt):
+    return {"role": "user", "content": prompt}
+
+
+def assistant_turn(completion):
+    return {"role": "assistant", "content": completion.strip()}

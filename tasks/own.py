@@ -42,7 +42,7 @@ def prepare(rows, settings):
     except ValueError as error:
         raise BadData(f"--own-prompt is no template ({error}): a brace that is text is written twice") from error
     fields = {field for _, field in parts if field is not None}
-    if not fields:
+    if not fields or "" in fields:
         raise BadData("--own-prompt names no column: write one in braces, such as {question}")
     first = None
     for row in rows:

@@ -87,6 +87,26 @@ def test_a_row_is_the_users_and_the_assistants_turn_as_a_chat_endpoint_reads_the
 
 
 @pytest.mark.parametrize("name", CHATS)
+def test_examples_are_earlier_turns_as_the_template_writes_them(name, dataset, tmp_path):
+    tokenizer = load_tokenizer(str(chat_model(tmp_path / "base", name)))
+    data = load_from_disk(str(dataset / "dataset"))
+    shots = [(row["prompt"], row["completion"]) for row in data["train"].select([0, 3])]
+    earlier = []
+    for prompt, completion in shots:
+        earlier.append({"role": "user", "content": prompt})
+        earlier.append({"role": "assistant", "content": completion.strip()})
+    rows = data["test"]
+    alone, ids = encode(tokenizer, rows.to_dict()), encode(tokenizer, rows.to_dict(), shots)
+    assert ids["completion_ids"] == alone["completion_ids"]
+    for row, prompt, completion in zip(rows, *ids.values(), strict=True):
+        turns = [*earlier, {"role": "user", "content": row["prompt"]}]
+        assert prompt == tokenizer.apply_chat_template(turns, add_generation_prompt=True).input_ids
+        turns.append({"role": "assistant", "content": row["completion"].strip()})
+        whole = tokenizer.apply_chat_template(turns).input_ids
+        assert whole[: len(prompt + completion)] == prompt + completion
+
+
+@pytest.mark.parametrize("name", CHATS)
 def test_special_tokens_in_a_dialogue_stay_text_and_those_of_the_template_are_tokens(name, tmp_path):
     tokenizer = load_tokenizer(str(chat_model(tmp_path / "base", name)))
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -323,6 +343,15 @@ def test_a_template_that_drops_or_cuts_the_text_is_refused(template, tmp_path):
     row = {"id": ["x"], "prompt": ["Summarise this dialogue, please: A: hi. B: ho."], "completion": [" They greet."]}
     with pytest.raises(ValueError, match="does not write the whole text"):
         encode(tokenizer, row)
+
+
+def test_a_template_that_drops_the_examples_is_refused(tmp_path):
+    tokenizer = load_tokenizer(str(chat_model(tmp_path / "model", "llama3")))
+    tokenizer.chat_template = LLAMA3.replace("in messages", "in messages[-2:]")
+    row = {"id": ["x"], "prompt": ["Name the capital of Peru."], "completion": [" Lima"]}
+    encode(tokenizer, row)
+    with pytest.raises(ValueError, match="does not write the whole text"):
+        encode(tokenizer, row, [("Name the capital of Cuba.", " Havana")])
 
 
 @pytest.mark.parametrize("template", [[{"name": "tool_use", "template": "x"}], 5])

@@ -1,5 +1,6 @@
 """merge_llama.py: the merged model is PEFT's, whatever the adapter; what is not is found, and nothing is lost."""
 
+import ast
 import gc
 import json
 import math
@@ -1025,6 +1026,17 @@ def test_the_card_of_your_own_data_claims_no_licence_and_shows_your_prompt(revis
     assert "published ones" not in card and "77 words" not in card and "CC BY" not in card and "colon" not in card
     assert 'r"""Put {word} into \\boxed{}"""' in card and "max_new_tokens=256)\n" in card
     assert "print(text.strip())\n" in card and "first line counts" not in card and '"stop"' not in card
+
+
+@pytest.mark.parametrize("prompt", ['"""{x}""" it', 'Say "{x}"', "{x}\\", '```\n{x}\n```\nIs it "so"?', "\\b {x}"])
+def test_the_example_of_the_card_is_python_whatever_your_prompt_has(prompt, out):
+    built_by(out, {"own": prompt}, own=LOCAL | {"licence": tasks.TASKS["own"].LICENCE})
+    card = card_of(out, "someone/model", TRAINED)
+    code = card.split("\n```python\n")[1].split("\n```\n")[0]
+    [value] = re.findall(r"^prompt = (.*?)\n(?:inputs|messages) = ", code, re.DOTALL | re.MULTILINE)
+    assert ast.literal_eval(value) == prompt
+    fence = "````" if "```" in prompt else "```"
+    assert f"\n{fence}\n{prompt}\n{fence}\n" in card
 
 
 def test_the_card_of_several_tasks_says_of_each_what_counts_and_how_long_it_may_be(out):

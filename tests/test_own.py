@@ -215,15 +215,16 @@ WRONG = {  # name of the file, its content, flags, what the sentence says
     ),
     "a csv of other names": ("a.csv", "frage;antwort\nx;y\n", [], "no column completion, prompt among frage;antwort"),
     "no template": ("a.jsonl", PAIR, ["--own-prompt", "{prompt"], "--own-prompt is no template"),
+    "a field without a name": ("a.jsonl", PAIR, ["--own-prompt", "{} {prompt}"], "--own-prompt names no column"),
     "a template without a field": ("a.jsonl", PAIR, ["--own-prompt", "Hi"], "--own-prompt names no column"),
-    "an empty file": ("a.jsonl", "", [], "0 rows in train"),
-    "an empty list": ("a.json", "[]", [], "0 rows in train"),
-    "a header alone": ("a.csv", "prompt,completion\n", [], "0 rows in train"),
+    "an empty file": ("a.jsonl", "", [], "0 different rows in train"),
+    "an empty list": ("a.json", "[]", [], "0 different rows in train"),
+    "a header alone": ("a.csv", "prompt,completion\n", [], "0 different rows in train"),
     "two rows": (
         "a.csv",
         "prompt,completion\na,b\nc,d\n",
         [],
-        "2 rows in train, out of which test and validation are taken, too",
+        "2 different rows in train, out of which test and validation are taken, too",
     ),
     "mixed forms": (
         "a.jsonl",
@@ -250,6 +251,15 @@ WRONG = {  # name of the file, its content, flags, what the sentence says
     ),
     "no suffix": ("a", "prompt", [], "{} ends in no suffix"),
     "no parquet": ("a.parquet", "prompt", [], "cannot read {}"),
+    "no line of a csv that can be read": (
+        "a.csv",
+        "prompt,completion\n" + "Who, then?,I\n" * 9,
+        [],
+        "0 different rows in train (broken CSV line: 9), out of which test and validation",
+    ),
+    "semicolons": ("a.csv", 'prompt;completion\n"a";"b"\n', [], "no commas between columns"),
+    "an object of rows": ("a.json", '{\n"data": []}', [], "line 1 is no JSON: Expecting property name"),
+    "a form of a field": ("a.jsonl", PAIR, ["--own-prompt", "{prompt!r:>9}"], "no column prompt!r:>9 among prompt"),
     "stray quotes": ("a.csv", 'prompt,completion\n"a "b" c",d\n', [], "stray quotes"),
     "two exchanges": (
         "a.jsonl",
@@ -278,6 +288,47 @@ def refused(capsys, words, *arguments):
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1
     assert words in message
+
+
+def test_a_folder_with_two_files_for_a_split_is_refused(tmp_path, capsys):
+    for other in ("train.csv", "train.old.jsonl", "data/train.jsonl"):
+        folder = tmp_path / other.replace("/", "-")
+        for name in ("train.jsonl", other):
+            write_lines(folder / name, [{"prompt": 1, "completion": 2}])
+        words = f"own: 2 files train.* where there should be 1 in {folder}"
+        refused(capsys, words, "--own", folder, "--output-dir", tmp_path / "out")
+
+
+def test_rows_of_one_prompt_stay_in_one_split(tmp_path, capsys):
+    rows = [{"prompt": name, "completion": f"{name} {i}"} for name in NAMES for i in range(40)]
+    splits = build(tmp_path, write_lines(tmp_path / "rows.jsonl", rows))
+    assert {split: len(of_split) for split, of_split in splits.items()} == {"train": 8, "validation": 1, "test": 1}
+    assert {row["prompt"] for of_split in splits.values() for row in of_split} == set(NAMES)
+    counts = report_of(tmp_path)["tasks"]["own"]["counts"]["train"]
+    assert counts["duplicate"] == 8 * 39 and "also in test" not in counts
+    assert "own: 40 rows for test are drawn out of train, 10.0%" in capsys.readouterr().out
+
+
+def test_a_number_that_is_none_is_an_empty_text(tmp_path):
+    rows = [{"prompt": question, "completion": answer} for question, answer in exchanges(30)]
+    path = write_lines(tmp_path / "rows" / "train.jsonl", [*rows, {"prompt": "a", "completion": float("nan")}])
+    for split in ("validation", "test"):
+        write_lines(path.with_stem(split), [{"prompt": split, "completion": 1}])
+    build(tmp_path, path.parent)
+    assert report_of(tmp_path)["tasks"]["own"]["counts"]["train"]["empty completion"] == 1
+    path.unlink()
+    rows = {"prompt": [f"Number {i}" for i in range(3)], "completion": [0.5, float("nan"), 1.5]}
+    pq.write_table(pa.table(rows), path.with_suffix(".parquet"))
+    assert {row["completion"] for row in build(tmp_path, path.parent)["train"]} == {" 0.5", " 1.5"}
+
+
+def test_columns_may_have_any_name(tmp_path):
+    names = ("more", "id", "task", "0", "Time: now", "Why! s")
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join([",".join(names), *(f"a{i},b,c,d,e,f" for i in range(9))]))
+    prompt = "".join(f"{{{name}}}" for name in names[:5])
+    rows = build(tmp_path, path, "--own-prompt", prompt, "--own-completion", names[5])
+    assert asked_and_answered(rows) == {(f"a{i}bcde", " f") for i in range(9)}
 
 
 def test_bytes_that_are_no_utf8_are_one_sentence(tmp_path, capsys):

@@ -222,7 +222,7 @@ def test_the_prediction_files_follow_the_contract_in_the_order_of_the_dataset(ch
 def test_batches_hold_every_row_once_and_no_more_than_their_budget(monkeypatch):
     lengths = [random.Random(0).randint(2, 400) for _ in range(200)] + [5000]
     ids = [{"place": i, "prompt_ids": [1] * (length - 1), "completion_ids": [1]} for i, length in enumerate(lengths)]
-    monkeypatch.setattr(predictions, "encoded", lambda tokenizer, rows: rows)
+    monkeypatch.setattr(predictions, "encoded", lambda tokenizer, rows, shots: rows)
     found = tester.plan("samsum", ids, None, 1, 5000, 2000)
     assert sorted(row["place"] for batch in found for row in batch) == list(range(201))
     assert all(row["length"] == lengths[row["place"]] for batch in found for row in batch)
@@ -388,6 +388,114 @@ def test_stopped_by_ctrl_c_and_killed_twice_it_goes_on_and_writes_the_same_bytes
     assert "of them from before" in result.stdout and not list(out.glob(".*"))
     assert test(out, *arguments[:4], "--name", "undisturbed") == 0
     assert_same_files(out, "_undisturbed")
+
+
+SHOTS = ["--adapter", "none", "--shots", 3, "--name", "shots", "--samsum-max-new-tokens", 40]
+
+
+def texts_with_examples(out, task):
+    """[(prompt with the examples of a predictions file in front, completion)] of a task's test rows."""
+    data = load_from_disk(str(out / "dataset"))
+    examples = {row["id"]: row["prompt"] + row["completion"] + "\n\n" for row in data["train"]}
+    front = "".join(examples[row_id] for row_id in read(out, task, "_shots")["settings"]["shot_ids"][task])
+    return [(front + row["prompt"], row["completion"]) for row in rows_of(data["test"], task)]
+
+
+@BOTH
+def test_solved_train_examples_are_in_front_of_each_prompt_and_the_loss_is_that_of_the_completion(
+    name, dataset, tmp_path
+):
+    out = tmp_path / "out"
+    shutil.copytree(dataset, out)
+    model_alone = ["--model", FIXTURES / name]
+    assert test(out, *SHOTS, *model_alone) == 0
+    assert test(out, *SHORT, *model_alone, "--name", "base") == 0
+    tokenizer, data = load_tokenizer(str(FIXTURES / name)), load_from_disk(str(out / "dataset"))
+    model = models.load_model(str(FIXTURES / name), load_in_4bit=False)
+    settings = read(out, "samsum", "_shots")["settings"]
+    assert settings["shots"] == 3 and "shots" not in read(out, "samsum", "_base")["settings"]
+    for task in TASKS:
+        ids = encode(tokenizer, rows_of(data["train"], task).to_dict())
+        sizes = [len(prompt + completion) for prompt, completion in zip(*ids.values(), strict=True)]
+        size_of = dict(zip(rows_of(data["train"], task)["id"], sizes, strict=True))
+        shots = settings["shot_ids"][task]
+        assert len(set(shots)) == 3 and max(size_of[shot] for shot in shots) <= sorted(sizes)[len(sizes) // 2]
+        assert settings["shot_tokens"][task] == sum(size_of[shot] for shot in shots)
+        losses = []
+        for prompt, completion in texts_with_examples(out, task):
+            start = len(tokenizer(prompt).input_ids)
+            whole = torch.tensor([[*tokenizer(prompt + completion).input_ids, tokenizer.eos_token_id]])
+            labels = whole.clone()
+            labels[:, :start] = -100
+            with torch.inference_mode():
+                losses.append(model(whole, labels=labels).loss.item() * (whole.shape[1] - start))
+        assert column(out, task, "nll", "_shots") == pytest.approx(losses, rel=1e-4)
+        assert column(out, task, "tokens", "_shots") == column(out, task, "tokens", "_base")
+        assert column(out, task, "nll", "_shots") != column(out, task, "nll", "_base")
+
+
+@ONE
+def test_behind_plain_examples_an_answer_ends_at_its_line_unless_answers_in_train_have_several(
+    chain, out, tmp_path, monkeypatch, capsys
+):
+    tokenizer = load_tokenizer(str(chain / "adapter"))
+    ids = tokenizer("Paris\n\nSummarise this", add_special_tokens=False).input_ids
+    monkeypatch.setattr(decoding, "test_rows", lambda model, prompts, *rest: [(1.0, ids) for _ in prompts])
+    assert test(out, *SHOTS) == 0 and "run on into" not in capsys.readouterr().out
+    assert set(column(out, "samsum", "prediction", "_shots")) == {"Paris"}
+    data = load_from_disk(str(out / "dataset"))
+    lines = data["train"].map(lambda row: {"completion": row["completion"].replace(". ", ".\n")})
+    assert any("\n" in row["completion"] for row in rows_of(lines, "samsum"))
+    other = tmp_path / "other"
+    DatasetDict(data | {"train": lines}).save_to_disk(str(other / "dataset"))
+    shutil.copy(out / "dataset" / "tasks.json", other / "dataset")
+    assert test(other, *SHOTS, "--model", base_of(chain)) == 0
+    assert "samsum: its answers have several lines" in capsys.readouterr().out
+    assert set(column(other, "samsum", "prediction", "_shots")) == {"Paris\n\nSummarise this"}
+    assert set(column(other, "trivia_qa", "prediction", "_shots")) == {"Paris"}
+
+
+@ONE
+def test_an_interrupted_run_with_examples_resumes_and_another_number_of_them_is_another_run(
+    chain, out, monkeypatch, capsys, refused
+):
+    monkeypatch.setattr(predictions, "write_predictions", lambda *rest: (_ for _ in ()).throw(RuntimeError))
+    with pytest.raises(RuntimeError):
+        test(out, *SHOTS)
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert test(out, *SHOTS) == 0 and "samsum: 6 rows, 6 of them from before" in capsys.readouterr().out
+    assert test(out, *SHOTS) == 0 and capsys.readouterr().out.count("nothing to do") == 2
+    before = snapshot(out)
+    assert "shots 3 there, 2 now" in refused(out, *SHOTS, "--shots", 2)
+    assert "shots 3 there, 0 now" in refused(out, *SHOTS, "--shots", 0)
+    assert snapshot(out) == before
+    assert test(out, *SHOTS, "--overwrite", "--shots", 0) == 0
+    assert "shots 0 there, 3 now" in refused(out, *SHOTS)
+
+
+@ONE
+def test_examples_are_refused_with_an_adapter_with_a_server_and_where_train_has_too_few(chain, out, refused):
+    assert "--shots is for a model without an adapter" in refused(out, "--shots", 3)
+    assert "--shots is for a model that is loaded here" in refused(
+        out, "--shots", 3, "--server", "http://localhost/v1"
+    )
+    assert "--shots 7 needs 14 train rows of samsum" in refused(out, *SHOTS, "--shots", 7)
+
+
+@ONE
+def test_rows_that_examples_make_too_long_are_counted(chain, out, tmp_path, capsys):
+    assert test(out, *SHOTS) == 0
+    tokenizer = load_tokenizer(str(chain / "adapter"))
+    texts = texts_with_examples(out, "samsum")
+    lengths = [len(tokenizer(prompt).input_ids) + 40 for prompt, _ in texts]
+    limit = sorted(lengths)[2]  # so that three of six fit
+    shutil.copytree(FIXTURES / "tiny_llama3", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": limit}))
+    assert test(out, *SHOTS, "--model", tmp_path / "model", "--overwrite") == 0
+    assert "samsum: 3 of 6 rows do not fit" in capsys.readouterr().out
+    assert len(read(out, "samsum", "_shots")["too_long"]) == 3
 
 
 @ONE

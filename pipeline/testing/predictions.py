@@ -16,10 +16,10 @@ SHOWN = 3  # examples of each task printed at the end
 FIGURES = ("perplexity", "bits_per_byte", "word_perplexity", "hit_max_new_tokens", "empty_predictions")  # printed
 
 
-def encoded(tokenizer, rows):
+def encoded(tokenizer, rows, shots=()):
     """The rows of a Dataset as dicts, with their `place`, `prompt_ids`, `completion_ids`; exits 2 where it cannot."""
     try:
-        ids = encode(tokenizer, rows.to_dict())
+        ids = encode(tokenizer, rows.to_dict(), shots)
     except ValueError as error:
         fail(f"cannot test: {first_line(error)}")
     dicts = []
@@ -88,7 +88,8 @@ def finished(args, path, run):
     if not args.overwrite and run not in begun:  # else what is there was to be replaced
         remedy = "give its settings again, or --overwrite, or --name for more files"
         for other in begun + stored:
-            refuse_another(path, other if isinstance(other, dict) else {}, run, remedy)  # {}: another system's
+            other = other if isinstance(other, dict) else {}  # {}: another system's
+            refuse_another(path, {"shots": 0} | other, {"shots": 0} | run, remedy)  # noted where there are any
     return stored == [run] and not args.overwrite
 
 
