@@ -307,8 +307,13 @@ def save(built, seed, folder):
 
     disable_progress_bars()
     splits, report = {}, {}
+    test_prompts = {row["prompt"] for splits_of_task in built for row in splits_of_task["test"]}
     for split in SPLITS:
         rows = [row for splits_of_task in built for row in splits_of_task.pop(split)]
+        if split != "test":  # within a task these are dropped before
+            drawn, rows = rows, [row for row in rows if row["prompt"] not in test_prompts]
+            if len(rows) < len(drawn):
+                say(f"{split}: {len(drawn) - len(rows)} rows dropped, whose prompts are in another task's test")
         random.Random(seed).shuffle(rows)
         digest = hashlib.sha256()
         for row in rows:

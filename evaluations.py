@@ -1,13 +1,15 @@
 """Score the predictions of test_llama.py, or of any other system, with intervals, tests and one page to read them on.
 
 Scores run from 0 to 100, each with a 95 % bootstrap interval; every other system is compared with the first one, the
-base, on the same rows. NAME@SEED are trainings of one system: its score is their mean, and its intervals and tests
-allow for other rows and other seeds. A language model judges the predictions where JUDGE_MODEL names one; its key is
-read from OPENAI_API_KEY alone. Needs neither torch nor, without a judge, the network.
+base, on the same rows. The main scores of a task are tested, the others are exploratory. NAME@SEED are trainings of
+one system: its score is their mean, and its intervals and tests allow for other rows and other seeds. A language
+model judges the predictions where JUDGE_MODEL names one; its key is read from OPENAI_API_KEY alone. Needs neither
+torch nor, without a judge, the network.
 
-Reads:  OUTPUT_DIR/samsum_predictions.json and those of the other tasks, whichever exist, or the files of
-        --predictions: {"task": "samsum", "examples": [{"references": ["..."], "prediction": "..."}]} is enough,
-        or the examples alone, one a line, each with its "task" or a prompt that ends as ours do.
+Reads:  OUTPUT_DIR/samsum_predictions.json and those of the other tasks, whichever exist, and as a system NAME each
+        samsum_predictions_NAME.json of the same rows; or the files of --predictions, in which {"task": "samsum",
+        "examples": [{"references": ["..."], "prediction": "..."}]} is enough, or the examples alone, one a line,
+        each with its "task" or a prompt that ends as ours do.
         For the page, where they are of the same run: OUTPUT_DIR/dataset/, dataset_report.json and adapter/ (its
         weights alone say whether it is the predictions' own).
 Writes: OUTPUT_DIR/evaluation.html and evaluation.json, which has every number of the page; with a judge also
@@ -23,6 +25,7 @@ import json
 import re
 import sys
 import tempfile
+import textwrap
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -40,6 +43,7 @@ from pipeline.files import built_tasks, read_json, refuse_another, sha256, write
 from pipeline.scoring import page, significance
 from pipeline.script import fail, say, script, table, versions
 from pipeline.settings import check_url, parse_settings
+from pipeline.texts import BadData
 from tasks import TASKS, swapped
 
 # Settings: edit here, or override for one run on the command line.
@@ -59,6 +63,7 @@ CHOICES |= dict.fromkeys(("SEED", "JUDGE_MAX_EXAMPLES"), (0, int))
 # Keys of evaluation.json beside a task's systems: no system's name
 RESERVED = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "seeds")
 RESERVED += ("equal_predictions", "rouge_note", "comparisons", "groups", "per_example", "judge")
+RESERVED += ("bits", "cut_off", "empty")
 SWAPPED = "swapped"  # column and part of the report of test_llama.py --swap-answers
 SCORED = TASKS | {SWAPPED: swapped}
 NAME = re.compile(r"([^\s/@=]+(?:@[^\s/@=]+)?)=(.+)", re.DOTALL)  # --predictions NAME=FILE or NAME@SEED=FILE
@@ -89,6 +94,8 @@ class Example(BaseModel, strict=True):
     nll: float | None = None
     base_nll: float | None = None
     tokens: int | None = None
+    hit_max_new_tokens: bool | None = None
+    base_hit_max_new_tokens: bool | None = None
     too_long: bool = False  # for its model: test_llama.py left it out, so it has no nll
 
 
@@ -131,6 +138,15 @@ class System:
     general_text: dict | None
     made_from: dict | None
     too_long: int  # examples that its model could not read
+    cut_off: list | None  # whether each prediction ended at the limit of new tokens, if known
+    empty: list  # whether each prediction is
+    found: bool = False  # whether nobody named its file: it was in OUTPUT_DIR
+
+    @property
+    def bits(self):
+        """Of its weights while it was tested: 4 or 16; None where its file does not say."""
+        in_4bit = (self.made_from or {}).get("4_bit")
+        return {True: 4, False: 16}[in_4bit] if isinstance(in_4bit, bool) else None
 
 
 @dataclass
@@ -182,8 +198,8 @@ def task_of(prompt, templates):
     return "none"
 
 
-def read_file(path, templates, remedy):
-    """The checked PredictionFiles of a file, one a task; anything wrong with it ends the script in one sentence."""
+def read_file(path, templates):
+    """The checked PredictionFiles of a file, one a task; BadData says in one sentence what is wrong with it."""
     files = []
     try:
         values = read_values(Path(path).read_bytes(), templates)
@@ -191,7 +207,7 @@ def read_file(path, templates, remedy):
             files.append(PredictionFile.model_validate(value))
         return files
     except OSError as error:
-        fail(f"cannot read {path}: {error.strerror}")
+        raise BadData(f"cannot read {path}: {error.strerror}") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -202,7 +218,7 @@ def read_file(path, templates, remedy):
             fault = f"its rows of task {value['task']}: {fault}"
     except (ValueError, RecursionError, AttributeError) as error:
         fault = f"not valid JSON ({error})"
-    fail(f"{path}: {fault}{remedy}")
+    raise BadData(f"{path}: {fault}")
 
 
 def systems_of(name, path, data, examples):
@@ -217,14 +233,18 @@ def systems_of(name, path, data, examples):
         known = column(read, f"{prefix}nll") and min(column(read, "tokens") or [0]) > 0
         losses = [(getattr(example, f"{prefix}nll") or 0.0, example.tokens or 0) for example in examples]
         perplexity = data.perplexity.get(side, {})
+        cut_off = [getattr(example, f"{prefix}hit_max_new_tokens") for example in examples]
+        predictions = column(examples, f"{prefix}prediction")
         systems[system] = System(
             file=str(path),
-            predictions=column(examples, f"{prefix}prediction"),
+            predictions=predictions,
             losses=losses if known else None,
             perplexity=perplexity if "perplexity" in perplexity else None,
             general_text=data.general_text.get(side),
             made_from=data.settings if isinstance(data.settings, dict) else None,
             too_long=len(examples) - len(read),
+            cut_off=[bool(value) for value in cut_off] if any(value is not None for value in cut_off) else None,
+            empty=[not text.strip() for text in predictions],
         )
     return systems
 
@@ -260,6 +280,36 @@ def leave_out(files):
             say(f"{task}: {len(left_out)} rows left out, for which a server's file has no answer")
 
 
+def same_rows(data, other):
+    """Whether two PredictionFiles are of the same rows: those of one build with the same ids and references."""
+    noted = [part.settings.get("rows") if isinstance(part.settings, dict) else None for part in (data, other)]
+    if None not in noted and noted[0] != noted[1]:
+        return False
+    rows, others = ({row.id: row.references for row in part.examples} for part in (data, other))
+    return data.task == other.task and rows == others
+
+
+def find_files(output_dir, templates, main_files):
+    """[(NAME, path, PredictionFile)] of each TASK_predictions_NAME.json of the same rows; others are left out."""
+    found, mains = [], {data.task: data for data in main_files}
+    for task, main_file in mains.items():
+        taken = {"tuned", "base"} if column(main_file.examples, "base_prediction") else {"tuned"}
+        for path in sorted(Path(output_dir).glob(f"{task}_predictions_*.json")):
+            name = path.stem.removeprefix(f"{task}_predictions_")
+            if name.lower().endswith(SWAPPED):
+                continue
+            try:
+                data, *more = read_file(path, templates)
+                if name in taken.union(RESERVED) or not re.fullmatch(r"[^\s/@=]+", name):
+                    raise BadData(f"{path}: a system cannot be called {name}, see --predictions")
+                if more or not same_rows(data, main_file):
+                    raise BadData(f"{path}: its rows are not those of {task}_predictions.json")
+                found.append((name, str(path), data))
+            except BadData as error:
+                say(f"left out: {error}")
+    return found
+
+
 def read_all(args):
     """{task: Rows} of the files of --predictions, or of those of test_llama.py in OUTPUT_DIR."""
     default = [f"{args.output_dir}/{task}_predictions{end}.json" for end in ("", f"_{SWAPPED}") for task in TASKS]
@@ -274,7 +324,12 @@ def read_all(args):
         name, path = named.groups() if named else (None, text)
         if name and name.partition("@")[0] in RESERVED:
             fail(f"--predictions {text}: a system cannot be called {name}, choose another name")
-        files += [(name, path, data) for data in read_file(path, templates, remedy)]
+        try:
+            files += [(name, path, data) for data in read_file(path, templates)]
+        except BadData as error:
+            fail(f"{error}{remedy}")
+    found = [] if args.predictions else find_files(args.output_dir, templates, [data for _, _, data in files])
+    files += found
     leave_out([data for _, _, data in files])
     for name, path, data in files:
         if data.task not in tasks:
@@ -288,6 +343,7 @@ def read_all(args):
         for system, values in systems_of(name, path, data, aligned(rows, path, data.examples)).items():
             if system in rows.systems:
                 fail(f"{path} is a second file for {data.task}: name both, --predictions a={rows.file} b={path}")
+            values.found = (name, path, data) in found
             rows.systems[system] = values
         for system, seeds in significance.by_system(rows.systems).items():
             if "" in seeds and len(seeds) > 1:
@@ -329,12 +385,20 @@ def add_prompts(output_dir, tasks):
 
 
 def adjust(results):
-    """Put `p_holm` and `significant` into every comparison: all tests of this evaluation are one family."""
-    parts = [*results.values(), *(result["judge"] for result in results.values() if "judge" in result)]
-    by_system = [tests for part in parts for tests in part["comparisons"].values()]
-    tests = [test for by_metric in by_system for test in by_metric.values() if "p_value" in test]
-    for test, adjusted in zip(tests, significance.holm([test["p_value"] for test in tests]), strict=True):
-        test |= {"p_holm": adjusted, "significant": adjusted < significance.LEVEL}
+    """Put `p_holm` and `significant` into every test; those of two systems on one task are a family."""
+    for result in results.values():
+        judged = result.get("judge", {"comparisons": {}})["comparisons"]
+        for system, by_metric in result["comparisons"].items():
+            tests = [*by_metric.values(), *judged.get(system, {}).values()]
+            tests = [test for test in tests if "p_value" in test]
+            for test, adjusted in zip(tests, significance.holm([test["p_value"] for test in tests]), strict=True):
+                test |= {"p_holm": adjusted, "significant": adjusted < significance.LEVEL}
+
+
+def percent_of(systems, column):
+    """{system: percent of the answers of all its seeds for which a column of System is true}, where it is known."""
+    known = {name: [getattr(system, column) for system in seeds.values()] for name, seeds in systems.items()}
+    return {name: round(100 * float(np.mean(answers)), 4) for name, answers in known.items() if None not in answers}
 
 
 def measure_groups(by_sums, tables, inside, args):
@@ -358,24 +422,29 @@ def score_task(rows, args):
         tables[name] = metrics.table_of(task, references, system.predictions, swapped_in, system.losses)
     columns, by_sums = metrics.means(task), partial(metrics.corpus_scores, task)
     whole = significance.measure(by_sums, tables, args)
+    differences, systems = whole["differences"], significance.by_system(rows.systems)
     result = {
         "examples": len(references),
         "ids": rows.column("id"),
         "files": {name: system.file for name, system in rows.systems.items()},
         "made_from": {name: system.made_from for name, system in rows.systems.items()},
+        "bits": {name: [*seeds.values()][0].bits for name, seeds in systems.items()},
+        "cut_off": percent_of(systems, "cut_off"),
+        "empty": percent_of(systems, "empty"),
         "too_long": {name: system.too_long for name, system in rows.systems.items() if system.too_long},
         "perplexity": {},
         "general_text": {name: system.general_text for name, system in rows.systems.items() if system.general_text},
         "intervals": whole["intervals"],
         "seeds": whole["seeds"],
         "rouge_note": metrics.rouge_note(references) if set(metrics.ROUGES) & set(task.SCORES) else "",
-        "comparisons": significance.compare(by_sums, tables, columns | {"perplexity": -2}, whole["differences"], args),
+        "comparisons": significance.compare(
+            by_sums, tables, columns | {"perplexity": -2}, differences, task.MAIN_SCORES, args
+        ),
         "groups": measure_groups(by_sums, tables, rows.column("answer_in_context") or [], args),
         "per_example": {},
     }
     for name, scored in tables.items():
         result["per_example"][name] = {metric: np.round(scored[:, i], 4).tolist() for metric, i in columns.items()}
-    systems = significance.by_system(rows.systems)
     single = {name: system for name, seeds in systems.items() for system in seeds.values() if len(seeds) == 1}
     for name in systems:
         result[name] = whole["scores"][name] | metrics.signatures(task, references)
@@ -392,8 +461,11 @@ def score_task(rows, args):
 
 
 def made_from(tasks, name):
-    """The fingerprint that all prediction files note under `name`; "unknown" where they differ, or one has none."""
-    systems = [system for rows in tasks.values() for system in rows.systems.values()]
+    """The fingerprint that all prediction files note under `name`; "unknown" where they differ, or one has none.
+
+    Files that were found beside those of test_llama.py do not count: an adapter's training is shown beside any others.
+    """
+    systems = [system for rows in tasks.values() for system in rows.systems.values() if not system.found]
     noted = {str((system.made_from or {}).get(name)) for system in systems}
     return noted.pop() if len(noted) == 1 and len(min(noted)) >= 16 else "unknown"
 
@@ -422,44 +494,70 @@ def read_run(args, tasks):
     return {"other_adapter": OTHER_ADAPTER if stale else None, "training": training, "data": data}
 
 
-def print_task(name, task, result):
-    """The scores of one task; per comparison: the first system, the other, difference, its interval, p after Holm."""
+def score_lines(task, result):
+    """The table of a task's scores, main ones first: one other system is beside the first, several are below it."""
     scores, (first, *others) = page.scores_of(result), result["intervals"]
+    several = len(others) > 1
+    head = ["", first[:7], "95 % interval"]
+    if others:
+        head = ["", first[:7], "" if several else others[0][:7], "diff.", "95 % interval", "p (Holm)"]
+    lines = [head]
+
+    def add(label, of_first, cells):
+        if several:
+            lines.append([label, *of_first])
+            lines.extend([f"  {other[:18]}", "", *cells[other]] for other in cells)
+        else:
+            lines.append([label, *of_first, *sum(cells.values(), [])])
+
+    for metric in page.main_first(task, scores[first]):
+        if metric in task.MAIN_SCORES or any(by_metric.get(metric) for by_metric in scores.values()):  # else zeros
+            of_first = [short(scores[first][metric])]
+            if not others:
+                of_first.append(between(result["intervals"][first].get(metric)))
+            both = [other for other in others if metric in scores[other]]
+            add(metric, of_first, {other: compared(task, result, metric, scores, other) for other in both})
+    for label, shares in page.endings(result).items():
+        texts = {system: [f"{shares[system]:.0f} %" if system in shares else ""] for system in (first, *others)}
+        add(label, texts.pop(first), texts)
+    return [line + [""] * (len(head) - len(line)) for line in lines]
+
+
+def compared(task, result, metric, scores, other):
+    """A system's score, its difference to the first system's, its interval, p after Holm."""
+    before, after = scores[next(iter(scores))][metric], scores[other][metric]
+    test = result["comparisons"][other].get(metric, {})
+    p = page.p_value(test["p_holm"]) if "p_holm" in test else "" if metric in task.MAIN_SCORES else "expl."
+    return [short(after), short(after - before, "+"), between(test.get("interval"), "+"), p]
+
+
+def print_task(name, task, result):
+    """The scores of one task, and what there is to say of them."""
+    first, *others = result["intervals"]
     main = (task.MAIN_SCORES[0], "perplexity")
-    for other in others or [first]:
-        say(f"\n{name} ({result['examples']} examples)")
-        tests = result["comparisons"].get(other, {})
-        lines = [["", first[:7], "95 % interval"]]
-        if others:
-            lines = [["", first[:7], other[:7], "diff.", "95 % interval", "p (Holm)"]]
-        for metric in [metric for metric in scores[first] if metric in scores[other]]:
-            values, test = [short(scores[first][metric])], tests.get(metric, {})
-            if others:
-                gain = short(scores[other][metric] - scores[first][metric], "+")
-                p = p_value(test["p_holm"]) if "p_holm" in test else ""
-                values += [short(scores[other][metric]), gain, between(test.get("interval"), "+"), p]
-            else:
-                values.append(between(result["intervals"][first].get(metric)))
-            lines.append([metric, *values])
-        table(lines)
+    say(f"\n{name} ({result['examples']:,} examples)")
+    table(score_lines(task, result))
+    for other in others:
+        tests = result["comparisons"][other]
         least = {metric: tests.get(metric, {}).get("minimum_detectable") for metric in main}
         if visible := ", ".join(f"{short(value)} in {metric}" for metric, value in least.items() if value):
-            say(f"visible from: {visible} (by 4 of 5 such tests)")
+            say(f"visible from: {visible} (by 4 of 5 such tests{f', of {other[:16]}' if len(others) > 1 else ''})")
+    if bits := ", ".join(f"{system[:16]} {count}" for system, count in result["bits"].items() if count):
+        say(f"bits of the weights: {bits}")
     for system, seeds in result["seeds"].items():
         values = {metric: [scores[metric] for scores in seeds.values() if metric in scores] for metric in main}
         ranges = [f"{metric} {short(min(of))} to {short(max(of))}" for metric, of in values.items() if of]
         say(f"{len(seeds)} trainings of {system[:16]}: {', '.join(ranges)}")
     for one, other, count in result["equal_predictions"]:
-        say(f"equal predictions of {one[:16]} and {other[:16]}: {count} of {result['examples']}")
-    for note in filter(None, (result["rouge_note"], getattr(task, "ABOUT", ""))):
+        say(f"equal predictions of {one[:16]} and {other[:16]}: {count:,} of {result['examples']:,}")
+    notes = [textwrap.fill(note, 80) for note in page.notes(name, task, result)]
+    for note in filter(None, (result["rouge_note"], getattr(task, "ABOUT", ""), *notes)):
         say(note)
-    for system, count in result["too_long"].items():
-        say(f"{count} of them were too long for the model of {system}: empty answers, and not in its perplexity")
     judge = result.get("judge", {"scores": {}})
     for system, judged in judge["scores"].items():  # never the judge's alone
         values = ", ".join(f"{metric} {value:.2f}" for metric, value in judged.items())
         agrees = ", ".join(f"{m} {part['agreement']:.0f} %" for m, part in judge["agreement"][system].items())
-        say(f"judged, {judge['examples']} examples, {system}: {values}; agrees with {agrees}")
+        say(f"judged, {judge['examples']:,} examples, {system}: {values}; agrees with {agrees}")
 
 
 def short(value, sign=""):
@@ -469,10 +567,6 @@ def short(value, sign=""):
 
 def between(ends, sign=""):
     return "[" + ", ".join(short(end, sign) for end in ends) + "]" if ends else ""
-
-
-def p_value(p):
-    return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 @script
@@ -498,6 +592,8 @@ def main(argv=None):
     write_whole(folder / "evaluation.html", html)
     for task, rows in tasks.items():
         print_task(task, rows.task, report[task])
+    if any(report[task]["comparisons"] for task in tasks):
+        say("\nAn interval is of one score alone; expl.: an exploratory score, not tested")
     if report["other_adapter"]:
         say(f"\nwarning: {OTHER_ADAPTER}")
     say(f"\nwrote {folder / 'evaluation.html'} and {folder / 'evaluation.json'}")

@@ -59,18 +59,23 @@ def read_run(folder, base):
     return run | found
 
 
-def check_rows(args, tokenizer):
-    """CHECK_ROWS validation rows, the first of each task in turn, and their ids as encode gives them."""
+def check_rows(args, run, tokenizer):
+    """CHECK_ROWS validation rows, the first of each task in turn that training kept, and their ids as encode gives."""
     from datasets import interleave_datasets
 
     validation = load_rows(args.output_dir, "validation")
     of_tasks = [rows_of(validation, task) for task in sorted(validation.unique("task"))]
     in_turn = interleave_datasets(of_tasks, stopping_strategy="all_exhausted_without_replacement")
-    rows = in_turn[: args.check_rows]
     try:
-        return rows, encode(tokenizer, rows)
+        ids = encode(tokenizer, in_turn[:])
     except ValueError as error:
         fail(f"cannot compare on the validation rows: {first_line(error)}")
+    limit = min(tokenizer.model_max_length, run["settings"].get("max_length", tokenizer.model_max_length))
+    lengths = [len(prompt) + len(completion) for prompt, completion in zip(*ids.values(), strict=True)]
+    fitting = [place for place, length in enumerate(lengths) if length <= limit][: args.check_rows]
+    if not fitting:
+        fail(f"no validation row has at most {limit} tokens: build the data set with shorter ones")
+    return in_turn[fitting], {name: [values[place] for place in fitting] for name, values in ids.items()}
 
 
 def merge_in_its_type(args, model, base, changes, into, fresh):
@@ -100,7 +105,7 @@ def merge_and_check(args, base, run, fresh):
     folder = Path(args.output_dir) / "adapter"
     into = "16bit" if args.merge_base == "auto" else args.merge_base
     tokenizer = tokenizer_of(base, folder, run["settings"].get("chat_template", "auto"))
-    rows, ids = check_rows(args, tokenizer)
+    rows, ids = check_rows(args, run, tokenizer)
     begun = time.time()
     place = verify.roomy_place(base)
     model = verify.load_tuned(base, folder, into, *place)

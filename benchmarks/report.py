@@ -11,7 +11,7 @@ from peers import RESULTS, ROOT
 
 HERE = ROOT / "benchmarks"
 NAMES = ("training", "training_real", "testing_real", "startup", "scaling", "joint", "scoring", "merging", "gpu")
-NAMES += ("real_model", "served", "gpu_peers")
+NAMES += ("real_model", "served", "gpu_peers", "significance")
 
 
 def load(name):

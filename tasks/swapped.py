@@ -12,7 +12,7 @@ answers, so many give the one that is now there (read), the true one all the
 same (remembered), neither or both."""
 ONE_LINE = True  # whether an answer ends at its line's end
 SCORES = ("follows_context", "from_memory", "neither_or_both")  # as tables show them
-MAIN_SCORES = ("follows_context", "from_memory")  # the page plots and sorts by the first
+MAIN_SCORES = ("follows_context", "from_memory")  # those tested; the page plots and sorts by the first
 RUBRIC = ""  # no judge is asked
 NUMBER = r"\S*\d.*|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|hundred|thousand|million"
 

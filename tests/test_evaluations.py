@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import evaluations
-from pipeline.scoring import metrics, significance
+from pipeline.scoring import metrics, page, significance
 from pipeline.texts import holds
 from tasks import samsum, trivia_qa
 
@@ -300,7 +300,8 @@ def test_both_tasks_base_and_perplexity_are_read_from_the_output_dir_into_file_a
     assert report["versions"]["sacrebleu"] and report["settings"]["output_dir"] == "outputs"
     rows = [line.split() for line in done.stdout.splitlines()]
     interval = ["[+100.00,", "+100.00]", "1.0000"]
-    assert rows.count(["exact_match", "0.00", "100.00", "+100.00", *interval]) == 2
+    assert rows.count(["exact_match", "0.00", "100.00", "+100.00", *interval]) == 1
+    assert rows.count(["exact_match", "0.00", "100.00", "+100.00", *interval[:2], "expl."]) == 1  # of summaries
     assert rows.count(["perplexity", "8.00", "3.25", "-4.75"]) == 2
     assert all(len(line) <= 84 for line in done.stdout.splitlines()[:-1])
 
@@ -605,7 +606,10 @@ def test_any_number_of_systems_is_compared_with_the_first_row_by_row_whatever_th
     counts = {n: [t["exact_match"][k] for k in ("wins", "ties", "losses")] for n, t in report["comparisons"].items()}
     assert counts == {"b": [1, 2, 1], "c": [1, 1, 2]}
     assert report["per_example"]["c"]["exact_match"] == [100, 100, 0, 0]
-    assert done.stdout.count("trivia_qa (4 examples)") == 2
+    assert done.stdout.count("trivia_qa (4 examples)") == 1
+    lines = [line.split()[:3] for line in done.stdout.splitlines()]
+    at = lines.index(["exact_match", "75.00"])
+    assert lines[at + 1 : at + 3] == [["b", "75.00", "+0.00"], ["c", "50.00", "-25.00"]]
 
 
 # --- intervals and tests
@@ -663,7 +667,7 @@ def chance_of(tables):
     args = evaluations.parse_args(["--resamples", "400"])
     tables = {name: np.reshape(values, (-1, 1)).astype(float) for name, values in tables.items()}
     differences = significance.measure(mean, tables, args)["differences"]
-    return significance.compare(mean, tables, {"mean": 0}, differences, args)["b"]["mean"]
+    return significance.compare(mean, tables, {"mean": 0}, differences, ("mean",), args)["b"]["mean"]
 
 
 def test_a_difference_as_small_as_said_is_found_in_about_80_of_100_test_sets_and_half_of_it_is_not():
@@ -826,11 +830,11 @@ def test_the_same_seed_gives_the_same_files_byte_for_byte_and_another_one_others
     assert files[0][0] != files[2][0] and files[0][1] != files[2][1]
 
 
-def test_every_score_has_its_interval_and_all_tests_are_one_family(tmp_path):
+def test_every_score_has_its_interval_and_the_main_scores_of_a_task_alone_are_tested_as_one_family(tmp_path):
     both_tasks(tmp_path)
-    assert run(tmp_path, "--output-dir", ".", "--resamples", "500").returncode == 0
-    report, tests = result(tmp_path / "evaluation.json"), []
-    for task in ("samsum", "trivia_qa"):
+    done = run(tmp_path, "--output-dir", ".", "--resamples", "500")
+    report, printed = result(tmp_path / "evaluation.json"), done.stdout.split("trivia_qa (60")
+    for task, family in (("samsum", 4), ("trivia_qa", 3)):
         part = report[task]
         names = set(evaluations.TASKS[task].SCORES)
         for system in ("base", "tuned"):
@@ -838,12 +842,35 @@ def test_every_score_has_its_interval_and_all_tests_are_one_family(tmp_path):
             assert set(part["intervals"][system]) == names
             for metric, (low, high) in part["intervals"][system].items():
                 assert low <= scores[metric] <= high
-        assert set(part["comparisons"]["tuned"]) == names
-        tests += [test for test in part["comparisons"]["tuned"].values() if "p_value" in test]
-        assert "p_value" not in part["comparisons"]["tuned"].get("length_ratio", {})
-    assert len(tests) == 16  # 7 + 9 without the length ratio
-    assert min(test["p_holm"] for test in tests) == pytest.approx(16 * min(test["p_value"] for test in tests))
-    assert all(test["significant"] == (test["p_holm"] < 0.05) for test in tests)
+        tests = part["comparisons"]["tuned"]
+        assert set(tests) == names
+        tested = {metric: test for metric, test in tests.items() if "p_value" in test}
+        assert set(tested) == set(evaluations.TASKS[task].MAIN_SCORES) and len(tested) == family
+        assert min(test["p_holm"] for test in tested.values()) == pytest.approx(
+            family * min(test["p_value"] for test in tested.values())
+        )
+        assert all(test["significant"] == (test["p_holm"] < 0.05) for test in tested.values())
+        for metric in names - set(tested):  # with an interval, and no claim
+            assert (
+                {"difference", "interval"}
+                <= set(tests[metric])
+                <= {"difference", "interval", "wins", "ties", "losses"}
+            )
+        lines = [line.split() for line in printed[task == "trivia_qa"].splitlines()]
+        shown = [line[0] for line in lines if line and line[0] in names]
+        assert set(shown[:family]) == set(tested)  # first
+        assert {line[0] for line in lines if line and line[-1] == "expl."} == set(shown[family:])
+    assert {"wins", "losses"}.isdisjoint(report["samsum"]["comparisons"]["tuned"]["length_ratio"])  # no end is better
+
+
+def test_no_p_is_shown_as_zero_or_smaller_than_the_resamples_can_show(tmp_path):
+    rows = [example(id=str(i), base_prediction="Rome", nll=1.0, base_nll=9.0, tokens=2) for i in range(60)]
+    prediction_file(tmp_path / "outputs/trivia_qa_predictions.json", examples=rows)
+    for resamples, shown in ((50, f"{3 / 51:.4f}"), (500, f"{3 / 501:.4f}"), (40_000, "< 0.0001")):
+        done = run(tmp_path, "--resamples", resamples)
+        page_text = (tmp_path / "outputs/evaluation.html").read_text()
+        assert shown in done.stdout and f"p {shown.replace('<', '&lt;')}<" in page_text
+        assert "0.0000" not in done.stdout and "p 0.0000" not in page_text
 
 
 def test_several_trainings_are_one_system_and_one_of_them_is_as_without_a_seed(tmp_path):
@@ -1064,7 +1091,7 @@ def test_the_table_fits_80_columns_with_large_perplexities_and_long_names(tmp_pa
 
 @pytest.mark.parametrize("p, shown", [(0.00005, "< 0.0001"), (0.0001, "0.0001"), (0.04567, "0.0457"), (1, "1.0000")])
 def test_a_small_p_is_shown_as_smaller_than_what_can_be_printed(p, shown):
-    assert evaluations.p_value(p) == shown
+    assert page.p_value(p) == shown
 
 
 def test_rows_too_long_for_the_model_are_wrong_answers_and_stay_out_of_the_perplexity(tmp_path):
@@ -1119,3 +1146,73 @@ def test_page_and_terminal_say_where_rouge_misses_most_letters_and_the_scores_st
     done = run(tmp_path, "--predictions", prediction_file(tmp_path / "english.json"))
     assert "misses" not in done.stdout
     assert "misses" not in (tmp_path / "outputs" / "evaluation.html").read_text(encoding="utf-8")
+
+
+# --- systems found in the output folder, their bits, what was cut off
+
+
+def test_every_named_file_of_the_same_rows_is_a_system_and_others_are_left_out_in_one_line_each(tmp_path):
+    outputs = runs(tmp_path)
+    main = result(outputs / "samsum_predictions.json")
+    row = {"references": ["a b"], "prediction": "b", "hit_max_new_tokens": False}
+    in_16_bit = main["settings"] | {"adapter": "none", "4_bit": False}
+    named = {
+        "base-16bit": {"examples": [row], "settings": in_16_bit},
+        "theirs": {"examples": [row]},  # says nothing of itself
+        "more": {"examples": [row, row]},
+        "contexts": {"examples": [row], "settings": MADE_FROM | {"rows": "d" * 32}},
+        "x_swapped": {"examples": [row]},
+        "judge": {"examples": [row]},
+        "a b": {"examples": [row]},
+        "other": {"examples": [row | {"references": ["c"]}]},
+    }
+    for name, content in named.items():
+        prediction_file(outputs / f"samsum_predictions_{name}.json", "samsum", **content)
+    (outputs / "samsum_predictions_broken.json").write_text("{")
+    done = run(tmp_path, "--resamples", "50")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    left_out = [line for line in done.stdout.splitlines() if line.startswith("left out: ")]
+    assert [line.split("samsum_predictions_")[1].split(".json: ")[0] for line in left_out] == [
+        "a b", "broken", "contexts", "judge", "more", "other",
+    ]  # fmt: skip
+    report = result(outputs / "evaluation.json")
+    assert list(report["samsum"]["files"]) == ["base", "tuned", "base-16bit", "theirs"]
+    assert list(report["trivia_qa"]["files"]) == ["base", "tuned"]
+    assert report["samsum"]["bits"] == {"base": 4, "tuned": 4, "base-16bit": 16, "theirs": None}
+    assert ["base-16bit", "theirs", 1] in report["samsum"]["equal_predictions"]
+    assert report["training"]["facts"]["steps"] == 5  # of the tuned system, whatever else lies there
+    page_text = (outputs / "evaluation.html").read_text()
+    assert 'base-16bit<small class="range">16 bit</small>' in page_text
+    sentence = "Compared are base with weights of 4 bits, base-16bit of 16: part of this difference is quantisation."
+    assert sentence in page_text and sentence in done.stdout.replace("\n", " ")
+    assert "bits of the weights: base 4, tuned 4, base-16bit 16\n" in done.stdout
+    assert page_text.count("part of this difference is quantisation") == 1
+    done = run(tmp_path, "--resamples", "50", "--predictions", outputs / "samsum_predictions.json")
+    assert "left out" not in done.stdout and list(result(outputs / "evaluation.json")["samsum"]["files"])[2:] == []
+
+
+def test_answers_cut_off_or_empty_are_counted_for_each_system_and_many_of_them_named_with_the_setting(tmp_path):
+    rows = [
+        example(id=str(i), prediction="" if i < 2 else "Paris", hit_max_new_tokens=i == 5)
+        | {"base_prediction": "a b", "base_hit_max_new_tokens": i < 11}
+        for i in range(20)
+    ]
+    path = prediction_file(tmp_path / "outputs/trivia_qa_predictions.json", examples=rows)
+    done = run(tmp_path, "--resamples", "50")
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["cut", "off", "at", "the", "limit", "55", "%", "5", "%"] in lines
+    assert ["empty", "0", "%", "10", "%"] in lines
+    part = result(tmp_path / "outputs/evaluation.json")["trivia_qa"]
+    assert part["cut_off"] == {"base": 55, "tuned": 5} and part["empty"] == {"base": 0, "tuned": 10}
+    page_text = (tmp_path / "outputs/evaluation.html").read_text().replace("&#39;", "'")
+    sentence = "Answers cut off at the limit, TRIVIA_QA_MAX_NEW_TOKENS of test_llama.py: 55 % of base's."
+    assert sentence in page_text and sentence in done.stdout.replace("\n", " ")
+    assert "<th>cut off at the limit</th><td>55 %</td><td>5 %</td>" in page_text
+    for row in rows:
+        for name in ("hit_max_new_tokens", "base_hit_max_new_tokens"):
+            del row[name]
+        row["prediction"] = "Paris"
+    prediction_file(path, examples=rows)  # of another system, which does not say
+    done = run(tmp_path, "--resamples", "50")
+    assert "cut off" not in done.stdout and "empty" not in done.stdout
+    assert "<th>cut off" not in (tmp_path / "outputs/evaluation.html").read_text()

@@ -27,7 +27,7 @@ import test_llama as tester
 from pipeline import machine, models
 from pipeline.files import load_rows, only_run_in, sha256
 from pipeline.merging import merged_folder, tensors, verify
-from pipeline.tokens import END_TOKENS
+from pipeline.tokens import END_TOKENS, encode, load_tokenizer
 
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
 LLAMAS = ("tiny_llama2", "tiny_llama3")
@@ -282,6 +282,19 @@ def test_one_model_is_in_memory_at_a_time(out, tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, lambda *a, real=real, **o: (seen.append(count()), real(*a, **o))[1])
     assert merge(out, "--check-rows", 1) == 0
     assert seen == [before] * 2
+
+
+def test_a_validation_row_that_training_dropped_as_too_long_is_not_checked(out, tmp_path):
+    make_adapter(out / "adapter", tmp_path / "base", trained_in_4bit=True)
+    tokenizer = load_tokenizer(str(tmp_path / "base"))
+    rows = load_rows(out, "validation")
+    lengths = [len(p) + len(c) for p, c in zip(*encode(tokenizer, rows[:]).values(), strict=True)]
+    run = {"settings": {"max_length": sorted(lengths)[1]}}
+    args = merge_llama.parse_args(["--output-dir", str(out), "--check-rows", "8"])
+    tokenizer.model_max_length = 10**6
+    assert sorted(merge_llama.check_rows(args, run, tokenizer)[0]["id"]) == sorted(
+        row["id"] for row, length in zip(rows, lengths, strict=True) if length <= run["settings"]["max_length"]
+    )
 
 
 def test_rounding_is_reported_and_not_refused(out, tmp_path, capsys):

@@ -1,7 +1,7 @@
 """build_dataset.py --own: everybody's rows, in the layouts people have; single files for samsum and trivia_qa."""
 
 import json
-import time
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -401,13 +401,22 @@ def test_a_single_file_that_lacks_a_column_is_one_sentence(tmp_path, capsys):
     refused(capsys, "an answer is a dict", "--tasks", "trivia_qa", "--trivia-qa", path, *arguments)
 
 
-def test_thirty_thousand_rows_are_quick(tmp_path):
+def test_of_thirty_thousand_rows_as_many_are_taken_as_the_settings_say(tmp_path):
     form = "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
     rows = [{"prompt": f"{form}{q}", "completion": a} for q, a in exchanges(30_000)]
-    path, started = write_lines(tmp_path / "rows.jsonl", rows), time.time()
-    splits = build(tmp_path, path)
-    assert time.time() - started < 15  # 3 s on an idle machine
+    splits = build(tmp_path, write_lines(tmp_path / "rows.jsonl", rows))
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 5000, "validation": 200, "test": 500}
+
+
+def test_a_prompt_that_is_in_another_tasks_test_is_dropped_and_counted(tmp_path, capsys):
+    dialogues = [{"dialogue": f"Ann: {q}", "summary": a} for q, a in exchanges(40)]
+    source = write_lines(tmp_path / "dialogues.jsonl", dialogues)
+    copies = [{"prompt": samsum.PROMPT.format(**row), "completion": row["summary"]} for row in dialogues]
+    path = write_lines(tmp_path / "own.jsonl", copies[::-1])
+    splits = build(tmp_path, path, "--tasks", "samsum", "own", "--samsum", source)
+    in_test = {row["prompt"] for row in splits["test"]}
+    assert not in_test & {row["prompt"] for row in splits["train"] + splits["validation"]}
+    assert re.search(r"train: \d+ rows dropped, whose prompts are in another task's test", capsys.readouterr().out)
 
 
 def test_a_prompt_edited_after_the_build_does_not_change_what_later_scripts_read(dataset, monkeypatch):

@@ -142,6 +142,36 @@ def test_filters_for_task_outcome_and_context_do_what_they_say(tab):
     assert count(tab) == "30"
 
 
+def test_answers_cut_off_or_empty_are_marked_and_can_be_filtered(browser, folder):
+    """The page of three answers, of which the base's first was cut off and the tuned one's second is empty."""
+    output = folder / "endings"
+    output.mkdir()
+    cut = [{"base_hit_max_new_tokens": i == 0, "hit_max_new_tokens": False} for i in range(3)]
+    rows = [example(i, "Oslo", "" if i == 1 else "Rome", "Rome", **cut[i]) for i in range(3)]
+    (output / "trivia_qa_predictions.json").write_text(json.dumps({"task": "trivia_qa", "examples": rows}))
+    assert run("evaluations.py", "--output-dir", output, "--resamples", "50").returncode == 0
+    tab = browser.new_page()
+    tab.goto((output / "evaluation.html").as_uri())
+    assert tab.locator("#examples .ended").all_inner_texts() == ["base cut off", "tuned empty"]
+    for kind, title in (("cut", "base, cut off at the limit"), ("empty", "tuned, empty")):
+        tab.select_option("#ended", kind)
+        assert count(tab) == "1"
+        tab.locator("#examples tr.open").click()
+        assert title in tab.locator("#examples tr.detail h4").all_inner_texts()
+    tab.close()
+
+
+def test_scores_that_are_not_tested_are_folded_away_and_nothing_is_claimed_of_them(tab):
+    folded = tab.locator("details", has_text="Exploratory scores").nth(1)
+    assert not folded.locator("table").is_visible() and "ROUGE-1" in folded.inner_html()
+    folded.locator("summary").click()
+    assert "ROUGE-1" in folded.inner_text() and "exploratory" in folded.locator("tbody").inner_text()
+    for word in ("better", "worse", "not shown", "p 0", "p 1"):
+        assert word not in folded.locator("tbody").inner_text()
+    shown = tab.locator("main > .wide").nth(1).locator("tbody th").all_inner_texts()
+    assert shown == ["Exact match", "F1"]
+
+
 def test_sorting_by_a_score_or_the_difference_goes_both_ways_over_all_pages(tab):
     for column, index in (("tuned", 3), ("base", 2), ("diff.", 4)):
         values = []

@@ -464,7 +464,7 @@ def test_a_model_that_thinks_needs_room_and_its_thoughts_are_no_prediction(thoug
 def test_an_answer_behind_a_line_end_is_read_and_an_empty_one_counted(fake, ask, rows, tmp_path):
     fake.front = "\n \n"
     code, output = ask(fake.url)
-    assert code == 0 and re.search(r"\ntrivia_qa empty_predictions +0\n", output)
+    assert code == 0 and "empty_predictions" not in output
     for example in read(tmp_path, "trivia_qa")["examples"]:
         assert example["prediction"] == says(rows[example["id"]][1])
     fake.front, fake.silent = "", True

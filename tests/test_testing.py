@@ -849,3 +849,18 @@ def test_a_row_of_nan_in_the_embedding_of_a_token_that_never_occurs_changes_no_f
     assert test(out, *SHORT, "--model", base, "--adapter", out / "adapter") == 0
     same_columns(out, chain, "prediction", "base_prediction")
     same_columns(out, chain, "nll", "base_nll", rel=1e-5)
+
+
+def test_the_table_at_the_end_has_whole_counts_and_no_line_that_says_nothing(tmp_path, capsys):
+    figures = {"perplexity": 2209.8, "word_perplexity": 1.5e8, "hit_max_new_tokens": 123_456, "empty_predictions": 0}
+    tuned = figures | {"perplexity": 23.788, "word_perplexity": 2355.5, "hit_max_new_tokens": 0}
+    content = {"task": "samsum", "adapter": "a", "settings": {}, "general_text": {}, "examples": []}
+    for base, lines in (
+        (figures, ["perplexity 2,209.8 23.788", "hit_max_new_tokens 123,456 0"]),
+        (tuned, ["perplexity 23.788 23.788", "word_perplexity 2,355.5 2,355.5"]),
+    ):
+        path = tmp_path / "samsum_predictions.json"
+        path.write_text(json.dumps(content | {"perplexity": {"tuned": tuned, "base": base}}))
+        predictions.show([path], {"id": [], "prompt": []})
+        printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+        assert printed[1:] == ["base tuned", *(f"samsum {line}" for line in lines)]

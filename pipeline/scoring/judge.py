@@ -175,8 +175,8 @@ def report(task, result, judged, args):
         return {metric: sums[..., i] / examples for i, metric in enumerate(metrics)}
 
     report |= significance.measure(by_sums, judged_tables, args)
-    tested = {name: {"judge": part["judge"]} for name, part in report["differences"].items() if part}
-    report["comparisons"] = significance.compare(by_sums, judged_tables, {"judge": 0}, tested, args)
+    judged_alone = {name: {"judge": part["judge"]} for name, part in report["differences"].items() if part}
+    report["comparisons"] = significance.compare(by_sums, judged_tables, {"judge": 0}, judged_alone, ("judge",), args)
     for name, seeds in significance.by_system(judged_tables).items():
         table = np.concatenate(list(seeds.values()))
         report["agreement"][name] = {

@@ -11,6 +11,8 @@ from pipeline import figures
 from pipeline.scoring import significance
 from pipeline.script import first_line, say
 
+MANY = 10  # percent of a system's answers: where more were cut off, a sentence says so
+
 
 def label(metric):
     words = metric.replace("_", " ").replace("rouge", "ROUGE-").replace("bleu", "BLEU")
@@ -51,6 +53,39 @@ def scores_of(result):
     return scores
 
 
+def main_first(task, metrics):
+    return sorted(metrics, key=lambda metric: metric not in task.MAIN_SCORES)
+
+
+def p_value(p):
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def endings(result):
+    """{row of the table: {system: percent of its answers}}, where any system has such answers."""
+    rows = {"cut off at the limit": result["cut_off"], "empty": result["empty"]}
+    return {label: shares for label, shares in rows.items() if any(shares.values())}
+
+
+def notes(name, task, result):
+    """Sentences on what makes the scores of a task's systems less than they seem."""
+    sentences = []
+    for system, count in result["too_long"].items():
+        reason = f"{count:,} of them were too long for the model of {system}"
+        sentences.append(f"{reason}: they count as empty answers, and not in its perplexity")
+    often = {system: percent for system, percent in result["cut_off"].items() if percent > MANY}
+    if often:
+        setting = f"{getattr(task, 'OF', name).upper()}_MAX_NEW_TOKENS of test_llama.py"
+        shares = ", ".join(f"{percent:.0f} % of {system}'s" for system, percent in often.items())
+        sentences.append(f"Answers cut off at the limit, {setting}: {shares}")
+    (first, bits), *others = result["bits"].items()
+    for system, of_system in others:
+        if bits and of_system and bits != of_system:
+            both = f"{first} with weights of {bits} bits, {system} of {of_system}"
+            sentences.append(f"Compared are {both}: part of this difference is quantisation")
+    return [f"{sentence}." for sentence in sentences]
+
+
 def public_name(value):
     """Of a path its name, since where it is on this machine is nobody's business; anything else as it is."""
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "./", "../", "~")) else value
@@ -72,7 +107,11 @@ def page(report, tasks):
     for name, rows in tasks.items():
         scores = scores_of(report[name])
         metrics = list(dict.fromkeys(metric for by_metric in scores.values() for metric in by_metric))
+        metrics = main_first(rows.task, metrics)
         part = {"name": name, "rows": rows, "module": rows.task, "main": rows.task.MAIN_SCORES[0]}
+        tested = [metric for metric in metrics if metric in rows.task.MAIN_SCORES]
+        part |= {"tested": tested, "exploratory": metrics[len(tested) :]}
+        part |= {"endings": endings(report[name]), "notes": notes(name, rows.task, report[name])}
         parts.append(part | {"result": report[name], "systems": list(scores), "scores": scores, "metrics": metrics})
     made_from = [made or {} for part in parts for made in part["result"]["made_from"].values()]
     return environment.get_template("evaluation.html.jinja").render(
@@ -83,4 +122,5 @@ def page(report, tasks):
         labels={metric: label(metric) for part in parts for metric in (*part["metrics"], "judge")},
         lower_is_better=significance.LOWER_IS_BETTER,
         yes_or_no=significance.YES_OR_NO,
+        p_value=p_value,
     )

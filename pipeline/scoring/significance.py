@@ -1,4 +1,4 @@
-"""How sure scores are: bootstrap intervals, one paired test for every score, and Holm's adjustment.
+"""How sure scores are: bootstrap intervals, one paired test for every main score, and Holm's adjustment.
 
 Every score is a function of sums over examples, so that any resample of the examples is one row of a matrix product:
 `table` is (examples, columns), `scores_of_sums` turns (sums, examples) into {metric: score}, for one row of sums or
@@ -8,7 +8,7 @@ for many.
 import numpy as np
 
 LOWER_IS_BETTER = ("perplexity", "from_memory")
-NO_TEST = ("length_ratio", "neither_or_both")  # neither high nor low is good
+NO_BETTER_END = ("length_ratio", "neither_or_both")  # neither high nor low is good: nobody wins
 YES_OR_NO = ("exact_match", "contains")  # 0 or 100: what a judge can agree with
 ENDS = (2.5, 97.5)  # percentiles, of every 95 % interval
 ERRORS = 1.96 + 0.84  # standard errors: beyond the first a test at 5 % finds a difference; 80 % lie above -0.84
@@ -142,10 +142,11 @@ def randomisation(scores_of_sums, first, other, resamples, seed):
     return {metric: count / (resamples + 1) for metric, count in reached.items()}
 
 
-def compare(scores_of_sums, tables, columns, differences, args):
-    """{system: {metric: ...}}: the `differences` that `measure` found, each with its test, wins, ties and losses.
+def compare(scores_of_sums, tables, columns, differences, tested, args):
+    """{system: {metric: ...}}: the `differences` that `measure` found, with wins, ties and losses, and tests.
 
-    columns: {metric: its column}, for the metrics that have a score per example.
+    columns: {metric: its column}, for the metrics that have a score per example. tested: the metrics, declared before
+    anything was seen, that are tested; the others get neither a p nor what a test would see.
     """
     (_, first), *others = by_system(tables).items()
     result = {}
@@ -155,13 +156,13 @@ def compare(scores_of_sums, tables, columns, differences, args):
         before, after = (np.mean([*seeds.values()], axis=0) for seeds in (first, other))
         tests = result[name] = {metric: dict(part) for metric, part in differences[name].items()}
         for metric, test in tests.items():
-            if metric in NO_TEST:
+            if metric not in tested:
                 tests[metric] = test = {key: test[key] for key in ("difference", "interval")}
             elif metric in of_rows:
                 test |= {"test": "paired randomisation", "p_value": of_rows[metric]}
-            if metric in columns:
+            if metric in columns and metric not in NO_BETTER_END:
                 both = np.array([before, after])[..., columns[metric]]
-                if metric not in NO_TEST and np.isin(both, (0, 100)).all():  # fewer rows apart show nothing
+                if metric in tested and np.isin(both, (0, 100)).all():  # fewer rows apart show nothing
                     least = max(round(100 * ERRORS**2 / len(both[0]), 6), test["minimum_detectable"] or 0.0)
                     test["minimum_detectable"] = least if least <= 100 else None
                 gain = np.round(both[1] - both[0], 9) * (-1 if metric in LOWER_IS_BETTER else 1)

@@ -13,7 +13,9 @@ from pipeline.script import fail, first_line, say, table
 from pipeline.tokens import encode
 
 SHOWN = 3  # examples of each task printed at the end
-FIGURES = ("perplexity", "bits_per_byte", "word_perplexity", "hit_max_new_tokens", "empty_predictions")  # printed
+FIGURES = dict.fromkeys(("perplexity", "bits_per_byte", "word_perplexity"), ",.5g")  # and how they are printed
+FIGURES |= dict.fromkeys(("hit_max_new_tokens", "empty_predictions"), ",d")
+MEANINGLESS = 1e6  # a word perplexity above it says no more than the perplexity
 
 
 def encoded(tokenizer, rows, shots=()):
@@ -164,8 +166,9 @@ def show(paths, rows):
     tables["general text"] = contents[-1]["general_text"]
     lines = [["", *(names[system] for system in shown)]]
     for title, figures in tables.items():
-        for name in FIGURES:
-            if name in figures.get("tuned", ()):
-                lines.append([f"{title} {name}", *(f"{figures[system][name]:,.5g}" for system in shown)])
+        for name, form in FIGURES.items():
+            values = [figures.get(system, {}).get(name, 0) for system in shown]
+            if any(values) and (name != "word_perplexity" or max(values) <= MEANINGLESS):
+                lines.append([f"{title} {name}", *[f"{value:{form}}" for value in values]])
     say()
     table(lines)
