@@ -607,9 +607,6 @@ OFFICIAL = {  # worked out by hand from the official script's five steps
     "it’s an_owl": "it s owl",
     "A.B.C.": "b c",
     "Åre, the `Alps´!": "åre alps",
-    " A": "a",  # theirs is empty from here on: every answer of signs would be equal
-    "<=": "<=",
-    " ": "",
 }
 
 

@@ -20,8 +20,8 @@ import pytest
 
 import evaluations
 from pipeline.scoring import metrics, page, significance
-from pipeline.texts import holds
-from tasks import samsum, trivia_qa
+from pipeline.texts import holds, normalize_answer
+from tasks import TASKS, samsum, trivia_qa
 
 SCRIPT = Path(evaluations.__file__).resolve()
 
@@ -161,8 +161,8 @@ def result(path):
 
 @pytest.mark.parametrize(("prediction", "reference", "exact", "f1"), OFFICIAL)
 def test_exact_match_and_f1_follow_the_official_rules(prediction, reference, exact, f1):
-    assert metrics.exact_match_score(prediction, reference) is exact
-    assert metrics.f1_score(prediction, reference) == pytest.approx(f1)
+    assert metrics.exact_match_score(normalize_answer, prediction, reference) is exact
+    assert metrics.f1_score(normalize_answer, prediction, reference) == pytest.approx(f1)
 
 
 @pytest.mark.parametrize(("prediction", "reference", "contained"), CONTAINS)
@@ -172,8 +172,15 @@ def test_contains_looks_for_whole_words_in_a_row(prediction, reference, containe
 
 def test_the_best_alias_counts_and_every_question_is_in_the_denominator():
     answers = (["Rome", "", "red dog", " "], [["x", "rome"], ["y"], ["cat", "dog"], ["The"]])
-    assert metrics.best(metrics.exact_match_score, *answers) == [100, 0, 0, 0]  # a blank answer is wrong
-    assert metrics.best(metrics.f1_score, *answers) == pytest.approx([100, 0, 200 / 3, 0])
+    assert metrics.best(functools.partial(metrics.exact_match_score, normalize_answer), *answers) == [
+        100,
+        0,
+        0,
+        0,
+    ]  # a blank answer is wrong
+    assert metrics.best(functools.partial(metrics.f1_score, normalize_answer), *answers) == pytest.approx(
+        [100, 0, 200 / 3, 0]
+    )
     contained = metrics.table_of(trivia_qa, answers[1], answers[0])[:, metrics.means(trivia_qa)["contains"]]
     assert contained.tolist() == [100, 0, 100, 0]
 
@@ -222,6 +229,18 @@ def test_rouge_lsum_differs_from_rouge_l_where_sentences_are_swapped():
     assert joined["rougeLsum"] > joined["rougeL"] + 10
     single = score(SUMMARIES[1], GOLD[1])
     assert single["rougeLsum"] == pytest.approx(single["rougeL"])
+
+
+@pytest.mark.parametrize(
+    "prediction, reference, right",
+    [("A", "A", 100), ("a", "A", 100), ("A", "B", 0), ("<=", "<=", 100), ("<=", ">=", 0), ("The cat.", "cat", 100)],
+)
+def test_of_your_own_rows_an_answer_that_the_official_rules_would_empty_is_compared_as_it_is(
+    prediction, reference, right
+):
+    table = metrics.table_of(TASKS["own"], [[reference]], [prediction])
+    columns = metrics.means(TASKS["own"])
+    assert [table[0, columns[name]] for name in ("exact_match", "f1")] == [right, right]
 
 
 @pytest.mark.parametrize("effective_order", [False, True])
