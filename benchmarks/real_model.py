@@ -27,7 +27,8 @@ AS_HERE = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"), 
            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}  # fmt: skip
 VARIANTS = {"qlora": (), "lora": ("--no-load-in-4bit",), "plain": ("--chat-template", "off")}
 BASES = {  # tested by themselves, with the first variant: options of test_llama.py
-    "base-3-shot": ("--adapter", "none", "--shots", 3),
+    # on plain prompts, where examples help this model most: see benchmarks/RESULTS.md
+    "base-3-shot": ("--adapter", "none", "--shots", 3, "--chat-template", "off"),
     "base-16bit": ("--adapter", "none", "--no-load-in-4bit"),
 }
 TASKS = {"samsum": ("rouge1", "rougeL", "perplexity"), "trivia_qa": ("exact_match", "f1", "perplexity")}
