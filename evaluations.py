@@ -116,7 +116,7 @@ def read_all(args):
             rows.systems[system] = values
         for system, seeds in significance.by_system(rows.systems).items():
             if "" in seeds and len(seeds) > 1:
-                fail(f"{path}: {system} stands there without a seed, too: name each of its files {system}@SEED=FILE")
+                fail(f"{path}: {system} is there without a seed, too: name each of its files {system}@SEED=FILE")
     if not args.predictions:
         refuse_two_runs(tasks)
     add_prompts(args.output_dir, tasks)

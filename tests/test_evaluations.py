@@ -141,9 +141,9 @@ MALFORMED = {
     "base is a number": ({"examples": [example(base_prediction=1)]}, "examples.0.base_prediction: "),
     "id twice": (
         {"examples": [example(id="x"), example(id="y"), example(id="x")]},
-        "id 'x' stands there more than once",
+        "id 'x' is there more than once",
     ),
-    "number and text twice": ({"examples": [example(id=1), example(id="1")]}, "id '1' stands there more than once"),
+    "number and text twice": ({"examples": [example(id=1), example(id="1")]}, "id '1' is there more than once"),
     "id in some": ({"examples": [example(id="x"), example()]}, "examples.1 has no id"),
     "id is a list": ({"examples": [example(id=[3])]}, "examples.0.id: "),
     "prompt is a list": ({"examples": [example(prompt=["a"])]}, "examples.0.prompt: "),
@@ -502,7 +502,7 @@ def test_several_trainings_are_one_system_and_one_of_them_is_as_without_a_seed(t
         for metric in ("exact_match", "f1", "rouge1"):
             assert paired[system][metric] == pytest.approx(several[system][metric])
     done = run(tmp_path, "--predictions", f"tuned={files[0]}", f"tuned@1={files[1]}")
-    assert_one_sentence(done, "tuned stands there without a seed, too: name each of its files tuned@SEED=FILE")
+    assert_one_sentence(done, "tuned is there without a seed, too: name each of its files tuned@SEED=FILE")
 
 
 def test_a_group_has_the_scores_of_its_rows_alone(tmp_path):

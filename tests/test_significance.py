@@ -62,9 +62,9 @@ MALFORMED = {
     "base is a number": ({"examples": [example(base_prediction=1)]}, "examples.0.base_prediction: "),
     "id twice": (
         {"examples": [example(id="x"), example(id="y"), example(id="x")]},
-        "id 'x' stands there more than once",
+        "id 'x' is there more than once",
     ),
-    "number and text twice": ({"examples": [example(id=1), example(id="1")]}, "id '1' stands there more than once"),
+    "number and text twice": ({"examples": [example(id=1), example(id="1")]}, "id '1' is there more than once"),
     "id in some": ({"examples": [example(id="x"), example()]}, "examples.1 has no id"),
     "id is a list": ({"examples": [example(id=[3])]}, "examples.0.id: "),
     "prompt is a list": ({"examples": [example(prompt=["a"])]}, "examples.0.prompt: "),

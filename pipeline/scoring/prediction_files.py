@@ -78,9 +78,9 @@ class PredictionFile(BaseModel, strict=True):
             example.id = str(place) if example.id is None else example.id
         [(row_id, count)] = Counter(column(self.examples, "id") or [""]).most_common(1)
         if count > 1:
-            raise ValueError(f"id {row_id!r} stands there more than once: every example needs its own")
+            raise ValueError(f"id {row_id!r} is there more than once: every example needs its own")
         if column(self.examples, SWAPPED):
-            self.task = SWAPPED  # from here on: told apart from the plain questions
+            self.task = SWAPPED  # from here on a task by itself
         return self
 
 
