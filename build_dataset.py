@@ -1,9 +1,10 @@
-"""Build one data set for samsum (dialogue summarisation), trivia_qa (answering from a context), your own rows, or all.
+"""Build one data set from samsum (dialogue summarisation), trivia_qa (question answering), your own rows, or all.
 
-Cleans the rows, renders each with its task's prompt template, drops what cannot be learned from and what train and
-validation share with test, and shuffles the tasks. A split without a file is taken out of train.
+Cleans the rows, puts each into the prompt of its task, drops rows without a usable answer and rows of train and
+validation that are also in test, and shuffles the tasks together. If there is no file for validation or test, its rows
+are taken out of train.
 
-Reads:  of each task a hub id, a local folder laid out like the hub repository, or a single file.
+Reads:  for each task a hub id, a local folder with the files of the hub repository, or a single file.
 Writes: OUTPUT_DIR/dataset/ (a DatasetDict: train, validation, test; tasks.json) and OUTPUT_DIR/dataset_report.json.
 
     python build_dataset.py
@@ -39,21 +40,21 @@ from pipeline.settings import flag_of, parse_settings
 from pipeline.texts import BadData, NearTexts, form_of, one_line
 
 # Settings: edit here, or override for one run on the command line.
-SAMSUM = "knkarthick/samsum"  # hub id, local folder with train.csv, validation.csv, test.csv, or a single file
-TRIVIA_QA = "mandarjoshi/trivia_qa"  # hub id, local folder with TRIVIA_QA_CONFIG/*.parquet, or a single file
-TRIVIA_QA_CONFIG = "rc.wikipedia"  # a folder of the trivia_qa repository
+SAMSUM = "knkarthick/samsum"  # dialogues: a hub id, a folder with train.csv, validation.csv, test.csv, or one file
+TRIVIA_QA = "mandarjoshi/trivia_qa"  # questions: a hub id, a folder with TRIVIA_QA_CONFIG/*.parquet, or one file
+TRIVIA_QA_CONFIG = "rc.wikipedia"  # part of trivia_qa: a folder of its repository
 OWN = ""  # your rows: a CSV, JSON, JSONL or parquet file, a folder with train, validation, test of these, a hub id
-OWN_PROMPT = "{prompt}"  # a template over its columns, such as "Question: {question}\nAnswer:"
-OWN_COMPLETION = "completion"  # the column with the answers
-TASKS = ["samsum", "trivia_qa"]  # which go into the data set; own: your rows; with OWN, unless changed: own alone
-CONTEXT = "question"  # question: the passages nearest to it; first: the first words; none: closed book, a control
-MAX_CONTEXT_WORDS = 300  # words of the pages that go into a trivia_qa prompt
-TRAIN_EXAMPLES_PER_TASK = 5000  # 0 = all; sampled before the work, so that a small run is quick
-VALIDATION_EXAMPLES_PER_TASK = 200  # 0 = all; where it has no file (trivia_qa), at most a tenth of train
-TEST_EXAMPLES_PER_TASK = 500  # 0 = all; where it has no file, at most a tenth of train
-SEED = 0  # of drawing and shuffling
-NUM_PROC = 0  # processes that choose contexts; 0 = one per CPU
-OUTPUT_DIR = "outputs"  # gets dataset/ and dataset_report.json
+OWN_PROMPT = "{prompt}"  # template of the prompt over the columns of OWN, such as "Question: {question}\nAnswer:"
+OWN_COMPLETION = "completion"  # column of OWN with the answers
+TASKS = ["samsum", "trivia_qa"]  # tasks in the data set: samsum, trivia_qa, own; if OWN alone is given: own
+CONTEXT = "question"  # context of a question: question (the passages nearest to it), first (the first words), none
+MAX_CONTEXT_WORDS = 300  # length limit of a question's context, in words
+TRAIN_EXAMPLES_PER_TASK = 5000  # training rows per task, drawn at random; 0 = all
+VALIDATION_EXAMPLES_PER_TASK = 200  # validation rows per task; 0 = all; without a file, at most a tenth of train
+TEST_EXAMPLES_PER_TASK = 500  # test rows per task; 0 = all; without a file, at most a tenth of train
+SEED = 0  # random seed for drawing and shuffling rows
+NUM_PROC = 0  # number of processes that choose contexts; 0 = one per CPU
+OUTPUT_DIR = "outputs"  # folder that gets dataset/ and dataset_report.json
 
 # Fixed
 CHOICES = {

@@ -1,13 +1,13 @@
-"""Merge the adapter of train_llama.py into its base, and prove it: a plain transformers folder, ready to serve.
+"""Merge the adapter of train_llama.py into its base, and check the result: a plain transformers folder.
 
-The base is merged shard by shard, in the memory of its largest. Every tensor is compared with PEFT's merge, and the
-folder, loaded as a user loads it, with base and adapter on validation rows. In float32 the two have to agree; what
-rounding to the stored type costs is reported, and refuses nothing. The check needs 4 bytes a parameter of the GPU, or
-of RAM without one; with less it compares in 16 bit. Only what passes replaces OUTPUT_DIR/merged; what does not is
-left in merged.unverified/, marked.
+The weights are merged one file at a time, so the merge needs memory for the largest file only. Then every tensor is
+compared with PEFT's merge, and the merged model with base and adapter on validation rows. In float32 the two must
+agree; the cost of rounding to the stored type is reported, and is no reason to fail. The check needs 4 bytes per
+parameter, on the GPU or, without one, in RAM; with less memory it compares in 16 bits. Only a merge that passes
+replaces OUTPUT_DIR/merged; one that fails is left in merged.unverified/, and its model card says so.
 
-Reads:  OUTPUT_DIR/adapter/, its base model, the validation rows of OUTPUT_DIR/dataset/; dataset_report.json and
-        evaluation.json for the model card, where they are of this adapter.
+Reads:  OUTPUT_DIR/adapter/, its base model and the validation rows of OUTPUT_DIR/dataset/. For the model card also
+        dataset_report.json and evaluation.json, if they belong to this adapter.
 Writes: OUTPUT_DIR/merged/ (safetensors, tokenizer, generation config, model card, Modelfile, merge.json).
 
     python merge_llama.py
@@ -24,17 +24,17 @@ from pathlib import Path
 from pipeline import machine, models
 from pipeline.files import load_rows, only_run_in, refuse_another, rows_of, sha256, whole_folder
 from pipeline.merging import merged_folder
-from pipeline.script import fail, first_line, git_commit, out_of_memory, say, script, table, versions
+from pipeline.script import command, fail, first_line, git_commit, out_of_memory, say, script, table, versions
 from pipeline.settings import parse_settings
 from pipeline.tokens import encode, load_tokenizer, tokenizer_of
 from tasks import TASKS
 
 # Settings: edit here, or override for one run on the command line.
-MODEL = "auto"  # a folder or hub id with the same weights; auto: the base that the adapter names
-MERGE_BASE = "auto"  # 16bit: weights as stored; 4bit: those quantised to NF4 and back; auto: 16bit
-MERGE_DTYPE = "auto"  # float16, bfloat16, float32; auto: float16 where it holds every weight, else bfloat16
-CHECK_ROWS = 4  # validation rows, in equal shares of the tasks, on which the models are compared
-OUTPUT_DIR = "outputs"  # holds adapter/ and dataset/, gets merged/
+MODEL = "auto"  # base model: a folder or hub id with the same weights; auto: the base that the adapter names
+MERGE_BASE = "auto"  # weights to merge into: 16bit (as stored), 4bit (quantised to NF4 and back); auto: 16bit
+MERGE_DTYPE = "auto"  # type of the merged weights: float16, bfloat16, float32; auto: float16 if all fit, else bfloat16
+CHECK_ROWS = 4  # number of validation rows, equally from each task, on which the models are compared
+OUTPUT_DIR = "outputs"  # folder that contains adapter/ and dataset/ and gets merged/
 
 # Fixed
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a weight
@@ -206,8 +206,8 @@ def main(argv=None):
         if report["trained_on"] != report["merge_base"]:
             where = "" if args.output_dir == OUTPUT_DIR else f" --output-dir {args.output_dir}"
             say(
-                f"it is another model than the adapter on its {report['trained_on']} base; "
-                f"for its own scores: python test_llama.py --model {target} --name merged{where}"
+                f"it is not identical to the adapter on its {report['trained_on']} base that you tested; "
+                f"to test it, too: {command('python')} test_llama.py --model {target} --name merged{where}"
             )
 
 

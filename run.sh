@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# bash run.sh          the real run: data and model from the hub, everything into outputs/
-# bash run.sh demo     the five scripts on the sample under tests/fixtures, offline, into outputs/demo
+# bash run.sh          the real run: all five scripts, data and model from the hub, results in outputs/
+# bash run.sh demo     all five scripts on an invented sample with a tiny model, offline, results in outputs/demo
 # bash run.sh test     the tests; further arguments go to pytest
-# bash run.sh setup    only makes .venv with everything the three above need
-# PYTHON=/path/to/python3 chooses the interpreter .venv is made from.
+# bash run.sh setup    only creates .venv, with everything that the three above need
+# bash run.sh --help   these lines
+# Each of them creates .venv the first time. PYTHON=/path/to/python3 selects the Python that creates it.
 set -euo pipefail
 
 DEMO_DIR=outputs/demo
@@ -18,7 +19,7 @@ die() {
 }
 
 usage() {
-    die "usage: bash run.sh [demo | setup | test [pytest arguments]]"
+    die "usage: bash run.sh [demo | setup | test [pytest arguments]]; bash run.sh --help explains them"
 }
 
 check_python() { # $1: an interpreter
@@ -36,18 +37,25 @@ make_venv() {
     check_python "$PYTHON"
     "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
         die "$PYTHON has no venv module: install it (on Debian and Ubuntu: apt install python3-venv)"
-    echo "making .venv with $PYTHON"
+    echo "creating .venv with $PYTHON"
     "$PYTHON" -m venv --clear .venv
 }
 
-install() { # $@: requirement files; does nothing where they were installed before and have not changed
+size_of() { # $1: a requirements file; what pip downloads for it
+    case $1 in
+        requirements.txt) echo "2.9 GB to download with torch for CUDA, 0.4 GB with torch for CPUs, see README.md" ;;
+        *) echo "70 MB to download" ;;
+    esac
+}
+
+install() { # $@: requirement files; does nothing if they were installed before and have not changed
     local stamp=.venv/installed-${1//\//-}.cksum log=.venv/install.log checksum flags=() file
     checksum=$(cat "$@" | cksum)
     if [[ -f $stamp && $(<"$stamp") == "$checksum" ]]; then
         return
     fi
     for file in "$@"; do flags+=(-r "$file"); done
-    echo "installing $1 into .venv (several GB, some minutes the first time; .venv/install.log shows how far it is)"
+    echo "installing $1 into .venv ($(size_of "$1"); .venv/install.log shows the progress)"
     .venv/bin/python -m pip install --disable-pip-version-check "${flags[@]}" >$log 2>&1 ||
         die "pip could not install $1: $(grep -i error $log | tail -n 1 || true) (all of it is in $log)"
     echo "$checksum" >"$stamp" # last: an interrupted installation is done again
@@ -58,7 +66,7 @@ setup() { # $1: "tests" installs tests/requirements.txt too
     if [[ ! -x .venv/bin/pip || ! -x .venv/bin/python ]]; then make_venv; fi
     check_python .venv/bin/python
     install requirements.txt
-    # Together, so that pip cannot move a pin of the first file for one of the second.
+    # Together, so that pip cannot change a pinned version of the first file for the second.
     if [[ ${1:-} == tests ]]; then install tests/requirements.txt requirements.txt; fi
 }
 
@@ -69,6 +77,10 @@ step() { # echoes a command, then runs it
     "$@"
 }
 
+finished() { # $1: seconds, $2: the folder with the results
+    printf '\nthe five scripts took %d s; results are in %s: open %s/evaluation.html in a browser\n' "$1" "$2" "$2"
+}
+
 demo() {
     export HF_HUB_OFFLINE=1
     local start=$SECONDS python=.venv/bin/python
@@ -77,7 +89,7 @@ demo() {
     step $python test_llama.py --overwrite --output-dir $DEMO_DIR
     step $python evaluations.py --output-dir $DEMO_DIR
     step $python merge_llama.py --output-dir $DEMO_DIR
-    printf '\nthe five scripts took %d s; everything is in %s\n' $((SECONDS - start)) $DEMO_DIR
+    finished $((SECONDS - start)) $DEMO_DIR
 }
 
 real_run() {
@@ -85,11 +97,11 @@ real_run() {
     for script in build_dataset train_llama test_llama evaluations merge_llama; do
         step .venv/bin/python $script.py
     done
-    printf '\nthe five scripts took %d s; everything is in outputs\n' $((SECONDS - start))
+    finished $((SECONDS - start)) outputs
 }
 
 PYTHON=${PYTHON:-python3}
-# A relative path is relative to where the user stands, not to the repository.
+# A relative path is relative to the folder of the caller, not to the repository.
 if [[ $PYTHON == */* && $PYTHON != /* ]]; then PYTHON=$PWD/$PYTHON; fi
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null
 
@@ -103,6 +115,9 @@ case ${1-} in
         [[ $# -eq 1 ]] || usage
         setup
         demo
+        ;;
+    -h | --help | help)
+        sed -n '2,/^[^#]/s/^# //p' run.sh
         ;;
     setup)
         [[ $# -eq 1 ]] || usage

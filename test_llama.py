@@ -1,17 +1,17 @@
-"""Test the adapter of train_llama.py on the test split: perplexity and greedy predictions, tuned beside base.
+"""Compare the fine-tuned model with the base model on the test split: perplexity and greedy predictions.
 
-The base is the same model with the adapter switched off, in the same run. Perplexity is exp(summed negative log
-likelihood / scored tokens) over the gold completion and its EOS after the exact inference prompt. That of a general
-text, which is of no task, shows what tuning or quantising cost elsewhere: its tokens in windows of 1,024 that do not
-overlap, each behind the tokenizer's BOS where it puts one; every token counts but the first of a window without BOS. A
-killed run resumes when its command is given again. With --server, a server of OpenAI's protocol answers
-in the place of a model that is loaded here. This is a script of the pipeline, not a pytest file.
+Both are tested in one run: the base is the same model with the adapter switched off. Perplexity is exp(summed negative
+log likelihood / scored tokens) over the reference completion and its EOS token, after the same prompt as in
+prediction. The perplexity of a general text, which belongs to no task, shows what fine-tuning or quantising cost
+elsewhere. That text is read in windows of 1,024 tokens that do not overlap, each after a BOS token if the tokenizer
+has one; without BOS, a window's first token is not scored. If a run is interrupted, the same command resumes it.
+With --server, an OpenAI-compatible server is asked, and no model is loaded. This is a script, not a pytest file.
 
 Reads:  OUTPUT_DIR/dataset/ (test) and OUTPUT_DIR/adapter/, whose adapter_config.json names the base model.
-Writes: OUTPUT_DIR/samsum_predictions.json, trivia_qa_predictions.json, own_predictions.json, of the tasks with rows;
-        with --name NAME, samsum_predictions_NAME.json and so on (a server's model gives its own name); with
-        --swap-answers trivia_qa_predictions_swapped.json. Until one is whole, .samsum_predictions.part0.jsonl has its
-        batches.
+Writes: OUTPUT_DIR/samsum_predictions.json, trivia_qa_predictions.json, own_predictions.json: one per task with rows.
+        --name NAME writes samsum_predictions_NAME.json and so on (for a server, the model's name is the default);
+        --swap-answers writes trivia_qa_predictions_swapped.json. Batches of an unfinished file are kept in
+        .samsum_predictions.part0.jsonl.
 
     python test_llama.py
     python test_llama.py --model outputs/merged --name merged
@@ -41,30 +41,30 @@ from pipeline.tokens import CHAT_TEMPLATES, end_tokens, tokenizer_identity, toke
 from tasks import TASKS, own, samsum, swapped, trivia_qa
 
 # Settings: edit here, or override for one run on the command line.
-ADAPTER = "auto"  # a folder, or none: the base alone; auto: OUTPUT_DIR/adapter, or none where MODEL is given
-MODEL = "auto"  # a hub id or folder, such as outputs/merged; auto: the base that the adapter names
-NAME = ""  # of a further pair of prediction files
-CHAT_TEMPLATE = "auto"  # on, off; auto: as the adapter was trained, or where the model alone has a chat template
+ADAPTER = "auto"  # adapter: a folder, or none for the base alone; auto: OUTPUT_DIR/adapter, or none if MODEL is given
+MODEL = "auto"  # model: a hub id or a folder, such as outputs/merged; auto: the base that the adapter names
+NAME = ""  # name of an additional pair of prediction files
+CHAT_TEMPLATE = "auto"  # chat template for prompts: on, off; auto: as in training, or on if a model alone has one
 COMPARE_WITH_BASE = True  # also test the base, with the adapter switched off
-SWAP_ANSWERS = False  # trivia_qa alone, another answer in the contexts: is it read or remembered? a file of its own
+SWAP_ANSWERS = False  # replace the answers in trivia_qa's contexts, to see whether the model reads or recalls
 SHOTS = 0  # solved train examples in front of each test prompt, for a model without an adapter; 0 = none
-LOAD_IN_4BIT = None  # True, False; None: as the adapter was trained, and a model without one in 16 bit
-MAX_BATCH_TOKENS = 16384  # tokens of a batch, prompts and predictions; an 8B model's keys and values: 2 GB
-SAMSUM_MAX_NEW_TOKENS = samsum.MAX_NEW_TOKENS  # the longest gold summaries have some 80 tokens
-TRIVIA_QA_MAX_NEW_TOKENS = trivia_qa.MAX_NEW_TOKENS  # an answer is a few words; it ends at the line's end
-OWN_MAX_NEW_TOKENS = own.MAX_NEW_TOKENS  # of answers to your own prompts: enough for a paragraph
-GENERAL_TEXT = "general_text.txt"  # a text file, here or in pipeline/testing/, whose perplexity is told; empty: none
-SERVER = ""  # http(s)://host/v1 of an OpenAI-compatible server that is asked; empty: the model is loaded here
-SERVER_MODEL = ""  # its name there; empty: the only one that the server has
-SERVER_API = "auto"  # completions, chat; auto: chat where the prompts have a chat template or there is nothing else
-SERVER_CONCURRENCY = 8  # requests at once
-SERVER_TIMEOUT = 120.0  # seconds for a request, times those at once: some servers answer one after the other
-SERVER_THOUGHT_TOKENS = 0  # room for the thoughts of a reasoning model, beside that of its answer; 0 = none
-SERVER_MAX_EXAMPLES = 0  # per task, where a server costs; 0 = all
-SERVER_INPUT_PRICE = 0.0  # of a million tokens that it reads, in whatever currency; 0 = not told
-SERVER_OUTPUT_PRICE = 0.0  # of a million tokens that it writes; 0 = not told
+LOAD_IN_4BIT = None  # 4-bit weights: True, False; None: as in training, and for a model without an adapter False
+MAX_BATCH_TOKENS = 16384  # batch size in tokens, prompts and predictions; 16384 take 2 GB for keys and values at 8B
+SAMSUM_MAX_NEW_TOKENS = samsum.MAX_NEW_TOKENS  # length limit of a summary, in tokens; references have up to 80
+TRIVIA_QA_MAX_NEW_TOKENS = trivia_qa.MAX_NEW_TOKENS  # length limit of an answer, in tokens; it also ends at a line end
+OWN_MAX_NEW_TOKENS = own.MAX_NEW_TOKENS  # length limit of an answer to your own prompts, in tokens
+GENERAL_TEXT = "general_text.txt"  # text file, here or in pipeline/testing/, whose perplexity is reported; empty: none
+SERVER = ""  # OpenAI-compatible server to ask, http(s)://host/v1; empty: the model is loaded here
+SERVER_MODEL = ""  # name of the model on the server; empty: the only one that the server has
+SERVER_API = "auto"  # endpoint: completions, chat; auto: chat if there is a chat template, or if it is the only one
+SERVER_CONCURRENCY = 8  # number of parallel requests
+SERVER_TIMEOUT = 120.0  # timeout of a request in seconds, multiplied by the number of parallel requests
+SERVER_THOUGHT_TOKENS = 0  # additional tokens for the thoughts of a reasoning model; 0 = none
+SERVER_MAX_EXAMPLES = 0  # rows per task to ask for, as a server may cost money; 0 = all
+SERVER_INPUT_PRICE = 0.0  # price of a million tokens that the server reads, in any currency; 0 = no price is shown
+SERVER_OUTPUT_PRICE = 0.0  # price of a million tokens that the server writes; 0 = no price is shown
 OVERWRITE = False  # replace predictions of another run
-OUTPUT_DIR = "outputs"  # holds dataset/ and adapter/, gets the predictions
+OUTPUT_DIR = "outputs"  # folder that contains dataset/ and adapter/ and gets the predictions
 
 # Fixed
 CHOICES = {"CHAT_TEMPLATE": CHAT_TEMPLATES, "SERVER_API": ("auto", "completions", "chat")}
@@ -297,6 +297,7 @@ def main(argv=None):
     from accelerate import PartialState
 
     machine.own_gpu("test_llama.py")
+    machine.warn_of_load()
     models.quiet()
     with only_run_in(args.output_dir):
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))

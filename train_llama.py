@@ -1,8 +1,8 @@
-"""Fine-tune a Llama with QLoRA on the data set of build_dataset.py: 4-bit NF4 base, loss on the completion.
+"""Fine-tune a Llama with QLoRA on the data set of build_dataset.py: a 4-bit NF4 base, and a loss on the completions.
 
-Works on CUDA, on one GPU or several, and, really in 4-bit, on the CPU. The defaults fit an 8B model on one GPU of
-24 GB; --dry-run says beforehand what a run costs. A killed run resumes when its command is given again.
-The training step itself, with its loss and validation, is in pipeline/training/trainer.py.
+Runs on one GPU, on several, or on a CPU, in 4 bits there, too. With the defaults an 8B model fits one GPU of 24 GB;
+--dry-run estimates the cost of a run without starting it. If a run is interrupted, the same command resumes it. The
+training step, with its loss and validation, is in pipeline/training/trainer.py.
 
 Reads:  OUTPUT_DIR/dataset/ (train and validation) and the base model.
 Writes: OUTPUT_DIR/checkpoints/ and OUTPUT_DIR/adapter/ (PEFT adapter, tokenizer, run.json, log.jsonl, loss.png).
@@ -22,43 +22,43 @@ from pathlib import Path
 
 from pipeline import figures, files, machine, models
 from pipeline.attention import ATTENTIONS
-from pipeline.script import fail, first_line, git_commit, is_main, say, script, versions
+from pipeline.script import command, fail, first_line, git_commit, is_main, say, script, versions
 from pipeline.settings import parse_settings
 from pipeline.tokens import CHAT_TEMPLATES, encode, tokenizer_identity, tokenizer_of
 from pipeline.training import estimate
 
 # Settings: edit here, or override for one run on the command line.
-MODEL = "llama3"  # a key of MODELS in pipeline/models.py, a hub id or a local folder
-CHAT_TEMPLATE = "auto"  # on, off; auto: prompts go through the tokenizer's chat template where it has one
-LOAD_IN_4BIT = True  # NF4 with double quantisation; False loads 16-bit weights
-LORA_R = 8  # rank of the update
-LORA_ALPHA = 16  # the update is scaled by LORA_ALPHA / LORA_R
-LORA_DROPOUT = 0.0  # fraction, 0 to below 1; costs a copy and a mask of each adapted layer's input, and some speed
-TARGET_MODULES = ["all-linear"]  # or names: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj
+MODEL = "llama3"  # base model: a key of MODELS in pipeline/models.py, a hub id or a local folder
+CHAT_TEMPLATE = "auto"  # chat template for prompts: on, off; auto: on if the tokenizer has one
+LOAD_IN_4BIT = True  # 4-bit base weights (NF4 with double quantisation); False: 16-bit weights
+LORA_R = 8  # rank of the LoRA update
+LORA_ALPHA = 16  # scale of the LoRA update, which is multiplied by LORA_ALPHA / LORA_R
+LORA_DROPOUT = 0.0  # dropout before the adapter, 0 to below 1; above 0 training needs more memory and time
+TARGET_MODULES = ["all-linear"]  # layers: all-linear or any of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj
 NUM_TRAIN_EPOCHS = 1.0  # passes over the training rows
-MAX_STEPS = 0  # optimizer steps; 0 = NUM_TRAIN_EPOCHS decides
-PER_DEVICE_TRAIN_BATCH_SIZE = 0  # packed rows in a pass; 0 = as many of an optimizer step's as fit a GPU, 1 on a CPU
-GRADIENT_ACCUMULATION_STEPS = 4  # passes per optimizer step; its packed rows, where the size of a pass is automatic
-LEARNING_RATE = "auto"  # or a number; auto, by parameters: 1e-3 to 1.5 B, 5e-4 to 5 B, 2e-4 to 20 B, 1e-4 above
-WARMUP_STEPS = 10  # optimizer steps with a rising learning rate, 0 = none; then it falls on a cosine
-MAX_LENGTH = 2048  # tokens of a packed row; longer rows are dropped and counted, never cut
-PACKING = True  # several rows to a sequence, none attending to another
-ATTN_IMPLEMENTATION = "auto"  # auto, packed, flash_attention_2, sdpa, eager; auto: flash where installed, else packed
-ACTIVATION_CHECKPOINTING = "auto"  # on, off; auto: on where the estimate without exceeds the memory of GPU or CPU
-USE_LIGER_KERNEL = "auto"  # on, off: fused kernels, faster and smaller; auto: on a GPU where liger-kernel is installed
-EVAL_STEPS = 50  # optimizer steps between validations; the adapter of the lowest validation loss is kept
-EARLY_STOPPING_PATIENCE = 0  # validations without a lower loss after which training ends; 0 = never
-LOGGING_STEPS = 5  # optimizer steps; a validation and a checkpoint are logged as well
-SAVE_STEPS = 50  # optimizer steps between checkpoints; a new best is saved as well
-SAVE_MINUTES = 15.0  # after so many without a checkpoint the next step ends in one as well; 0 = never by time
-SAVE_TOTAL_LIMIT = 2  # checkpoints kept, beside the best
-REPORT_TO = "none"  # none, tensorboard, trackio, wandb (whichever is installed)
-SEED = 0  # of adapter, dropout and order
-DRY_RUN = False  # only say what the run would cost; loads no weights
-DRY_RUN_GPU = "here"  # what the dry run speaks of: h200, h100, a100, l40s, 4090, 3090, a10, t4; here: this machine
-DRY_RUN_PRICE = 0.0  # of an hour of the machine, in whatever currency; 0 = none is shown
+MAX_STEPS = 0  # number of optimizer steps; 0 = NUM_TRAIN_EPOCHS decides
+PER_DEVICE_TRAIN_BATCH_SIZE = 0  # batch size in packed rows; 0 = automatic: as many as fit a GPU, 1 on a CPU
+GRADIENT_ACCUMULATION_STEPS = 4  # batches per optimizer step; packed rows per optimizer step if the batch size is 0
+LEARNING_RATE = "auto"  # peak learning rate; auto, by parameters: 1e-3 to 1.5 B, 5e-4 to 5 B, 2e-4 to 20 B, 1e-4 above
+WARMUP_STEPS = 10  # optimizer steps in which the learning rate rises, before it falls along a cosine; 0 = none
+MAX_LENGTH = 2048  # length limit of a sequence, in tokens; longer rows are dropped and counted, never truncated
+PACKING = True  # several rows in one sequence; no row attends to another
+ATTN_IMPLEMENTATION = "auto"  # attention: packed, flash_attention_2, sdpa, eager; auto: flash if installed, or packed
+ACTIVATION_CHECKPOINTING = "auto"  # less memory for more time: on, off; auto: on if the run would not fit without it
+USE_LIGER_KERNEL = "auto"  # fused GPU kernels: on, off; auto: on if there is a GPU and liger-kernel is installed
+EVAL_STEPS = 50  # optimizer steps between validations; the adapter with the lowest validation loss is kept
+EARLY_STOPPING_PATIENCE = 0  # validations without a lower loss after which training stops; 0 = never
+LOGGING_STEPS = 5  # optimizer steps between log entries; validations and checkpoints are logged as well
+SAVE_STEPS = 50  # optimizer steps between checkpoints; a new best adapter is saved as well
+SAVE_MINUTES = 15.0  # minutes without a checkpoint after which the next step saves one; 0 = never
+SAVE_TOTAL_LIMIT = 2  # number of checkpoints to keep, in addition to the best one
+REPORT_TO = "none"  # experiment tracker: none, tensorboard, trackio, wandb (you install it)
+SEED = 0  # random seed of the adapter, of dropout and of the order of rows
+DRY_RUN = False  # only estimate what the run would cost; loads no weights
+DRY_RUN_GPU = "here"  # GPU that the dry run assumes: h200, h100, a100, l40s, 4090, 3090, a10, t4; here: this machine
+DRY_RUN_PRICE = 0.0  # price of an hour of that machine, in any currency; 0 = no price is shown
 OVERWRITE = False  # replace a finished run or another run's output; an interrupted run still resumes
-OUTPUT_DIR = "outputs"  # contains dataset/, gets checkpoints/ and adapter/
+OUTPUT_DIR = "outputs"  # folder that contains dataset/ and gets checkpoints/ and adapter/
 
 # Fixed
 FEW_STEPS = 20  # optimizer steps below which a run says so
@@ -91,12 +91,15 @@ def parse_args(argv=None):
     if args.lora_dropout >= 1:
         fail("--lora-dropout must be below 1")
     if args.use_liger_kernel == "on" and not importlib.util.find_spec("liger_kernel"):
-        fail("--use-liger-kernel on: it is not installed: pip install liger-kernel")
+        fail(f"--use-liger-kernel on: it is not installed: {command('pip')} install liger-kernel")
     flash = any(map(importlib.util.find_spec, ("flash_attn", "kernels")))  # transformers takes it from either
     if args.attn_implementation == "flash_attention_2" and not flash and not args.dry_run:
-        fail("--attn-implementation flash_attention_2: it needs a GPU and pip install flash-attn; packed does not")
+        remedy = f"it needs a GPU and {command('pip')} install flash-attn; packed needs neither"
+        fail(f"--attn-implementation flash_attention_2: {remedy}")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
-        fail(f"--report-to {args.report_to} is not installed: pip install {args.report_to}")
+        fail(f"--report-to {args.report_to} is not installed: {command('pip')} install {args.report_to}")
+    if args.dry_run_gpu != "here" and not args.dry_run:
+        fail(f"--dry-run-gpu {args.dry_run_gpu} is for an estimate: give --dry-run, too")
     return args
 
 
@@ -142,7 +145,7 @@ def where_to_start(args, run):
     if manifest.get("run") == run and not (finished and step >= old.get("steps", 0)):
         return checkpoint, manifest
     if not args.overwrite:
-        remedy = "give its settings again to go on with it, or --overwrite to start afresh, or another --output-dir"
+        remedy = "give its settings again to resume it, or --overwrite to start again, or another --output-dir"
         if checkpoint:
             files.refuse_another(checkpoint, manifest.get("run", {}), run, remedy)
         if any(adapter.glob("*")):
@@ -299,7 +302,7 @@ def train(args, base, rows):
         remedy = "--num-train-epochs, --gradient-accumulation-steps 1, a smaller --max-length or more rows give more"
         say(f"{steps} steps are few for a model to learn from: {remedy}")
     if checkpoint:
-        say(f"going on from {checkpoint}")
+        say(f"resuming from {checkpoint}")
     train_until_done(trainer, checkpoint)
     result = summary(args, base, trainer, len(tokens))
     if is_main():
@@ -317,6 +320,7 @@ def main(argv=None):
     base = models.find_model(args.model)
     rows = {split: files.load_rows(args.output_dir, split) for split in ("train", "validation")}
     machine.own_gpu("train_llama.py")
+    machine.warn_of_load()
     models.quiet()
     if not args.dry_run:
         with files.only_run_in(args.output_dir):

@@ -472,7 +472,7 @@ def chain(bench):
     adapters = [load_file(output / "adapter" / "adapter_model.safetensors") for output in outputs]
     difference = max((adapters[0][key] - adapters[1][key]).abs().max().item() for key in adapters[0])
     largest = max(tensor.abs().max().item() for tensor in adapters[0].values())
-    bench.note("chain", killed={"went_on": "going on from" in said, "largest_difference": difference,
+    bench.note("chain", killed={"went_on": "resuming from" in said, "largest_difference": difference,
                                 "largest_weight": largest})  # fmt: skip
     test = [sys.executable, "test_llama.py", "--output-dir", outputs[0]]
     seconds, said = bench.run("test", test)

@@ -6,7 +6,7 @@ train, the next 12 validation, which build_dataset.py tests on, and the last 6 a
 The hub's rows name no article: five contexts after one another are one.
 
     python benchmarks/make_questions.py --output questions
-    python benchmarks/real_model.py --model smollm2-135m --samsum knkarthick/samsum --trivia-qa questions
+    python benchmarks/real_model.py --model smollm2-135m-instruct --samsum knkarthick/samsum --trivia-qa questions
 """
 
 import argparse

@@ -7,7 +7,7 @@ the same rows: without quantisation (lora), on plain prompts (plain). An interru
 memory are those of the commands.
 
     python benchmarks/make_questions.py --output questions
-    python benchmarks/real_model.py --model smollm2-135m --samsum knkarthick/samsum --trivia-qa questions
+    python benchmarks/real_model.py --model smollm2-135m-instruct --samsum knkarthick/samsum --trivia-qa questions
     python benchmarks/real_model.py --model FOLDER --samsum FOLDER --trivia-qa FOLDER --variants lora plain
 """
 
@@ -27,7 +27,8 @@ AS_HERE = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"), 
            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}  # fmt: skip
 VARIANTS = {"qlora": (), "lora": ("--no-load-in-4bit",), "plain": ("--chat-template", "off")}
 BASES = {  # tested by themselves, with the first variant: options of test_llama.py
-    "base-3-shot": ("--adapter", "none", "--shots", 3),
+    # on plain prompts, where examples help this model most: see benchmarks/RESULTS.md
+    "base-3-shot": ("--adapter", "none", "--shots", 3, "--chat-template", "off"),
     "base-16bit": ("--adapter", "none", "--no-load-in-4bit"),
 }
 TASKS = {"samsum": ("rouge1", "rougeL", "perplexity"), "trivia_qa": ("exact_match", "f1", "perplexity")}

@@ -5,7 +5,7 @@ import resource
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.script import say
+from pipeline.script import command, say
 
 LIBRARIES = 1.5e9  # bytes of a host that torch and its friends take: measured at 135 M parameters
 
@@ -33,7 +33,16 @@ def own_gpu(script):
     count = torch.cuda.device_count()  # asks the driver, and leaves CUDA_VISIBLE_DEVICES to be changed
     if count > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        say(f"taking one of {count} GPUs; for all of them: accelerate launch --num_processes {count} {script}")
+        launch = f"{command('accelerate')} launch --num_processes {count} {script}"
+        say(f"taking one of {count} GPUs; for all of them: {launch}")
+
+
+def warn_of_load():
+    """One line where other programs keep the cores busy: threads that wait for one another then slow a run down."""
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    if load > cores and "OMP_NUM_THREADS" not in os.environ:
+        remedy = "OMP_NUM_THREADS=1 in front of the command may be faster"
+        say(f"warning: other programs keep this machine busy (load {load:.1f}, {cores} cores): {remedy}")
 
 
 def under_fsdp():

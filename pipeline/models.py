@@ -10,10 +10,11 @@ from pathlib import Path
 
 from pipeline import machine
 from pipeline.files import MANIFEST, read_json, sha256
-from pipeline.script import fail, first_line, out_of_memory, say
+from pipeline.script import command, fail, first_line, out_of_memory, say
 
 MODELS = {
     # free to download; Apache 2.0
+    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
     "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
@@ -65,9 +66,11 @@ def fetch(model, weights=True):
         patterns = (*SMALL_FILES, "*.safetensors") if weights else SMALL_FILES
         return Path(snapshot_download(model, allow_patterns=patterns))
     except GatedRepoError:  # before the next one: it is one of its kind
-        fail(f"{model} is gated: accept its licence at https://huggingface.co/{model}, then run: hf auth login")
+        remedy = f"accept its licence at https://huggingface.co/{model}, then run: {command('hf')} auth login"
+        fail(f"{model} is gated: {remedy}")
     except RepositoryNotFoundError:
-        fail(f"there is no model {model} on the hub, or it is private: check the name, or run: hf auth login")
+        remedy = f"check the name, or run: {command('hf')} auth login"
+        fail(f"there is no model {model} on the hub, or it is private: {remedy}")
     except Exception as error:  # a dozen kinds, from a hub that cannot be reached to a full disk
         fail(f"cannot load {model} ({first_line(error)}): check the name and the network, or give a local folder")
 

@@ -5,6 +5,8 @@ import functools
 import io
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,7 +129,7 @@ def script(main):
         try:
             return main(argv)
         except KeyboardInterrupt:
-            print("\ninterrupted: older results are untouched; the same command goes on", file=sys.stderr)
+            print("\ninterrupted: older results are untouched; the same command resumes", file=sys.stderr)
             raise SystemExit(130) from None
         except Exception as error:
             if out_of_memory(error):
@@ -144,6 +146,15 @@ def script(main):
             fail(f"cannot go on ({reason}): {remedy}, then give the same command again", in_any_process=True)
 
     return wrapped
+
+
+def command(name):
+    """What calls a program of this Python's environment from here: its name alone where the shell finds the same."""
+    path = Path(sys.executable).with_name(name)
+    if shutil.which(name) == str(path):
+        return name
+    here = os.path.relpath(path)
+    return shlex.quote(str(path) if here.startswith("..") else here)
 
 
 def versions(*packages):

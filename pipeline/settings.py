@@ -1,11 +1,13 @@
 """A script's settings: its constants as flags, checked once."""
 
 import argparse
+import difflib
 import inspect
 import json
 import math
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -44,7 +46,13 @@ def parse_settings(module, argv, choices):
         elif list in allowed[name]:
             options["nargs"] = "+"
         parser.add_argument(flag_of(name), **options)
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    refuse_values_of_booleans(parser, argv, [flag_of(name) for name in allowed if bool in allowed[name]])
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], list(map(flag_of, settings)), 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        parser.error(f"{unknown[0]} is no setting here: {hint}--help lists them all")
     if sys.flags.optimize > 1:
         parser.error("PYTHONOPTIMIZE=2 (python -OO) takes away what libraries read of themselves: unset it")
     for name, value in vars(args).items():
@@ -60,6 +68,16 @@ def parse_settings(module, argv, choices):
     if vars(args).get("output_dir") == "":
         parser.error("--output-dir must not be empty")
     return args
+
+
+def refuse_values_of_booleans(parser, argv, flags):
+    """Exit 2 where one of these flags is given True or False, and say what to write instead."""
+    for word, following in pairwise([*argv, ""]):
+        flag, _, value = word.partition("=")
+        value = (value or following).lower()
+        if flag in flags and value in ("true", "false"):
+            instead = flag if value == "true" else flag.replace("--", "--no-", 1)
+            parser.error(f"{flag} takes no value: write {instead}")
 
 
 def checked(value, allowed):

@@ -54,8 +54,13 @@ def texts_of(row, names):
 
 @functools.cache  # every metric asks for the same texts
 def normalize_answer(text):
-    """The text normalized, or as it is in lower case where that leaves nothing of it: "A" is an answer, and "+"."""
-    return normalized(text) or text.strip().lower()
+    """`normalized`, remembered."""
+    return normalized(text)
+
+
+def normalize_or_keep(text):
+    """`normalized`, or the lower-case text where that leaves nothing: "A" is an answer, and so is "+"."""
+    return normalize_answer(text) or text.strip().lower()
 
 
 def normalized(text):  # without a cache, which would keep every context in memory

@@ -2,7 +2,7 @@
 
 import unicodedata
 
-from pipeline.texts import BadData, clean_lines, template_parts, text_of, texts_of
+from pipeline.texts import BadData, clean_lines, normalize_or_keep, template_parts, text_of, texts_of
 
 LICENCE = "your own"
 FILES = {  # of a folder, and on the hub
@@ -17,6 +17,7 @@ ONE_LINE = False  # whether an answer ends at its line's end
 ANSWER = "a completion"  # what it writes, in the model card
 EXAMPLE = {}  # the card's: its fields are not known here
 MAX_NEW_TOKENS = 256  # enough for a paragraph
+NORMALISE = normalize_or_keep  # of exact match and F1: A, B, + and - are answers
 SCORES = ("rougeL", "f1", "exact_match", "bleu", "rouge1", "rouge2", "rougeLsum", "length_ratio", "perplexity")
 MAIN_SCORES = ("rougeL", "f1", "perplexity")  # those tested; the page plots and sorts by the first
 JUDGE_SEES = ""  # the whole prompt

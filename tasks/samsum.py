@@ -1,6 +1,6 @@
 """samsum: summarise a dialogue of a messenger."""
 
-from pipeline.texts import clean, comparison_key, one_line, texts_of
+from pipeline.texts import clean, comparison_key, normalize_answer, one_line, texts_of
 
 LICENCE = "CC BY-NC-ND 4.0"
 FILES = {"train": ["train.csv"], "validation": ["validation.csv"], "test": ["test.csv"]}  # of a folder, and on the hub
@@ -13,6 +13,7 @@ ONE_LINE = False  # whether an answer ends at its line's end
 ANSWER = "a summary"  # what it writes, in the model card
 EXAMPLE = {"dialogue": "Nora: Are you coming on Friday?\nPaul: Yes, by the late train."}  # the card's
 MAX_NEW_TOKENS = 96  # the longest gold summaries have some 80 tokens
+NORMALISE = normalize_answer  # of exact match and F1
 # as tables show them
 SCORES = ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "exact_match", "length_ratio", "perplexity")
 MAIN_SCORES = ("rougeLsum", "rouge1", "rouge2", "perplexity")  # those tested; the page plots and sorts by the first

@@ -5,7 +5,17 @@ import re
 from collections import Counter
 from itertools import islice
 
-from pipeline.texts import BadData, clean, comparison_key, holds, normalized, one_line, text_of, texts_of
+from pipeline.texts import (
+    BadData,
+    clean,
+    comparison_key,
+    holds,
+    normalize_answer,
+    normalized,
+    one_line,
+    text_of,
+    texts_of,
+)
 
 LICENCE = "Apache 2.0; its pages: Wikipedia, CC BY-SA"
 FILES = {  # the hub's test has no answers: its validation is our test, ours is taken out of train
@@ -26,6 +36,7 @@ EXAMPLE = {  # the card's
     "context": "The Quaren is a river. For many years its main cargo was cheese.",
 }
 MAX_NEW_TOKENS = 24  # an answer is a few words
+NORMALISE = normalize_answer  # of exact match and F1
 SCORES = ("exact_match", "f1", "contains", "bleu_effective_order", "rouge1", "rouge2", "rougeL", "rougeLsum")
 SCORES += ("perplexity",)
 MAIN_SCORES = ("f1", "exact_match", "perplexity")  # those tested; the page plots and sorts by the first

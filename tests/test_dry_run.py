@@ -39,6 +39,13 @@ def shape_of(folder, args):
     return estimate.model_shape(str(folder), models.load_config(str(folder)), lora_config(args))
 
 
+def test_a_gpu_to_estimate_for_is_refused_where_nothing_is_estimated(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train_llama.parse_args(["--dry-run-gpu", "4090"])
+    assert capsys.readouterr().err == "error: --dry-run-gpu 4090 is for an estimate: give --dry-run, too\n"
+    assert train_llama.parse_args(["--dry-run-gpu", "4090", "--dry-run"]).dry_run_gpu == "4090"
+
+
 @pytest.mark.parametrize("sizes, parameters", [(META_8B, "8,030,261,248"), (META_70B, "70,553,706,496")])
 def test_it_needs_no_weights_and_counts_meta_s_parameters(sizes, parameters, dataset, tmp_path):
     model = without_weights(tmp_path / "model", sizes)

@@ -74,7 +74,7 @@ def test_killed_three_times_it_ends_with_the_same_adapter(undisturbed, tmp_path,
         assert not (tmp_path / "adapter").exists()
     result = run("train_llama.py", *COMMAND, "--output-dir", tmp_path)
     assert result.returncode == 0, (steps, result.stderr)
-    assert "going on from" in result.stdout, steps
+    assert "resuming from" in result.stdout, steps
     assert_same_adapter(tmp_path, adapter_of(undisturbed))
     log = [json.loads(line) for line in (tmp_path / "adapter" / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, STEPS + 1))
@@ -90,7 +90,7 @@ def test_stopped_by_signals_then_with_a_broken_checkpoint_it_ends_with_the_same_
     manifest = tmp_path / "checkpoints" / f"checkpoint-{stopped}" / "whole.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"seconds": 1000}))  # as if it had taken so long
     code, printed = interrupt(tmp_path, signal.SIGINT, stopped + 5)
-    assert code == 128 + signal.SIGINT and f"going on from {tmp_path}/checkpoints/checkpoint-{stopped}" in printed
+    assert code == 128 + signal.SIGINT and f"resuming from {tmp_path}/checkpoints/checkpoint-{stopped}" in printed
     newest = max((tmp_path / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     assert json.loads((newest / "whole.json").read_text())["seconds"] > 1000
     optimizer = newest / "optimizer.pt"
@@ -98,7 +98,7 @@ def test_stopped_by_signals_then_with_a_broken_checkpoint_it_ends_with_the_same_
     result = run("train_llama.py", *COMMAND, "--output-dir", tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "adapter" / "run.json").read_text())["seconds"] > 1000
-    assert f"{newest} is broken (optimizer.pt)" in result.stdout and "going on from" in result.stdout
+    assert f"{newest} is broken (optimizer.pt)" in result.stdout and "resuming from" in result.stdout
     assert_same_adapter(tmp_path, adapter_of(undisturbed))
 
 
@@ -154,13 +154,13 @@ def test_a_run_stopped_with_overwrite_goes_on_with_it_and_without(undisturbed, t
     arguments = [*map(str, other), "--overwrite"]
     for step, going_on in ((9, False), (14, True)):
         code, printed = interrupt(tmp_path, signal.SIGTERM, step, arguments=arguments)
-        assert code == 128 + signal.SIGTERM and ("going on from" in printed) == going_on
-        assert "the same command goes on from there" in printed
+        assert code == 128 + signal.SIGTERM and ("resuming from" in printed) == going_on
+        assert "the same command resumes from there" in printed
         assert snapshot(tmp_path / "adapter") == before
     result = run("train_llama.py", *COMMAND, *other, "--output-dir", tmp_path)
-    assert result.returncode == 0 and "going on from" in result.stdout, result.stderr
+    assert result.returncode == 0 and "resuming from" in result.stdout, result.stderr
     again = run("train_llama.py", *COMMAND, *other, "--overwrite", "--max-steps", 2, "--output-dir", tmp_path)
-    assert again.returncode == 0 and "going on from" not in again.stdout
+    assert again.returncode == 0 and "resuming from" not in again.stdout
     again = run("train_llama.py", *COMMAND, *other, "--overwrite", "--max-steps", 2, "--output-dir", tmp_path)
     assert "step     1/2" in again.stdout  # finished: --overwrite means afresh
 
@@ -187,8 +187,8 @@ def test_a_run_that_nobody_watches_saves_by_time_and_its_log_grows(undisturbed, 
     assert {int(path.name[11:]) for path in saved} <= {entry["step"] for entry in losses(log)}  # none within a span
     assert saved and len(losses(log)) < STEPS
     result = run("train_llama.py", *COMMAND, *seldom, "--save-minutes", 0)
-    assert result.returncode == 0 and "going on from" in result.stdout, result.stderr
-    resumed = int(re.search(r"going on from \S*checkpoint-(\d+)", result.stdout)[1])
+    assert result.returncode == 0 and "resuming from" in result.stdout, result.stderr
+    resumed = int(re.search(r"resuming from \S*checkpoint-(\d+)", result.stdout)[1])
     # the first step is printed, where it is not one that is validated and logged
     assert resumed % 10 == 9 or re.search(r"\nstep +\d+/30  \d:\d\d:\d\d left\n", result.stdout)
     assert "mtime" not in result.stdout + result.stderr

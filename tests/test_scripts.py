@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import ROOT, assert_refused, run
 
+from pipeline import machine, script
+
 NAMES = ["build_dataset", "train_llama", "test_llama", "evaluations", "merge_llama"]
 
 
@@ -68,6 +70,57 @@ def test_no_name_of_predictions_leads_to_another_commands_files(name, capsys):
 def test_an_unknown_flag_and_an_abbreviated_one_are_refused(name):
     assert_refused(run(f"{name}.py", "--no-such-flag"), "--no-such-flag")
     assert_refused(run(f"{name}.py", "--output-di", "x"), "--output-di")
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (
+            ["--learning-rat", "3"],
+            "--learning-rat is no setting here: did you mean --learning-rate? --help lists them",
+        ),
+        (["--qqqq"], "--qqqq is no setting here: --help lists them all"),
+        (["--load-in-4bit", "False"], "--load-in-4bit takes no value: write --no-load-in-4bit"),
+        (["--packing=true"], "--packing takes no value: write --packing"),
+    ],
+)
+def test_a_flag_that_is_written_wrongly_is_answered_with_what_to_write(words, sentence, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module("train_llama").parse_args(words)
+    assert f"error: {sentence}" in capsys.readouterr().err
+
+
+def test_run_sh_says_what_it_does_and_names_its_help_where_it_is_given_something_else():
+    done = subprocess.run(["bash", ROOT / "run.sh", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and len(re.findall(r"^bash run\.sh( demo| test| setup)? ", done.stdout, re.M)) >= 4
+    done = subprocess.run(["bash", ROOT / "run.sh", "tset"], capture_output=True, text=True)
+    assert done.returncode == 2 and "bash run.sh --help" in done.stderr
+
+
+def test_a_command_in_a_message_runs_with_and_without_the_environment_on_the_path(tmp_path, monkeypatch):
+    programs = tmp_path / "my env" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "hf").touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
+    monkeypatch.chdir(tmp_path)
+    assert script.command("hf") == "'my env/bin/hf'"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert script.command("hf") == f"'{programs}/hf'"
+    monkeypatch.setenv("PATH", str(programs))
+    assert script.command("hf") == "hf"
+
+
+@pytest.mark.parametrize("load, threads, warned", [(9, None, True), (9, "1", False), (0, None, False)])
+def test_a_busy_machine_gets_one_line_that_names_the_way_out(load, threads, warned, monkeypatch, capsys):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0, 0))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    machine.warn_of_load()
+    said = capsys.readouterr().out
+    assert ("warning: other programs keep this machine busy (load 9.0, 2 cores): OMP_NUM_THREADS=1" in said) == warned
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +16,7 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score import rouge_scorer, tokenize
 from sacrebleu.metrics import BLEU
 
-from pipeline.texts import holds, normalize_answer
+from pipeline.texts import holds
 
 # evaluate's evaluators would import transformers, and torch with it; it allows for their absence.
 hidden = sys.modules.setdefault("transformers", None)
@@ -40,8 +40,8 @@ class Scores(evaluate.Metric):
     def _compute(self, predictions, references):
         return {
             **rouge(predictions, references),
-            "exact_match": best(exact_match_score, predictions, references),
-            "f1": best(f1_score, predictions, references),
+            "exact_match": best(partial(exact_match_score, self.normalise), predictions, references),
+            "f1": best(partial(f1_score, self.normalise), predictions, references),
             "contains": [100.0 * holds(*example) for example in zip(predictions, references, strict=True)],
             "length_ratio": length_ratio(predictions, references),
             "bleu_counts": bleu_counts(predictions, references),
@@ -64,6 +64,7 @@ def table_of(task, references, predictions, swapped=None, losses=None):
         # evaluate makes a cache folder even when nothing goes into it: not in the user's home, not in the cwd
         with tempfile.TemporaryDirectory() as cache_dir:
             metric = Scores(keep_in_memory=True, seed=0, cache_dir=cache_dir)
+            metric.normalise = task.NORMALISE
             scores = metric.compute(predictions=predictions, references=references)
     columns = [scores[name] for name in means(task)]
     columns.append(scores.get("bleu_counts", np.zeros((rows, 10))))
@@ -85,15 +86,15 @@ def corpus_scores(task, sums, examples):
     return scores
 
 
-def exact_match_score(prediction, reference):
-    """Whether both are equal once normalised (bool). Source: triviaqa_evaluation.py, see normalize_answer."""
-    return normalize_answer(prediction) == normalize_answer(reference)
+def exact_match_score(normalise, prediction, reference):
+    """Whether both are equal once normalised (bool). Source: triviaqa_evaluation.py, see texts.normalized."""
+    return normalise(prediction) == normalise(reference)
 
 
-def f1_score(prediction, reference):
+def f1_score(normalise, prediction, reference):
     """F1 (0 to 1) over the normalised words both share, with multiplicity. Source: as of exact_match_score."""
-    predicted = normalize_answer(prediction).split()
-    expected = normalize_answer(reference).split()
+    predicted = normalise(prediction).split()
+    expected = normalise(reference).split()
     if set(predicted).isdisjoint(expected):
         return 0.0
     same = sum((Counter(predicted) & Counter(expected)).values())

@@ -13,7 +13,7 @@ import openai
 from pipeline import models
 from pipeline.attention import MAX_NLL
 from pipeline.files import only_run_in, read_json, rows_of
-from pipeline.script import fail, say
+from pipeline.script import command, fail, say
 from pipeline.server import ERRORS, HALF_A_CHARACTER, NO_ROOM, NoAnswer, Server, as_dict
 from pipeline.testing import predictions
 from pipeline.tokens import encode, end_tokens
@@ -262,15 +262,15 @@ def ask_tasks(served, asked, parts, paths, run):
 
 def comparison(args, paths):
     """The command that compares the server's predictions with those of all other tests of the same rows."""
-    command = ["python", "evaluations.py", "--output-dir", f"{args.output_dir}/served", "--predictions"]
+    words = ["evaluations.py", "--output-dir", f"{args.output_dir}/served", "--predictions"]
     for task, path in paths.items():
         wanted = {name: read_json(path)["settings"].get(name) for name in ("rows", "swap_answers")}
         for file in sorted(Path(args.output_dir).glob(f"{task}_predictions*.json")):
             settings = as_dict(read_json(file).get("settings"))
             if wanted == {name: settings.get(name) for name in wanted}:
                 name = file.stem.partition("_predictions")[2].strip("_")
-                command.append(f"{name or 'tested'}={file}")
-    return shlex.join(command)
+                words.append(f"{name or 'tested'}={file}")
+    return f"{command('python')} {shlex.join(words)}"
 
 
 def test_server(args, tasks, base, tokenizer, rows):

@@ -320,5 +320,5 @@ def train_until_done(trainer, checkpoint):
         fail(f"out of {where} ({first_line(error)}): {SAVERS}", in_any_process=True)
     state = trainer.state
     if trainer.stop_signal and state.global_step < state.max_steps:
-        say(f"stopped at step {state.global_step} of {state.max_steps}: the same command goes on from there")
+        say(f"stopped at step {state.global_step} of {state.max_steps}: the same command resumes from there")
         raise SystemExit(128 + trainer.stop_signal)
