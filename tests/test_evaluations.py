@@ -592,7 +592,7 @@ def test_the_report_says_what_the_predictions_were_made_from_and_how_that_was_tr
     assert report["training"]["loss"] == {"loss": [[1, 2.5]], "eval_samsum_loss": [[1, 1.5]]}
     assert report["data"] == {"samsum": {"train": {"kept": 9, "duplicate": 4}}}
     page = (outputs / "evaluation.html").read_text()
-    assert "; model llama<" in page and "/home/ann" not in page
+    assert "<h1>Evaluation of llama<" in page and "/home/ann" not in page
     other = prediction_file(tmp_path / "theirs.json", "samsum", examples=[{"references": ["a b"], "prediction": "a"}])
     files = ["--predictions", outputs / "samsum_predictions.json", f"theirs={other}", "--resamples", "50"]
     assert run(tmp_path, *files).returncode == 0

@@ -240,7 +240,7 @@ def test_the_contents_lead_to_the_parts_of_the_page(tab):
 def test_a_row_shows_reference_base_and_tuned_before_it_is_opened_and_then_loss_and_tokens(browser, folder):
     output = folder / "losses"
     output.mkdir()
-    rows = [example(i, "Oslo", "Rome", "Rome", nll=3.0, base_nll=6.0, tokens=2) for i in range(3)]
+    rows = [example(i, "Oslo", "Rome", "Rome", nll=3.0, base_nll=6.0, tokens=2, new_tokens=7) for i in range(3)]
     rows[1] |= {"too_long": True, "nll": None, "base_nll": None}
     (output / "trivia_qa_predictions.json").write_text(json.dumps({"task": "trivia_qa", "examples": rows}))
     assert run("evaluations.py", "--output-dir", output, "--resamples", "50").returncode == 0
@@ -251,6 +251,7 @@ def test_a_row_shows_reference_base_and_tuned_before_it_is_opened_and_then_loss_
     tab.locator("#examples tr.open").first.click()
     for loss in ("3.00", "1.50"):
         assert f"loss of the reference {loss} nats per token, 2 tokens" in tab.locator(".detail").inner_text()
+    assert tab.locator(".detail small").last.inner_text().endswith(", tokens of the answer 7")
     tab.locator("#examples tr.open").nth(1).click()
     assert tab.locator(".detail").nth(1).inner_text().count("nats per token") == 0
     tab.close()

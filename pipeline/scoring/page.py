@@ -96,10 +96,11 @@ def notes(name, task, result):
     return [f"{sentence}." for sentence in sentences]
 
 
-def losses_of(system):
-    """[[loss in nats per token, tokens]] of the completions, None where a system has none of an example."""
+def tokens_of(system):
+    """[[loss of the reference in nats per token, its tokens, tokens of the prediction]], None where not known."""
     losses = system.losses or [(0, 0)] * len(system.predictions)
-    return [[round(nll / tokens, 4), tokens] if nll and tokens else None for nll, tokens in losses]
+    per_token = [round(nll / tokens, 4) if nll and tokens else None for nll, tokens in losses]
+    return [[loss, tokens, new] for loss, (_, tokens), new in zip(per_token, losses, system.new_tokens, strict=True)]
 
 
 def shown_examples(task, rows, result):
@@ -115,7 +116,7 @@ def shown_examples(task, rows, result):
         "swapped": rows.column("swapped"),
         "predictions": {name: system.predictions for name, system in rows.systems.items()},
         "cut": {name: system.cut_off for name, system in rows.systems.items()},
-        "losses": {name: losses_of(system) for name, system in rows.systems.items()},
+        "tokens": {name: tokens_of(system) for name, system in rows.systems.items()},
         "scores": result["per_example"],
         "reasons": result["judge"]["reasons"] if "judge" in result else None,
     }

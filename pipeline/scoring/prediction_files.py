@@ -43,6 +43,8 @@ class Example(BaseModel, strict=True):
     nll: float | None = None
     base_nll: float | None = None
     tokens: int | None = None
+    new_tokens: int | None = None
+    base_new_tokens: int | None = None
     hit_max_new_tokens: bool | None = None
     base_hit_max_new_tokens: bool | None = None
     too_long: bool = False  # for its model: test_llama.py left it out, so it has no nll
@@ -95,6 +97,7 @@ class System:
     general_text: dict | None
     made_from: dict | None
     too_long: int  # examples that its model could not read
+    new_tokens: list  # that it wrote for each prediction, None where its file does not say
     cut_off: list | None  # whether each prediction ended at the limit of new tokens, if known
     empty: list  # whether each prediction is
     found: bool = False  # whether nobody named its file: it was in OUTPUT_DIR
@@ -200,6 +203,7 @@ def systems_of(name, path, data, examples):
             general_text=data.general_text.get(side),
             made_from=data.settings if isinstance(data.settings, dict) else None,
             too_long=len(examples) - len(read),
+            new_tokens=[getattr(example, f"{prefix}new_tokens") for example in examples],
             cut_off=[bool(value) for value in cut_off] if any(value is not None for value in cut_off) else None,
             empty=[not text.strip() for text in predictions],
         )
