@@ -21,6 +21,7 @@ from pipeline.script import fail, first_line, say
 from pipeline.testing import predictions
 
 READ_TOKENS = 4096  # of a pass over whole rows
+FEW_ROWS = 8  # that a CPU multiplies faster as W x'
 STRIDE = 16  # new tokens of a batch after which its keys and values are copied
 WINDOW = 1024  # tokens of the general text that are read at once
 
@@ -36,6 +37,7 @@ def load_system(base, folder, in_4bit, compare):
         logging.set_verbosity_error()  # it tells what it does
         model = model.dequantize()
         logging.set_verbosity_warning()
+    few_rows_first(model)
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)  # no sampling
     if not folder:
         return model, None
@@ -87,6 +89,24 @@ class Room(DynamicLayer):
             whole.narrow(2, length, more).copy_(new)
         self.show(length + more)
         return self.keys, self.values
+
+
+def few_rows_first(model):
+    """On a CPU, compute the products of a few rows as W x': as x W' they take MKL up to seven times as long.
+
+    Testing 6 + 6 rows of SmolLM2-135M on two cores took 44 s with it and 49 without, the dialogues 16 and 22.
+    """
+    if model.device.type == "cpu":
+        for module in model.modules():
+            if type(module) is torch.nn.Linear and module.bias is None:
+                module.forward = functools.partial(linear, module)
+
+
+def linear(module, x):
+    rows = x.flatten(0, -2)
+    if 1 < len(rows) <= FEW_ROWS:
+        return (module.weight @ rows.T).T.contiguous().view(*x.shape[:-1], -1)
+    return torch.nn.functional.linear(x, module.weight)
 
 
 def read_rows(model, prompts, completions, attention):
