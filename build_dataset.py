@@ -1,4 +1,4 @@
-"""Build one data set from samsum (dialogue summarisation), trivia_qa (question answering), your own rows, or all.
+"""Build one data set from samsum (dialogue summaries), trivia_qa (question answering), your own rows, or all three.
 
 Cleans the rows, puts each into the prompt of its task, drops rows without a usable answer and rows of train and
 validation that are also in test, and shuffles the tasks together. If there is no file for validation or test, its rows
@@ -43,15 +43,15 @@ from pipeline.texts import BadData, NearTexts, form_of, one_line
 SAMSUM = "knkarthick/samsum"  # dialogues: a hub id, a folder with train.csv, validation.csv, test.csv, or one file
 TRIVIA_QA = "mandarjoshi/trivia_qa"  # questions: a hub id, a folder with TRIVIA_QA_CONFIG/*.parquet, or one file
 TRIVIA_QA_CONFIG = "rc.wikipedia"  # part of trivia_qa: a folder of its repository
-OWN = ""  # your rows: a CSV, JSON, JSONL or parquet file, a folder with train, validation, test of these, a hub id
+OWN = ""  # your rows: a CSV, JSON, JSONL or parquet file, a folder of such files named by split, or a hub id
 OWN_PROMPT = "{prompt}"  # template of the prompt over the columns of OWN, such as "Question: {question}\nAnswer:"
 OWN_COMPLETION = "completion"  # column of OWN with the answers
-TASKS = ["samsum", "trivia_qa"]  # tasks in the data set: samsum, trivia_qa, own; if OWN alone is given: own
-CONTEXT = "question"  # context of a question: question (the passages nearest to it), first (the first words), none
+TASKS = ["samsum", "trivia_qa"]  # tasks in the data set: samsum, trivia_qa, own; default with OWN: own
+CONTEXT = "question"  # context of a question: question (passages nearest to it), first (first words of pages), none
 MAX_CONTEXT_WORDS = 300  # length limit of a question's context, in words
 TRAIN_EXAMPLES_PER_TASK = 5000  # training rows per task, drawn at random; 0 = all
-VALIDATION_EXAMPLES_PER_TASK = 200  # validation rows per task; 0 = all; without a file, at most a tenth of train
-TEST_EXAMPLES_PER_TASK = 500  # test rows per task; 0 = all; without a file, at most a tenth of train
+VALIDATION_EXAMPLES_PER_TASK = 200  # validation rows per task; 0 = all; if taken from train, at most a tenth of it
+TEST_EXAMPLES_PER_TASK = 500  # test rows per task; 0 = all; if taken from train, at most a tenth of it
 SEED = 0  # random seed for drawing and shuffling rows
 NUM_PROC = 0  # number of processes that choose contexts; 0 = one per CPU
 OUTPUT_DIR = "outputs"  # folder that gets dataset/ and dataset_report.json

@@ -52,15 +52,15 @@ from pipeline.texts import BadData
 from tasks import TASKS, swapped
 
 # Settings: edit here, or override for one run on the command line.
-PREDICTIONS = ()  # FILE: base and tuned, of test_llama.py; NAME=FILE, NAME@SEED=FILE: another; none: OUTPUT_DIR's
-RESAMPLES = 10_000  # of the bootstrap and of the randomisation tests
-SEED = 0  # of the resamples, and of the rows a judge sees
+PREDICTIONS = ()  # prediction files: FILE, NAME=FILE (a system), NAME@SEED=FILE (a training); none: OUTPUT_DIR's
+RESAMPLES = 10_000  # number of resamples of the bootstrap and of the randomisation tests
+SEED = 0  # random seed of the resamples and of the rows a judge sees
 JUDGE_MODEL = ""  # a model that judges the predictions; empty: none
 JUDGE_URL = "https://api.openai.com/v1"  # any OpenAI-compatible server: OpenAI, vLLM, transformers serve
 JUDGE_MAX_EXAMPLES = 0  # rows per task to judge; required with a judge, because requests cost money
-JUDGE_CONCURRENCY = 8  # requests at once
-JUDGE_TIMEOUT = 60.0  # seconds for a request, times those at once: a local server answers one after the other
-OUTPUT_DIR = "outputs"  # holds the predictions, gets evaluation.json and evaluation.html
+JUDGE_CONCURRENCY = 8  # number of parallel requests
+JUDGE_TIMEOUT = 60.0  # timeout of a request in seconds, multiplied by JUDGE_CONCURRENCY
+OUTPUT_DIR = "outputs"  # folder that contains the predictions and gets evaluation.json and evaluation.html
 
 # Fixed
 CHOICES = {"PREDICTIONS": (0, list), "RESAMPLES": (int,), "JUDGE_CONCURRENCY": (int,), "JUDGE_TIMEOUT": (float,)}

@@ -30,16 +30,16 @@ from pipeline.training import estimate
 # Settings: edit here, or override for one run on the command line.
 MODEL = "llama3"  # base model: a key of MODELS in pipeline/models.py, a hub id or a local folder
 CHAT_TEMPLATE = "auto"  # chat template for prompts: on, off; auto: on if the tokenizer has one
-LOAD_IN_4BIT = True  # 4-bit base weights (NF4 with double quantisation); False: 16-bit weights
+LOAD_IN_4BIT = True  # 4-bit base weights (NF4 with double quantisation); without it 16-bit weights
 LORA_R = 8  # rank of the LoRA update
-LORA_ALPHA = 16  # scale of the LoRA update, which is multiplied by LORA_ALPHA / LORA_R
+LORA_ALPHA = 16  # the LoRA update is multiplied by LORA_ALPHA / LORA_R
 LORA_DROPOUT = 0.0  # dropout before the adapter, 0 to below 1; above 0 training needs more memory and time
 TARGET_MODULES = ["all-linear"]  # layers: all-linear or any of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj
 NUM_TRAIN_EPOCHS = 1.0  # passes over the training rows
 MAX_STEPS = 0  # number of optimizer steps; 0 = NUM_TRAIN_EPOCHS decides
 PER_DEVICE_TRAIN_BATCH_SIZE = 0  # batch size in packed rows; 0 = automatic: as many as fit a GPU, 1 on a CPU
 GRADIENT_ACCUMULATION_STEPS = 4  # batches per optimizer step; packed rows per optimizer step if the batch size is 0
-LEARNING_RATE = "auto"  # peak learning rate; auto, by parameters: 1e-3 to 1.5 B, 5e-4 to 5 B, 2e-4 to 20 B, 1e-4 above
+LEARNING_RATE = "auto"  # peak; auto: 1e-3 up to 1.5 B parameters, 5e-4 up to 5 B, 2e-4 up to 20 B, else 1e-4
 WARMUP_STEPS = 10  # optimizer steps in which the learning rate rises, before it falls along a cosine; 0 = none
 MAX_LENGTH = 2048  # length limit of a sequence, in tokens; longer rows are dropped and counted, never truncated
 PACKING = True  # several rows in one sequence; no row attends to another
@@ -56,7 +56,7 @@ REPORT_TO = "none"  # experiment tracker: none, tensorboard, trackio, wandb (you
 SEED = 0  # random seed of the adapter, of dropout and of the order of rows
 DRY_RUN = False  # only estimate what the run would cost; loads no weights
 DRY_RUN_GPU = "here"  # GPU that the dry run assumes: h200, h100, a100, l40s, 4090, 3090, a10, t4; here: this machine
-DRY_RUN_PRICE = 0.0  # price of an hour of that machine, in any currency; 0 = no price is shown
+DRY_RUN_PRICE = 0.0  # price of an hour of the dry run's machine, in any currency; 0 = no price is shown
 OVERWRITE = False  # replace a finished run or another run's output; an interrupted run still resumes
 OUTPUT_DIR = "outputs"  # folder that contains dataset/ and gets checkpoints/ and adapter/
 
