@@ -32,7 +32,7 @@ from tasks import TASKS
 # Settings: edit here, or override for one run on the command line.
 MODEL = "auto"  # base model: a folder or hub id with the same weights; auto: the base that the adapter names
 MERGE_BASE = "auto"  # weights to merge into: 16bit (as stored), 4bit (quantised to NF4 and back); auto: 16bit
-MERGE_DTYPE = "auto"  # stored type: float16, bfloat16, float32; auto: float16 if the weights fit its range, or bfloat16
+MERGE_DTYPE = "auto"  # stored type: float16, bfloat16, float32; auto: float16 if the weights fit it, else bfloat16
 CHECK_ROWS = 4  # number of validation rows, equally from each task, on which the models are compared
 OUTPUT_DIR = "outputs"  # folder that contains adapter/ and dataset/ and gets merged/
 
