@@ -1,5 +1,6 @@
 """benchmarks/make_questions.py: XQuAD's articles become pages, in the splits behind README's table."""
 
+import csv
 import importlib
 import json
 
@@ -53,3 +54,18 @@ def test_the_first_30_articles_are_train_and_12_more_validation_each_one_page_of
         assert [row["entity_pages"]["wiki_context"] for row in rows] == [[page] for page in pages for _ in range(5)]
     result = run("build_dataset.py", "--tasks", "trivia_qa", "--trivia-qa", output, "--output-dir", tmp_path / "out")
     assert result.returncode == 0, result.stderr
+
+
+def test_the_dialogues_of_the_table_are_samsums_validation_rows_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    rows = [[str(i), f'Ann: {i}?\r\nBob: "{i}", yes.', f"It is {i}."] for i in range(818)]
+    with open(tmp_path / "validation.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["id", "dialogue", "summary"], *rows])
+    importlib.import_module("make_questions").write_dialogues(tmp_path / "validation.csv", tmp_path / "out")
+    found = []
+    for split, count in (("train", 600), ("validation", 100), ("test", 118)):
+        with open(tmp_path / "out" / f"{split}.csv", encoding="utf-8", newline="") as file:
+            part = list(csv.DictReader(file))
+        assert len(part) == count
+        found += [[row["id"], row["dialogue"], row["summary"]] for row in part]
+    assert found == rows
