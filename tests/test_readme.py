@@ -46,7 +46,7 @@ def test_files_and_flags_that_they_name_exist():
     flags = {flag_of(setting) for name in NAMES for setting in settings_of(importlib.import_module(name))}
     known = flags | {flag.replace("--", "--no-", 1) for flag in flags}
     others = "num_processes config_file nproc_per_node private outtype outfile port dtype enable-lora max-lora-rank"
-    others += " lora-modules help index-url local-dir variants train-examples output"
+    others += " lora-modules help index-url local-dir variants train-examples output dialogues"
     known |= {f"--{name}" for name in others.split()}
     assert set(re.findall(r"--[a-z][\w-]+", ALL)) <= known
 
