@@ -64,7 +64,7 @@ def scores_of(evaluation, system, tasks=tuple(TASKS)):
             score = part[system].get(metric)
             score = part["perplexity"][system]["perplexity"] if score is None else score
             found[task][metric] = {"score": score, "interval": part["intervals"][system][metric]}
-            if system in part["comparisons"]:
+            if metric in part["comparisons"].get(system, ()):  # none of perplexities over other tokens
                 found[task][metric]["difference"] = part["comparisons"][system][metric]
     return found
 
