@@ -88,11 +88,14 @@ def notes(name, task, result):
         setting = f"{getattr(task, 'OF', name).upper()}_MAX_NEW_TOKENS of test_llama.py"
         shares = ", ".join(f"{percent:.0f} % of {system}'s" for system, percent in often.items())
         sentences.append(f"Answers cut off at the limit, {setting}: {shares}")
-    (first, bits), *others = result["bits"].items()
-    for system, of_system in others:
-        if bits and of_system and bits != of_system:
-            both = f"{first} with weights of {bits} bits, {system} of {of_system}"
-            sentences.append(f"Compared are {both}: part of this difference is quantisation")
+    first, *others = result["bits"]
+    unlike = [system for system in others if {result["bits"][first], result["bits"][system]} == {4, 16}]
+    if unlike:
+        bits, their_bits = result["bits"][first], result["bits"][unlike[0]]
+        reason = f"{first} ran in {bits} bits, {', '.join(unlike)} in {their_bits}"
+        sentences.append(f"{reason}: part of the difference is quantisation")
+    if result["examples"] < FEW:
+        sentences.append(f"Of only {result['examples']} examples no interval or test can be trusted")
     return [f"{sentence}." for sentence in sentences]
 
 
