@@ -1,6 +1,7 @@
 """Three layers, no way back up: who imports whom, read from the syntax trees."""
 
 import ast
+import subprocess
 
 import pytest
 from conftest import ROOT
@@ -65,8 +66,11 @@ def test_there_is_no_circle():
 
 
 def test_at_the_root_there_are_five_scripts_and_what_they_need():
-    names = {path.name for path in ROOT.iterdir() if not path.name.startswith((".", "__pycache__"))}
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git repository")  # and what else is there, such as data, is the user's
+    names = {line.partition("/")[0] for line in listed.stdout.splitlines() if not line.startswith(".")}
     files = {"README.md", "requirements.txt", "LICENSE", "pyproject.toml", "run.sh"}
-    folders = {"tasks", "pipeline", "docs", "tests", "benchmarks", "outputs"}
+    folders = {"tasks", "pipeline", "docs", "tests", "benchmarks"}
     scripts = {"build_dataset.py", "train_llama.py", "test_llama.py", "evaluations.py", "merge_llama.py"}
-    assert scripts <= names <= scripts | files | folders
+    assert names == scripts | files | folders
