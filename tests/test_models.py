@@ -18,7 +18,6 @@ from pipeline.files import rows_of
 from pipeline.testing import decoding
 from pipeline.tokens import encode
 
-TASKS = ("samsum", "trivia_qa")
 ONE = pytest.mark.parametrize("chain", ["tiny_llama3"], indirect=True)
 
 
@@ -105,7 +104,7 @@ def test_a_model_that_is_none(dataset, tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers as the hub does, by the owner's name: the same status for gated and for missing, told by a header."""
+    """Answers as the hub does, by the owner's name: one status for gated and for missing, and a header."""
 
     def do_GET(self):
         code = "GatedRepo" if "/gated/" in self.path else "RepoNotFound"

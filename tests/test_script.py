@@ -84,9 +84,9 @@ def test_a_full_gpu_ends_in_one_sentence_wherever_it_is_met(capsys):
 
     with pytest.raises(SystemExit) as stopped:
         script(main)()
-    told = capsys.readouterr().err
-    assert stopped.value.code == 2 and told.count("error:") == 1
-    assert "the GPU's memory is too small (CUDA out of memory" in told and "missing or broken" not in told
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and message.count("error:") == 1
+    assert "the GPU's memory is too small (CUDA out of memory" in message and "missing or broken" not in message
 
 
 MEMORY = [

@@ -132,12 +132,12 @@ SAID = {  # a setting's choices, what it is edited to, what the sentence says th
 }
 
 
-@pytest.mark.parametrize(("allowed", "value", "told"), SAID.values(), ids=SAID.keys())
-def test_a_setting_that_cannot_be_meant_is_refused_in_plain_words(allowed, value, told, module, capsys):
+@pytest.mark.parametrize(("allowed", "value", "message"), SAID.values(), ids=SAID.keys())
+def test_a_setting_that_cannot_be_meant_is_refused_in_plain_words(allowed, value, message, module, capsys):
     module.NAMES = value
     with pytest.raises(SystemExit, match="2"):
         parse_settings(module, [], {**CHOICES, "NAMES": allowed})
-    assert f"error: --names {told}\n" in capsys.readouterr().err
+    assert f"error: --names {message}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["LIMIT = 3", "SEED = 0", "FLAG = False"])

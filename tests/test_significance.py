@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import math
 import tracemalloc
 
@@ -14,63 +13,6 @@ import evaluations
 from pipeline.scoring import metrics, page, significance
 from tasks import samsum, trivia_qa
 
-MALFORMED = {
-    "not json": ("{", "not valid JSON"),
-    "empty file": ("", "not valid JSON"),
-    "a list": ("[]", "Input should be"),
-    "a number": ("3", "Input should be"),
-    "another file of ours": ('{"settings":\n{}}', "it has neither task nor examples: it is no file of predictions"),
-    "not utf-8": (b"\xff\xfe\x00", "not valid JSON"),
-    "nan": ('{"task": "samsum", "examples": [{"references": ["a"], "prediction": "a", "x": NaN}]}', "not valid JSON"),
-    "infinite perplexity": ({"perplexity": {"tuned": {"perplexity": float("inf")}}}, "not valid JSON"),
-    "number too large": (
-        '{"task": "samsum", "examples": [{"references": ["a"], "prediction": "a"}], "x": 1e999}',
-        "not valid JSON",
-    ),
-    "a broken line": ('{"references": ["a"], "prediction": "a"}\n{"references": ["a"]\n', "not valid JSON"),
-    "lines of no task": ('{"references": ["a"], "prediction": "a"}\n' * 2, "task: Input should be"),
-    "lines of words": ('"a"\n"b"\n', "not valid JSON"),
-    "a third task": (
-        "".join(json.dumps({"task": task, "references": ["a"], "prediction": "a"}) + "\n" for task in ("samsum", "x")),
-        "its rows of task x: task: Input should be 'samsum', 'trivia_qa' or 'own'",
-    ),
-    "rows of no task beside others": (
-        '{"references": ["a"], "prediction": "a"}\n{"references": ["a"], "prediction": "a", "task": "samsum"}',
-        "its rows of task none: task: Input should be 'samsum', 'trivia_qa' or 'own'",
-    ),
-    "a broken row of one task": (
-        '{"references": ["a"], "prediction": "a", "task": "trivia_qa"}\n{"references": ["a"], "task": "samsum"}',
-        "its rows of task samsum: examples.0.prediction: Field required",
-    ),
-    "a list of words": ('["a", "b"]', "not valid JSON"),
-    "no task": ({"task": None}, "task: Input should be 'samsum', 'trivia_qa' or 'own'"),
-    "unknown task": ({"task": "squad"}, "task: Input should be 'samsum', 'trivia_qa' or 'own'"),
-    "task is a list": ({"task": ["samsum"]}, "task: Input should be 'samsum', 'trivia_qa' or 'own'"),
-    "no examples": ({"examples": []}, "examples: List should have at least 1 item"),
-    "examples is no list": ({"examples": {}}, "examples: Input should be a valid list"),
-    "first example is no object": ({"examples": [3]}, "examples.0: "),
-    "example is no object": ({"examples": [example(), 3]}, "examples.1: "),
-    "no prediction": ({"examples": [{"references": ["a"]}]}, "examples.0.prediction: Field required"),
-    "no references": ({"examples": [example(), {"prediction": "a"}]}, "examples.1.references: Field required"),
-    "prediction is null": ({"examples": [example(prediction=None)]}, "examples.0.prediction: "),
-    "prediction is a number": ({"examples": [example(prediction=3)]}, "examples.0.prediction: "),
-    "prediction is no text": ({"examples": [example(prediction="\ud800")]}, "not valid JSON"),
-    "references empty": ({"examples": [example(references=[])]}, "examples.0.references: "),
-    "reference a number": ({"examples": [example(references=["a", 1])]}, "examples.0.references.1: "),
-    "base in some": ({"examples": [example(base_prediction="a"), example()]}, "examples.1 has no base_prediction"),
-    "base in others": ({"examples": [example(), example(base_prediction="a")]}, "examples.0 has no base_prediction"),
-    "base is a number": ({"examples": [example(base_prediction=1)]}, "examples.0.base_prediction: "),
-    "id twice": (
-        {"examples": [example(id="x"), example(id="y"), example(id="x")]},
-        "id 'x' is there more than once",
-    ),
-    "number and text twice": ({"examples": [example(id=1), example(id="1")]}, "id '1' is there more than once"),
-    "id in some": ({"examples": [example(id="x"), example()]}, "examples.1 has no id"),
-    "id is a list": ({"examples": [example(id=[3])]}, "examples.0.id: "),
-    "prompt is a list": ({"examples": [example(prompt=["a"])]}, "examples.0.prompt: "),
-    "perplexity is a number": ({"perplexity": 3}, "perplexity: "),
-    "perplexity is a word": ({"perplexity": {"tuned": {"perplexity": "low"}}}, "perplexity.tuned.perplexity."),
-}
 ARGS = evaluations.parse_args(["--resamples", "1000"])
 SCORES = functools.partial(metrics.corpus_scores, trivia_qa)
 COLUMNS = len(metrics.means(trivia_qa)) + 12
