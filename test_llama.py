@@ -49,7 +49,7 @@ COMPARE_WITH_BASE = True  # also test the base, with the adapter switched off
 SWAP_ANSWERS = False  # replace the answers in trivia_qa's contexts, to see whether the model reads or recalls
 SHOTS = 0  # solved train examples in front of each test prompt, for a model without an adapter; 0 = none
 LOAD_IN_4BIT = None  # 4-bit weights: True, False; None: as in training, and for a model without an adapter False
-MAX_BATCH_TOKENS = 16384  # batch size in tokens, prompts and predictions; 16384 take 2 GB for keys and values at 8B
+MAX_BATCH_TOKENS = 0  # batch size in tokens, prompts and predictions; 0 = automatic: 16384 on a GPU, 8192 on a CPU
 SAMSUM_MAX_NEW_TOKENS = samsum.MAX_NEW_TOKENS  # length limit of a summary, in tokens; references have up to 80
 TRIVIA_QA_MAX_NEW_TOKENS = trivia_qa.MAX_NEW_TOKENS  # length limit of an answer, in tokens; it also ends at a line end
 OWN_MAX_NEW_TOKENS = own.MAX_NEW_TOKENS  # length limit of an answer to your own prompts, in tokens
@@ -70,9 +70,8 @@ OUTPUT_DIR = "outputs"  # folder that contains dataset/ and adapter/ and gets th
 CHOICES = {"CHAT_TEMPLATE": CHAT_TEMPLATES, "SERVER_API": ("auto", "completions", "chat")}
 CHOICES |= {"LOAD_IN_4BIT": (bool, None), "SERVER_CONCURRENCY": (int,), "SERVER_TIMEOUT": (float,)}
 CHOICES |= dict.fromkeys(("COMPARE_WITH_BASE", "SWAP_ANSWERS", "OVERWRITE"), (bool,))
-CHOICES |= dict.fromkeys(("MAX_BATCH_TOKENS", "SAMSUM_MAX_NEW_TOKENS", "TRIVIA_QA_MAX_NEW_TOKENS"), (int,))
-CHOICES |= {"OWN_MAX_NEW_TOKENS": (int,)}
-CHOICES |= dict.fromkeys(("SHOTS", "SERVER_MAX_EXAMPLES", "SERVER_THOUGHT_TOKENS"), (0, int))
+CHOICES |= dict.fromkeys(("SAMSUM_MAX_NEW_TOKENS", "TRIVIA_QA_MAX_NEW_TOKENS", "OWN_MAX_NEW_TOKENS"), (int,))
+CHOICES |= dict.fromkeys(("SHOTS", "MAX_BATCH_TOKENS", "SERVER_MAX_EXAMPLES", "SERVER_THOUGHT_TOKENS"), (0, int))
 CHOICES |= dict.fromkeys(("SERVER_INPUT_PRICE", "SERVER_OUTPUT_PRICE"), (0, float))
 # Settings that are resolved, or without an influence
 UNBOUND = ("adapter", "model", "chat_template", "load_in_4bit", "general_text", "name", "overwrite", "output_dir")
@@ -215,27 +214,28 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state,
     max_tokens = args.max_batch_tokens if attention == "packed" else 1  # else nothing keeps the rows apart
     batches = plan(task, rows, tokenizer, new, model.config.max_position_embeddings, max_tokens, shots)
     done = predictions.examples_done(path, run)
+    if done:
+        say(f"{task}: going on, {len(done)} of {len(rows)} rows are there from before")
     state.wait_for_everyone()  # all have read what is done before any adds to it
     undone = [batch for batch in batches if not all(row["place"] in done for row in batch)]
     share = undone[state.process_index :: state.num_processes]
     ends = end_tokens(model, tokenizer)
     started, tokens = time.time(), 0
-    bar = progress(total=sum(map(len, share)), desc=task, unit=" rows")
+    systems = predictions.systems(run)
+    bar = progress(total=len(systems) * sum(map(len, share)), desc=task, unit=" answers")
     part = path.with_name(f".{path.stem}.part{state.process_index}.jsonl")
     with part.open("a") as file, bar, torch.inference_mode():
         for batch in share:
             examples = {row["place"]: {"tokens": len(row["completion_ids"])} for row in batch}
-            for prefix in predictions.systems(run).values():
+            for prefix in systems.values():
                 with adapter_off() if prefix else contextlib.nullcontext():
-                    results = decoding.test_batch(model, tokenizer, batch, attention, new, ends, one_line)
+                    results = decoding.test_batch(model, tokenizer, batch, attention, new, ends, one_line, bar)
                 for row, result in zip(batch, results, strict=True):
                     examples[row["place"]] |= {prefix + key: value for key, value in result.items()}
                     tokens += len(row["prompt_ids"]) + len(row["completion_ids"]) + result["new_tokens"]
             predictions.append_work(file, run, list(examples.items()))
-            bar.update(len(batch))
     took = f"{time.time() - started:.1f} s" + (" (first process)" if state.num_processes > 1 else "")
-    before = f", {len(done)} of them from before" if done else ""
-    say(f"{task}: {len(rows)} rows{before}; {tokens:,} tokens in {took}")
+    say(f"{task}: {len(rows)} rows, {tokens:,} tokens in {took}")
 
 
 def test_undone(args, tasks, base, folder, in_4bit, tokenizer, rows, state):
@@ -299,6 +299,8 @@ def main(argv=None):
     machine.own_gpu("test_llama.py")
     machine.warn_of_load()
     models.quiet()
+    # 16384 take 2 GB for keys and values at 8B; on a CPU half of it is as fast, in less memory
+    args.max_batch_tokens = args.max_batch_tokens or (16384 if torch.cuda.is_available() else 8192)
     with only_run_in(args.output_dir):
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
         tokenizer = tokenizer_of(base, source, args.chat_template)

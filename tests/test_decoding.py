@@ -109,17 +109,19 @@ def test_a_row_in_a_batch_is_predicted_and_scored_as_alone_and_as_by_generate(ch
     ends = {tokenizer.eos_token_id, *tokenizer("a e s. , ? and the Tom").input_ids[1:]}  # else random models go on
     end_of = decoding.answer_end(tokenizer, ends, one_line=False)
     assert len({len(p) for p in prompts}) > 10 and max(map(len, prompts)) > 60 * min(map(len, prompts))
-    generate, sizes = model.generate, []
+    generate, sizes, ended = model.generate, [], []
+    bar = SimpleNamespace(update=ended.append)
     monkeypatch.setattr(model, "generate", lambda ids, **options: sizes.append(len(ids)) or generate(ids, **options))
     with torch.inference_mode():
-        together = decoding.test_rows(model, prompts, completions, "packed", 24, ends, end_of)
+        together = decoding.test_rows(model, prompts, completions, "packed", 24, ends, end_of, bar)
+        assert sum(ended) == len(prompts) and len(ended) > 1  # the bar moves as rows end, not at the batch's end
         sizes.clear()
         monkeypatch.setattr(decoding, "STRIDE", 3)
         monkeypatch.setattr(decoding, "READ_TOKENS", 100)
-        often = decoding.test_rows(model, prompts, completions, "packed", 23, ends, end_of)
+        often = decoding.test_rows(model, prompts, completions, "packed", 23, ends, end_of, bar)
         assert sizes == sorted(sizes)[::-1] and len(set(sizes)) > 2  # rows that have ended are left out
         pairs = zip(prompts, completions, strict=True)
-        alone = [decoding.test_rows(model, [p], [c], "packed", 24, ends, end_of)[0] for p, c in pairs]
+        alone = [decoding.test_rows(model, [p], [c], "packed", 24, ends, end_of, bar)[0] for p, c in pairs]
         options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": sorted(ends), "pad_token_id": 0}
         generated = [
             model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), **options)[0, len(p) :].tolist()

@@ -81,7 +81,7 @@ def test_stopped_by_ctrl_c_and_killed_twice_it_goes_on_and_writes_the_same_bytes
     assert "the same command resumes" in printed.read_text() and "Traceback" not in printed.read_text()
     result = run("test_llama.py", *arguments)
     assert result.returncode == 0, result.stderr
-    assert "of them from before" in result.stdout and not list(out.glob(".*"))
+    assert "of 6 rows are there from before" in result.stdout and not list(out.glob(".*"))
     assert test(out, *arguments[:4], "--name", "undisturbed") == 0
     assert_same_files(out, "_undisturbed")
 
@@ -115,7 +115,7 @@ def test_work_left_behind_is_used_and_a_cut_off_line_healed(cut, healed, chain, 
         part.rename(out / ".samsum_predictions.part3.jsonl")
     capsys.readouterr()
     assert test(out, *SHORT, "--max-batch-tokens", "1") == 0
-    assert f"samsum: 6 rows, {healed} of them from before" in capsys.readouterr().out
+    assert f"samsum: going on, {healed} of 6 rows are there from before" in capsys.readouterr().out
     assert column(out, "samsum", "prediction") == column(chain, "samsum", "prediction")
     assert not list(out.glob(".*"))
 

@@ -252,7 +252,7 @@ def test_the_swapped_questions_are_asked_into_a_file_of_their_own_and_a_cut_off_
     path.unlink()
     capsys.readouterr()
     assert test(out, "--swap-answers", "--max-batch-tokens", 1) == 0
-    assert "2 rows, 1 of them from before" in capsys.readouterr().out and path.read_text() == text
+    assert "going on, 1 of 2 rows are there from before" in capsys.readouterr().out and path.read_text() == text
     assert test(out, "--swap-answers", "--max-batch-tokens", 1) == 0 and "nothing to do" in capsys.readouterr().out
     assert test(out, "--name", "swapped") == 2 and "swap answers" in capsys.readouterr().err  # that file's own name
     assert test(out, "--swap-answers", "--name", "x", "--no-compare-with-base") == 0

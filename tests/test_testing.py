@@ -165,7 +165,7 @@ def test_an_interrupted_run_with_examples_resumes_and_another_number_of_them_is_
         test(out, *SHOTS)
     monkeypatch.undo()
     capsys.readouterr()
-    assert test(out, *SHOTS) == 0 and "samsum: 6 rows, 6 of them from before" in capsys.readouterr().out
+    assert test(out, *SHOTS) == 0 and "samsum: going on, 6 of 6 rows are there" in capsys.readouterr().out
     assert test(out, *SHOTS) == 0 and capsys.readouterr().out.count("nothing to do") == 2
     before = snapshot(out)
     assert "shots 3 there, 2 now" in refused(out, *SHOTS, "--shots", 2)
@@ -307,7 +307,7 @@ def peft_adapter(folder, targets, **options):
     return folder
 
 
-@pytest.mark.parametrize("flag", ["--max-batch-tokens=0", "--samsum-max-new-tokens=0", "--name=../x"])
+@pytest.mark.parametrize("flag", ["--max-batch-tokens=-1", "--samsum-max-new-tokens=0", "--name=../x"])
 def test_a_flag_out_of_range(flag, tmp_path):
     assert_refused(run("test_llama.py", flag, "--output-dir", tmp_path), flag.split("=")[0])
 

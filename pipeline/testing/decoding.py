@@ -146,10 +146,10 @@ def padded(caches, prompts, completions):
     return caches[0]
 
 
-def test_rows(model, prompts, completions, attention, new, ends, end_of):
+def test_rows(model, prompts, completions, attention, new, ends, end_of, bar):
     """nll (nats) and greedy prediction (list of at most `new` ids, an ending one included) of each row.
 
-    ends: ids that end any text. end_of: the answer_end of the task.
+    ends: ids that end any text. end_of: the answer_end of the task. bar: goes on by one for each row that has ended.
     """
     nll, cache = read_rows(model, prompts, completions, attention)
     model.set_attn_implementation("sdpa")
@@ -181,24 +181,27 @@ def test_rows(model, prompts, completions, attention, new, ends, end_of):
             written[place] += more_ids
         mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
         left = [i for i, place in enumerate(going) if end_of(written[place]) is None]
+        bar.update(len(going) - len(left))
         if not left:
             break
+    bar.update(len(left))
     return [(loss, row[: end_of(row)]) for loss, row in zip(nll, written, strict=True)]
 
 
-def in_halves(model, prompts, completions, *options):
+def in_halves(model, prompts, completions, *options, bar):
     """test_rows, of half the rows at a time where GPU memory ends."""
+    before = bar.n
     try:
-        return test_rows(model, prompts, completions, *options)
+        return test_rows(model, prompts, completions, *options, bar)
     except torch.OutOfMemoryError as error:
         if len(prompts) == 1:
             reason = f"one row is too much for the GPU's memory ({first_line(error)})"
             fail(f"{reason}: try --load-in-4bit", in_any_process=True)
     torch.cuda.empty_cache()
     say(f"{len(prompts)} rows are too much for the GPU's memory: halved; try a lower --max-batch-tokens")
-    middle = len(prompts) // 2
-    first = in_halves(model, prompts[:middle], completions[:middle], *options)
-    return first + in_halves(model, prompts[middle:], completions[middle:], *options)
+    bar.n, middle = before, len(prompts) // 2
+    first = in_halves(model, prompts[:middle], completions[:middle], *options, bar=bar)
+    return first + in_halves(model, prompts[middle:], completions[middle:], *options, bar=bar)
 
 
 def answer_end(tokenizer, ends, one_line):
@@ -219,13 +222,13 @@ def answer_end(tokenizer, ends, one_line):
     return end_of
 
 
-def test_batch(model, tokenizer, rows, attention, new, ends, one_line):
+def test_batch(model, tokenizer, rows, attention, new, ends, one_line, bar):
     """What is known of each row after it, under the names of the predictions file."""
     prompts = [row["prompt_ids"] for row in rows]
     completions = [row["completion_ids"] for row in rows]
     end_of = answer_end(tokenizer, ends, one_line)
     results = []
-    tested = in_halves(model, prompts, completions, attention, new, ends, end_of)
+    tested = in_halves(model, prompts, completions, attention, new, ends, end_of, bar=bar)
     for row, (nll, ids) in zip(rows, tested, strict=True):
         if not nll < MAX_NLL * len(row["completion_ids"]):  # NaN too
             reason = f"{row['id']} has a log-likelihood of {-nll}: the model diverged"
