@@ -35,7 +35,7 @@ import pyarrow
 import tasks
 from pipeline.files import only_run_in, put_back, sha256, whole_folder, write_whole
 from pipeline.rows import SUFFIXES, read_first, read_rows, render_places
-from pipeline.script import fail, first_line, git_commit, progress, say, script, table, versions
+from pipeline.script import fail, git_commit, progress, say, script, table, versions, why_no_download
 from pipeline.settings import flag_of, parse_settings
 from pipeline.texts import BadData, NearTexts, form_of, one_line
 
@@ -118,7 +118,7 @@ def find_in_folder(name, source, root, args):
         except huggingface_hub.errors.IncompleteSnapshotError as error:
             root, reached = Path(error.snapshot_path), False
         except Exception as error:  # a dozen kinds, from no network to a full disk
-            fail(f"{name}: cannot load {source} ({first_line(error)}): {network}")
+            fail(f"{name}: cannot load {source} ({why_no_download(error)}): {network}")
         revision = root.name  # the hub's cache names a folder by its commit
         if not reached:
             place, remedy = f"the cache of {source}, and the hub could not be reached", network

@@ -5,7 +5,8 @@ log likelihood / scored tokens) over the reference completion and its EOS token,
 prediction. The perplexity of a general text, which belongs to no task, shows what fine-tuning or quantising cost
 elsewhere. That text is read in windows of 1,024 tokens that do not overlap, each after a BOS token if the tokenizer
 has one; without BOS, a window's first token is not scored. If a run is interrupted, the same command resumes it.
-With --server, an OpenAI-compatible server is asked, and no model is loaded. This is a script, not a pytest file.
+With --server, an OpenAI-compatible server is asked, and no model is loaded. With --ask, the model answers one text of
+yours, through the prompt that it was trained on, and nothing is written. This is a script, not a pytest file.
 
 Reads:  OUTPUT_DIR/dataset/ (test) and OUTPUT_DIR/adapter/, whose adapter_config.json names the base model.
 Writes: OUTPUT_DIR/samsum_predictions.json, trivia_qa_predictions.json, own_predictions.json: one per task with rows.
@@ -18,6 +19,8 @@ Writes: OUTPUT_DIR/samsum_predictions.json, trivia_qa_predictions.json, own_pred
     python test_llama.py --adapter none --shots 3 --name base-3-shot
     python test_llama.py --swap-answers
     python test_llama.py --server http://127.0.0.1:8000/v1
+    python test_llama.py --ask dialogue.txt
+    python test_llama.py --ask "Where was the treaty signed?" --context page.txt
     accelerate launch --num_processes 2 test_llama.py
 """
 
@@ -63,11 +66,15 @@ SERVER_THOUGHT_TOKENS = 0  # additional tokens for the thoughts of a reasoning m
 SERVER_MAX_EXAMPLES = 0  # rows per task to ask for, as a server may cost money; 0 = all
 SERVER_INPUT_PRICE = 0.0  # price of a million tokens that the server reads, in any currency; 0 = no price is shown
 SERVER_OUTPUT_PRICE = 0.0  # price of a million tokens that the server writes; 0 = no price is shown
+ASK = ""  # text to answer instead of a test: a question, a file with a dialogue, or - for standard input
+CONTEXT = ""  # text file with the context of the question of --ask; 300 words of it are taken
+TASK = "auto"  # task of --ask, whose prompt it gets: samsum, trivia_qa, own; auto: the one that fits the text
 OVERWRITE = False  # replace predictions of another run
 OUTPUT_DIR = "outputs"  # folder that contains dataset/ and adapter/ and gets the predictions
 
 # Fixed
 CHOICES = {"CHAT_TEMPLATE": CHAT_TEMPLATES, "SERVER_API": ("auto", "completions", "chat")}
+CHOICES |= {"TASK": ("auto", *TASKS)}
 CHOICES |= {"LOAD_IN_4BIT": (bool, None), "SERVER_CONCURRENCY": (int,), "SERVER_TIMEOUT": (float,)}
 CHOICES |= dict.fromkeys(("COMPARE_WITH_BASE", "SWAP_ANSWERS", "OVERWRITE"), (bool,))
 CHOICES |= dict.fromkeys(("SAMSUM_MAX_NEW_TOKENS", "TRIVIA_QA_MAX_NEW_TOKENS", "OWN_MAX_NEW_TOKENS"), (int,))
@@ -75,6 +82,7 @@ CHOICES |= dict.fromkeys(("SHOTS", "MAX_BATCH_TOKENS", "SERVER_MAX_EXAMPLES", "S
 CHOICES |= dict.fromkeys(("SERVER_INPUT_PRICE", "SERVER_OUTPUT_PRICE"), (0, float))
 # Settings that are resolved, or without an influence
 UNBOUND = ("adapter", "model", "chat_template", "load_in_4bit", "general_text", "name", "overwrite", "output_dir")
+UNBOUND += ("ask", "context", "task")
 UNBOUND += ("shots",)  # noted where there are any: files without stay finished
 
 
@@ -88,6 +96,10 @@ def parse_args(argv=None):
         check_url("--server", args.server)
         if args.shots:
             fail("--shots is for a model that is loaded here: leave out --server or --shots")
+    if args.ask and (args.server or args.shots or args.swap_answers):
+        fail("--ask is for a model that is loaded here, without examples: leave out --server, --shots, --swap-answers")
+    if not args.ask and (args.context or args.task != "auto"):
+        fail("--context and --task are for --ask: give that, too")
     return args
 
 
@@ -103,6 +115,33 @@ def swap_answers(args, rows):
     dataset = Dataset.from_list(swapped_rows)
     dataset._fingerprint = rows._fingerprint  # the rows that they were made from
     return dataset, counts
+
+
+def answer(args):
+    """Print what the base and the fine-tuned model, or a model alone, answer to ASK."""
+    import torch
+    from datasets import Dataset
+
+    from pipeline.testing import decoding
+    from pipeline.testing.asking import prompt_to_ask
+
+    base, folder, in_4bit, source = choose_system(args)
+    task, prompt, one_line = prompt_to_ask(args, TASKS, source or Path(args.output_dir, "adapter"))
+    tokenizer = tokenizer_of(base, source, args.chat_template)
+    model, adapter_off = decoding.load_system(base, folder, in_4bit, args.compare_with_base)
+    rows = Dataset.from_list([{"id": "--ask", "prompt": prompt, "completion": " a"}])  # its completion is not shown
+    new = vars(args)[f"{task}_max_new_tokens"]
+    [row] = plan(task, rows, tokenizer, new, model.config.max_position_embeddings, 1)[0]
+    way = ", through the chat template" if tokenizer.chat_template else ""
+    say(f"asked as {task}: {len(row['prompt_ids'])} tokens{way}, answered in at most {new}")
+    attention, ends, bar = choose_attention("packed"), end_tokens(model, tokenizer), progress(total=1)
+    names = {"base": "the base", "tuned": "the fine-tuned model" if folder else "the model"}
+    answered_by = predictions.systems({"adapter": folder or "none", "compare_with_base": args.compare_with_base})
+    for system in sorted(answered_by):  # the base first
+        with adapter_off() if system == "base" else contextlib.nullcontext(), torch.inference_mode():
+            [result] = decoding.test_batch(model, tokenizer, [row], attention, new, ends, one_line, bar)
+        cut_off = " (cut off at the limit of tokens)" if result["hit_max_new_tokens"] else ""
+        say(f"\n{names[system]}{cut_off}:\n{result['prediction'] or '(nothing)'}")
 
 
 def choose_system(args):
@@ -172,6 +211,7 @@ def run_identity(args, base, folder, in_4bit, rows, tokenizer, text):
         "chat_template": predictions.template_of(tokenizer),
         "tokenizer": tokenizer_identity(tokenizer),
         "rows": rows._fingerprint,
+        "examples": len(rows),
         "general_text": hashlib.sha256(text.encode()).hexdigest()[:16] if text else "none",
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
@@ -277,9 +317,15 @@ def test_undone(args, tasks, base, folder, in_4bit, tokenizer, rows, state):
 @script
 def main(argv=None):
     args = parse_args(argv)
-    if args.server and os.environ.get("WORLD_SIZE", "1") != "1":
-        fail("--server is for one process: start the script with python, not with torchrun or accelerate launch")
+    if (args.server or args.ask) and os.environ.get("WORLD_SIZE", "1") != "1":
+        reason = f"{'--server' if args.server else '--ask'} is for one process"
+        fail(f"{reason}: start the script with python, not with torchrun or accelerate launch")
     started = time.time()
+    if args.ask:
+        machine.own_gpu("test_llama.py")
+        models.quiet()
+        answer(args)
+        return
     rows = load_rows(args.output_dir, "test")
     tasks = tasks_of(args, rows)
     if args.swap_answers:

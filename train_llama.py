@@ -54,7 +54,7 @@ SAVE_MINUTES = 15.0  # minutes without a checkpoint after which the next step sa
 SAVE_TOTAL_LIMIT = 2  # number of checkpoints to keep, in addition to the best one
 REPORT_TO = "none"  # experiment tracker: none, tensorboard, trackio, wandb (you install it)
 SEED = 0  # random seed of the adapter, of dropout and of the order of rows
-DRY_RUN = False  # only estimate what the run would cost; loads no weights
+DRY_RUN = False  # only estimate what the run would cost, also before there is a data set; loads no weights
 DRY_RUN_GPU = "here"  # GPU that the dry run assumes: h200, h100, a100, l40s, 4090, 3090, a10, t4; here: this machine
 DRY_RUN_PRICE = 0.0  # price of an hour of the dry run's machine, in any currency; 0 = no price is shown
 OVERWRITE = False  # replace a finished run or another run's output; an interrupted run still resumes
@@ -83,7 +83,7 @@ LEARNING_RATES = {1.5e9: 1e-3, 5e9: 5e-4, 20e9: 2e-4, float("inf"): 1e-4}  # up 
 # Settings that may differ when a run resumes: they do not touch the weights.
 UNBOUND = ["output_dir", "overwrite", "dry_run", "dry_run_gpu", "dry_run_price", "logging_steps", "report_to"]
 UNBOUND += ["save_steps", "save_minutes", "save_total_limit"]
-HIDDEN = ("settings", "run", "versions", "git_commit", "adapter_sha256")  # of run.json, not printed at the end
+HIDDEN = ("settings", "run", "tasks", "versions", "git_commit", "adapter_sha256")  # of run.json, not printed
 
 
 def parse_args(argv=None):
@@ -115,6 +115,7 @@ def run_identity(args, base, tokenizer, rows):
     settings = {name: value for name, value in vars(args).items() if name not in UNBOUND}
     model = {"model": base, "weights": models.weights_identity(base), "tokenizer": tokenizer_identity(tokenizer)}
     data = {f"{split} rows": part._fingerprint for split, part in rows.items()}
+    data |= {f"{split} examples": len(part) for split, part in rows.items()}
     return settings | model | data | {"processes": int(os.environ.get("WORLD_SIZE", 1))}
 
 
@@ -145,11 +146,12 @@ def where_to_start(args, run):
     if manifest.get("run") == run and not (finished and step >= old.get("steps", 0)):
         return checkpoint, manifest
     if not args.overwrite:
-        remedy = "give its settings again to resume it, or --overwrite to start again, or another --output-dir"
+        resume = "give its settings again to resume it, or "
+        remedy = "give --overwrite to start again, or another --output-dir"
         if checkpoint:
-            files.refuse_another(checkpoint, manifest.get("run", {}), run, remedy)
+            files.refuse_another(checkpoint, manifest.get("run", {}), run, remedy, resume)
         if any(adapter.glob("*")):
-            files.refuse_another(adapter, old.get("run", {}), run, remedy)
+            files.refuse_another(adapter, old.get("run", {}), run, remedy, resume)
     return None, {}
 
 
@@ -213,6 +215,7 @@ def summary(args, base, trainer, train_rows):
         "base_model": base,
         "settings": vars(args),
         "run": trainer.run,
+        "tasks": files.read_json(Path(args.output_dir) / "dataset" / "tasks.json"),  # for --ask of test_llama.py
         "versions": versions("torch", "transformers", "trl", "peft", "bitsandbytes"),
         "git_commit": git_commit(),
         "chat_template": bool(trainer.processing_class.chat_template),
@@ -270,6 +273,28 @@ def read_base(args, base):
     return shape, tokenizer_of(base, None, args.chat_template)
 
 
+def dry_run(args, base):
+    """Print what the run would cost, also where there is no data set yet, or no access to a model of MODELS."""
+    from pipeline.training.trainer import lora_config
+
+    tokenizer, problem = None, base in estimate.SHAPES and models.try_to_fetch(base, weights=False)[1]
+    if problem:
+        say(f"{problem}. This estimate goes by the model's published sizes.")
+        shape = estimate.model_shape(base, estimate.known_config(base), lora_config(args))
+        choose_learning_rate(args, shape)
+    else:
+        shape, tokenizer = read_base(args, base)
+    if not Path(args.output_dir, "dataset").exists():
+        tokens = estimate.assumed_rows(None, args.max_length)
+    elif not tokenizer:
+        tokens = estimate.assumed_rows(files.load_rows(args.output_dir, "train"), args.max_length)
+    else:
+        tokens = tokenize(files.load_rows(args.output_dir, "train"), tokenizer, args.max_length, "train")
+        validation_sets(files.load_rows(args.output_dir, "validation"), tokenizer, args)  # says what is dropped
+    estimate.choose_kernels(args)
+    estimate.dry_run(shape, tokens, pack(tokens, args), args)
+
+
 def train(args, base, rows):
     """Train on {split: rows} from wherever this run was, and write the adapter."""
     from pipeline.training.trainer import QLoRATrainer, train_until_done
@@ -318,19 +343,16 @@ def train(args, base, rows):
 def main(argv=None):
     args = parse_args(argv)
     base = models.find_model(args.model)
-    rows = {split: files.load_rows(args.output_dir, split) for split in ("train", "validation")}
+    splits = () if args.dry_run else ("train", "validation")
+    rows = {split: files.load_rows(args.output_dir, split) for split in splits}
     machine.own_gpu("train_llama.py")
     machine.warn_of_load()
     models.quiet()
-    if not args.dry_run:
-        with files.only_run_in(args.output_dir):
-            train(args, base, rows)
+    if args.dry_run:
+        dry_run(args, base)
         return
-    shape, tokenizer = read_base(args, base)
-    tokens = tokenize(rows["train"], tokenizer, args.max_length, "train")
-    validation_sets(rows["validation"], tokenizer, args)  # says what is dropped of them
-    estimate.choose_kernels(args)
-    estimate.dry_run(shape, tokens, pack(tokens, args), args)
+    with files.only_run_in(args.output_dir):
+        train(args, base, rows)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_
     if query.is_cuda and query.dtype != torch.float32:
         from torch.nn.attention.varlen import varlen_attn
 
-        flat = [x[0].transpose(0, 1) for x in (query, key, value)]
+        # not x[0]: its backward fills a tensor with zeros for each, and the kernels after it copy that
+        flat = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
         bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         out = varlen_attn(*flat, *bounds, scale=scaling, window_size=(-1, 0), enable_gqa=True)
         return out[None], None

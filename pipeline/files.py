@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +13,16 @@ from pathlib import Path
 from pipeline.script import FULL, fail, first_line, is_main, say
 
 MANIFEST = "whole.json"  # makes a folder count
+HASH = re.compile("[0-9a-f]{16}")
+CONTENTS = {  # names in an identity whose values are hashes: what is said where they differ
+    **dict.fromkeys(("train rows", "validation rows", "rows"), "the data set was built again"),
+    **dict.fromkeys(("adapter", "adapter_sha256"), "the adapter is another one"),
+    "adapter_config": "the adapter's configuration is another one",
+    "weights": "the base's weights are others",
+    "tokenizer": "the tokenizer or its chat template is another one",
+    "chat_template": "the chat template is another one",  # in a test; in a training it is a setting
+    "general_text": "the general text is another one",
+}
 
 
 def sha256(path):
@@ -139,12 +150,21 @@ def read_manifest(folder):
         return {}, ["unfinished"]
 
 
-def refuse_another(what, old, new, remedy):
-    """Exit 2 where two identities (flat dicts) differ, with every difference by name."""
-    changed = [name for name in new if old.get(name) != new[name]]
-    differences = [f"{name.replace('_', ' ')} {old.get(name, 'unknown')} there, {new[name]} now" for name in changed]
-    if differences:
-        fail(f"{what} is of another run ({'; '.join(differences)}): {remedy}")
+def refuse_another(what, old, new, remedy, resume=""):
+    """Exit 2 where two identities (flat dicts) differ, with every difference by name.
+
+    resume: what can be done, beside the remedy, where settings alone differ.
+    """
+    contents, settings = [], []
+    for name in new:
+        before, now = old.get(name, "unknown"), new[name]
+        if name in CONTENTS and HASH.search(f"{before}") and HASH.search(f"{now}"):
+            contents += [CONTENTS[name]] if before != now and CONTENTS[name] not in contents else []
+        elif name not in old or before != now:
+            settings.append(f"{name.replace('_', ' ')} {before} there, {now} now")
+    if contents or settings:
+        remedy = remedy if contents else resume + remedy
+        fail(f"{what} is of another run ({'; '.join(contents + settings)}): {remedy}")
 
 
 def load_rows(output_dir, split):
@@ -176,11 +196,11 @@ def rows_of(rows, task):
     return rows.filter(lambda name: name == task, input_columns="task")
 
 
-def built_tasks(output_dir, tasks):
+def built_tasks(output_dir, tasks, noted=None):
     """{task: {"prompt": its template, "one_line": whether an answer ends at its line's end}} as the rows were built.
 
-    tasks: {name: module}, for a data set that does not say.
+    tasks: {name: module}, for a data set that does not say. noted: what an adapter's run.json says of its own.
     """
-    written = read_json(Path(output_dir) / "dataset" / "tasks.json")
+    written = noted or read_json(Path(output_dir) / "dataset" / "tasks.json")
     now = {name: {"prompt": task.PROMPT, "one_line": task.ONE_LINE} for name, task in tasks.items()}
     return {name: written.get(name, now[name]) for name in tasks}

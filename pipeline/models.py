@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline import machine
 from pipeline.files import MANIFEST, read_json, sha256
-from pipeline.script import command, fail, first_line, out_of_memory, say
+from pipeline.script import command, fail, first_line, out_of_memory, say, why_no_download
 
 MODELS = {
     # free to download; Apache 2.0
@@ -57,22 +57,31 @@ def find_model(model):
 
 def fetch(model, weights=True):
     """The local folder with a model's files: its own, or of a hub id the hub cache's, downloaded where need be."""
+    folder, problem = try_to_fetch(model, weights)
+    if problem:
+        fail(problem)
+    return folder
+
+
+def try_to_fetch(model, weights):
+    """(the local folder with a model's files, "") or (None, a sentence that says why there is none)."""
     if Path(model).is_dir():
-        return Path(model)
+        return Path(model), ""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
         patterns = (*SMALL_FILES, "*.safetensors") if weights else SMALL_FILES
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(model, allow_patterns=patterns)), ""
     except GatedRepoError:  # before the next one: it is one of its kind
         remedy = f"accept its licence at https://huggingface.co/{model}, then run: {command('hf')} auth login"
-        fail(f"{model} is gated: {remedy}")
+        return None, f"{model} is gated: {remedy}"
     except RepositoryNotFoundError:
         remedy = f"check the name, or run: {command('hf')} auth login"
-        fail(f"there is no model {model} on the hub, or it is private: {remedy}")
+        return None, f"there is no model {model} on the hub, or it is private: {remedy}"
     except Exception as error:  # a dozen kinds, from a hub that cannot be reached to a full disk
-        fail(f"cannot load {model} ({first_line(error)}): check the name and the network, or give a local folder")
+        remedy = "check the name and the network, or give a local folder"
+        return None, f"cannot load {model} ({why_no_download(error)}): {remedy}"
 
 
 def weight_files(model):
@@ -232,11 +241,11 @@ def read_adapter(folder):
 
 
 def read_run(folder):
-    """What train_llama.py noted of an adapter, as in run.json; "settings" and "run" are {} where it did not."""
+    """What train_llama.py noted of an adapter, as in run.json; "settings", "run", "tasks" are {} where it did not."""
     run, checkpoint = read_json(Path(folder) / "run.json"), read_json(Path(folder) / MANIFEST)
     if not run:
         run = {"settings": checkpoint.get("run"), "run": checkpoint.get("run")}
-    return run | {name: run[name] if isinstance(run.get(name), dict) else {} for name in ("settings", "run")}
+    return run | {name: run[name] if isinstance(run.get(name), dict) else {} for name in ("settings", "run", "tasks")}
 
 
 def load_adapter(model, folder):

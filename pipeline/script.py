@@ -86,12 +86,14 @@ class Lines(tqdm):
                 print(self, file=sys.stderr, flush=True)
 
 
-def progress(*args, **kwargs):
-    """tqdm of the main process: a bar on a terminal, else a line, at most every minute."""
-    kwargs |= {"disable": not is_main(), "leave": False}
+def progress(iterable=None, desc=None, total=None, **kwargs):
+    """tqdm of the main process: a bar on a terminal, else a line, at most every minute; none over a single item."""
+    if total is None:
+        total = len(iterable)
+    kwargs |= {"disable": not is_main() or total == 1, "leave": False}
     if sys.stderr.isatty():
-        return tqdm(*args, **kwargs)
-    return Lines(*args, file=io.StringIO(), mininterval=60, delay=60, miniters=1, **kwargs)
+        return tqdm(iterable, desc, total, **kwargs)
+    return Lines(iterable, desc, total, file=io.StringIO(), mininterval=60, delay=60, miniters=1, **kwargs)
 
 
 def fail(message, in_any_process=False):
@@ -109,6 +111,19 @@ def fail(message, in_any_process=False):
 
 def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def why_no_download(error):
+    """Why a hub repository's files did not come, for a person."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if not isinstance(error, LocalEntryNotFoundError):
+        return first_line(error)
+    reason = f"the hub cannot be reached: {first_line(error.__cause__ or error)}"
+    if constants.HF_HUB_OFFLINE:
+        reason = "the variable HF_HUB_OFFLINE forbids to ask the hub"
+    return f"{reason}; and not all of its files are in the hub's cache"
 
 
 def out_of_memory(error):

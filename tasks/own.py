@@ -36,6 +36,19 @@ def template(settings):
     return settings.own_prompt
 
 
+def fits(text, page):
+    """Whether the text of --ask may be for this task."""
+    return not page
+
+
+def asked(text, page, template):
+    """The prompt around a text of --ask; where several columns make a prompt, the text is the whole of it."""
+    parts, text = template_parts(template), clean_lines(text)
+    if len({field for _, field in parts} - {None}) > 1:
+        return text.rstrip()
+    return "".join(before if field is None else before + text for before, field in parts).rstrip()
+
+
 def prepare(rows, settings):
     """The rows of a file as dicts of two texts, prompt (by the template) and completion."""
     try:

@@ -33,6 +33,16 @@ def template(settings):
     return PROMPT
 
 
+def fits(text, page):
+    """Whether the text of --ask is for this task: a dialogue has several lines."""
+    return not page and "\n" in text
+
+
+def asked(text, page, template):
+    """The prompt around a text of --ask."""
+    return template.format(dialogue=clean(text))
+
+
 def prepare(rows, settings):
     """The rows of a file as dicts of texts: dialogue, summary, and id where there is one."""
     for row in rows:

@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 
 from pipeline.texts import (
     BadData,
@@ -51,6 +52,7 @@ accepted answers), and the candidate to be judged. Give it a score:
 0: it is wrong in kind, empty, or no answer.
 """
 
+ASKED_WORDS = 300  # of a page given with --ask, those nearest to the question
 PASSAGE_WORDS = 100  # a passage ends at the first sentence or line end after so many words
 BM25_K1, BM25_B = 1.2, 0.75  # Robertson & Zaragoza 2009; among a question's own pages, after Clark & Gardner 2017
 SENTENCE_END = re.compile(r"([.!?\n][ \n]+)")  # after a blank was put behind every \n: 4 times as fast as with a |
@@ -63,6 +65,21 @@ STOP_WORDS = (  # left out of the query: rare in a page or not, they say nothing
 
 def template(settings):
     return CLOSED_BOOK if settings.context == "none" else PROMPT
+
+
+def fits(text, page):
+    """Whether the text of --ask is for this task: a question is one line."""
+    return "\n" not in text
+
+
+def asked(text, page, template):
+    """The prompt around a text of --ask; by another template where a page is given and the run had none, or not."""
+    question = one_line(text)
+    if bool(page) != ("{context}" in template):
+        template = PROMPT if page else CLOSED_BOOK
+    settings = SimpleNamespace(context="question", max_context_words=ASKED_WORDS)
+    context = context_of({"context": page}, question, settings) if page else ""
+    return template.format(question=question, context=context)
 
 
 def columns(settings):

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import psutil
 import pytest
 import torch
 from conftest import FIXTURES, assert_refused, run
+from datasets import load_from_disk
 from test_packing import make_trainer
 from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
@@ -61,9 +63,63 @@ def test_it_needs_no_weights_and_counts_meta_s_parameters(sizes, parameters, dat
     )
     for flop, cost in zip(petaflop, price, strict=True):  # 1e12 FLOP cost 1, at half of its 165 TFLOP/s
         assert float(cost.replace(",", "")) == pytest.approx(float(flop.replace(",", "")) * 1e3, rel=0.01)
-    assert "time at 83 TFLOP/s" in result.stdout
+    assert "time, at least, at 83 TFLOP/s" in result.stdout
     assert not (tmp_path / "adapter").exists() and not (tmp_path / "checkpoints").exists()
     assert all(len(line) <= 80 for line in result.stdout.splitlines() if not line.startswith("warning"))
+
+
+# as the models' pages state them
+PUBLISHED = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+    "HuggingFaceTB/SmolLM2-360M": 361_821_120,
+    "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384,
+    "TinyLlama/TinyLlama_v1.1": 1_100_048_384,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+}
+
+
+@pytest.mark.parametrize("model", models.MODELS.values())
+def test_the_sizes_of_every_model_of_the_table_come_to_its_published_parameters(model):
+    shape = estimate.model_shape(model, estimate.known_config(model), lora_config(train_llama.parse_args([])))
+    assert shape["parameters"] == PUBLISHED[model]
+
+
+def test_before_there_is_a_data_set_or_access_to_the_model_it_says_what_it_assumes(dataset, tmp_path):
+    here = ["--dry-run", "--dry-run-gpu", "4090", "--output-dir", tmp_path]
+    result = run("train_llama.py", *here)
+    assert result.returncode == 0, result.stderr
+    assert "cannot load meta-llama/Meta-Llama-3-8B (the variable HF_HUB_OFFLINE forbids to ask" in result.stdout
+    assert "published sizes" in result.stdout and "8,030,261,248" in result.stdout
+    assert "there is no data set yet" in result.stdout and "10,000" in result.stdout and "3,350,000" in result.stdout
+    assert not list(tmp_path.iterdir())
+    shutil.copytree(dataset / "dataset", tmp_path / "dataset")
+    result = run("train_llama.py", *here)
+    assert result.returncode == 0 and "4 bytes are taken for a token" in result.stdout, result.stderr
+    rows = load_from_disk(str(dataset / "dataset"))["train"]
+    whole = sum(len((row["prompt"] + row["completion"]).encode()) for row in rows)
+    (counts,) = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("tokens")]
+    assert int(counts[-1].replace(",", "")) == pytest.approx(whole / 4, rel=0.02)
+    unknown = run("train_llama.py", *here, "--model", "nobody/model")
+    assert_refused(unknown, "cannot load nobody/model (the variable HF_HUB_OFFLINE")
+    short = run("train_llama.py", *here, "--max-length", 20)
+    assert_refused(short, "no row is left: give a larger --max-length")
+
+
+def test_no_row_of_an_estimate_is_all_zeros(dataset, tmp_path):
+    shutil.copytree(dataset / "dataset", tmp_path / "dataset")
+    model = FIXTURES / "tiny_llama3"
+    result = run("train_llama.py", "--dry-run", "--no-load-in-4bit", "--model", model, "--output-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    table = result.stdout.split("peak memory of")[1].splitlines()[1:]
+    rows = [re.findall(r"  +(\S+)", line) for line in table if "  " in line]
+    assert len(rows) > 4 and all(any(cell.strip("0.:") for cell in row) for row in rows)
+    assert "working copies" not in result.stdout
 
 
 def test_trainable_parameters_and_nf4_bytes_by_hand(tmp_path):

@@ -60,6 +60,20 @@ def test_each_difference_to_another_run_is_named_also_what_that_one_lacks(capsys
     assert capsys.readouterr().err == f"error: it is of another run {differences}: mend it\n"
 
 
+def test_a_hash_is_named_by_what_it_stands_for_and_going_on_is_offered_only_where_settings_alone_differ(capsys):
+    old = {"train rows": "a" * 32, "validation rows": "b" * 32, "examples": 6, "tokenizer": "c" * 16, "rate": 1}
+    for changes, said in (
+        ({"rate": 2}, "(rate 1 there, 2 now): resume it, or mend it"),
+        ({"train rows": "d" * 32, "validation rows": "e" * 32, "examples": 4},
+         "(the data set was built again; examples 6 there, 4 now): mend it"),
+        ({"tokenizer": "d" * 16}, "(the tokenizer or its chat template is another one): mend it"),
+        ({"chat_template": "d" * 16}, f"(chat template unknown there, {'d' * 16} now): resume it, or mend it"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            refuse_another("it", old, old | changes, "mend it", "resume it, or ")
+        assert capsys.readouterr().err == f"error: it is of another run {said}\n"
+
+
 def refusing(number):
     def refuse(*arguments, **options):
         raise OSError(number, os.strerror(number))

@@ -142,7 +142,9 @@ def test_a_finished_run_says_so_and_other_settings_are_named(undisturbed, datase
     rows = ["--seed", 3, "--train-examples-per-task", 12, "--test-examples-per-task", 6, "--max-context-words", 60]
     sources = ["--samsum", FIXTURES / "samsum", "--trivia-qa", FIXTURES / "trivia_qa"]
     assert run("build_dataset.py", *sources, *rows, "--output-dir", tmp_path / "out").returncode == 0
-    assert_refused(run("train_llama.py", *COMMAND, "--output-dir", tmp_path / "out"), "train rows", "--overwrite")
+    result = run("train_llama.py", *COMMAND, "--output-dir", tmp_path / "out")
+    assert_refused(result, "the data set was built again; train examples", " there, 24 now", "--overwrite")
+    assert "give its settings again" not in result.stderr
     result = run("train_llama.py", *COMMAND, "--max-steps", 2, "--overwrite", "--output-dir", tmp_path / "out")
     assert result.returncode == 0 and "step     1/2" in result.stdout
     assert json.loads((tmp_path / "out" / "adapter" / "run.json").read_text())["steps"] == 2

@@ -88,10 +88,10 @@ def finished(args, path, run):
     stored = [read_json(path).get("settings")] if path.exists() else []
     begun = [item["settings"] for item in read_work(path)]
     if not args.overwrite and run not in begun:  # else what is there was to be replaced
-        remedy = "give its settings again, or --overwrite, or --name for more files"
+        resume, remedy = "give its settings again, or ", "give --overwrite, or --name for more files"
         for other in begun + stored:
             other = other if isinstance(other, dict) else {}  # {}: another system's
-            refuse_another(path, {"shots": 0} | other, {"shots": 0} | run, remedy)  # noted where there are any
+            refuse_another(path, {"shots": 0} | other, {"shots": 0} | run, remedy, resume)  # noted where there are any
     return stored == [run] and not args.overwrite
 
 

@@ -16,6 +16,24 @@ USABLE = 0.88  # of the memory there is: the driver takes some, and the allocato
 # came to 171 to 480 (benchmarks/RESULTS.md).
 GPUS = {"h200": (141, 495), "h100": (80, 495), "a100": (80, 156), "l40s": (48, 181)}
 GPUS |= {"4090": (24, 83), "3090": (24, 36), "a10": (24, 62), "t4": (16, 32)}
+# Of the MODELS, for an estimate without their files: vocabulary, width, MLP's width, layers, heads, heads of keys and
+# values, whether the head is the embeddings
+SHAPES = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (49152, 576, 1536, 30, 9, 3, True),
+    "HuggingFaceTB/SmolLM2-135M": (49152, 576, 1536, 30, 9, 3, True),
+    "HuggingFaceTB/SmolLM2-360M": (49152, 960, 2560, 32, 15, 5, True),
+    "HuggingFaceTB/SmolLM2-1.7B": (49152, 2048, 8192, 24, 32, 32, True),
+    "TinyLlama/TinyLlama_v1.1": (32000, 2048, 5632, 22, 32, 4, False),
+    "meta-llama/Llama-2-7b-hf": (32000, 4096, 11008, 32, 32, 32, False),
+    "meta-llama/Llama-2-13b-hf": (32000, 5120, 13824, 40, 40, 40, False),
+    "meta-llama/Meta-Llama-3-8B": (128256, 4096, 14336, 32, 32, 8, False),
+    "meta-llama/Llama-3.1-8B": (128256, 4096, 14336, 32, 32, 8, False),
+    "meta-llama/Llama-3.2-1B": (128256, 2048, 8192, 16, 32, 8, True),
+    "meta-llama/Llama-3.2-3B": (128256, 3072, 8192, 28, 24, 8, True),
+}
+# {task: (rows, tokens of each, those of its completion)} where there is no data set: build_dataset.py's defaults
+ASSUMED = {"samsum": (5000, 200, 30), "trivia_qa": (5000, 470, 6)}
+BYTES = 4  # of a token, where there is no tokenizer
 
 
 def model_shape(base, config, lora):
@@ -48,6 +66,46 @@ def model_shape(base, config, lora):
         "key_value": config.num_key_value_heads * config.head_dim,
         "vocabulary": config.vocab_size,
     }
+
+
+def known_config(model):
+    """The LlamaConfig of one of the MODELS, as far as an estimate needs it."""
+    from transformers import LlamaConfig
+
+    vocabulary, hidden, mlp, layers, heads, key_value_heads, tied = SHAPES[model]
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        tie_word_embeddings=tied,
+    )
+
+
+def assumed_rows(rows, max_length):
+    """Rows that stand for those of train, with `task`, `input_ids` and `labels`: of their bytes, or of ASSUMED."""
+    from datasets import Dataset
+
+    if rows is None:
+        lengths = [(task, *sizes) for task, (count, *sizes) in ASSUMED.items() for _ in range(count)]
+        known = [f"{count:,} of {task}, {tokens} tokens each" for task, (count, tokens, _) in ASSUMED.items()]
+        say(f"there is no data set yet: the rows are assumed, {', '.join(known)}")
+    else:
+        lengths = []
+        for row in rows:
+            labels = 1 + len(row["completion"].encode()) // BYTES
+            lengths.append((row["task"], len(row["prompt"].encode()) // BYTES + labels, labels))
+        say(f"without the model's tokenizer, {BYTES} bytes are taken for a token")
+    kept = [sizes for sizes in lengths if sizes[1] <= max_length]
+    if len(kept) < len(lengths):
+        say(f"{len(lengths) - len(kept):,} of {len(lengths):,} rows are longer than {max_length} tokens: left out")
+    if not kept:
+        fail("no row is left: give a larger --max-length")
+    labels = [[-100] * (tokens - labels) + [0] * labels for _, tokens, labels in kept]
+    columns = {"task": [task for task, _, _ in kept], "input_ids": [[0] * tokens for _, tokens, _ in kept]}
+    return Dataset.from_dict(columns | {"labels": labels})
 
 
 def memory(shape, args, tokens, labels, checkpointing, width=2):
@@ -176,9 +234,13 @@ def optimizer_steps(packed, args):
 
 
 def show(corner, columns):
-    """Print a table of columns {head: {name of a row: text}}."""
-    names = next(iter(columns.values()))
-    table([[corner, *columns], *([name, *(column[name] for column in columns.values())] for name in names)])
+    """Print a table of columns {head: {name of a row: text}}, without rows of zeros."""
+    lines = [[corner, *columns]]
+    for name in next(iter(columns.values())):
+        cells = [column[name] for column in columns.values()]
+        if any(cell.strip("0.:") for cell in cells):
+            lines.append([name, *cells])
+    table(lines)
 
 
 def dry_run(shape, tokens, packed, args):
@@ -214,7 +276,7 @@ def dry_run(shape, tokens, packed, args):
         by_way[way] = {"packed rows in a pass": str(batch)}
         by_way[way] |= {name: f"{size / 1e9:.2f}" for name, size in parts.items()}
         by_way[way]["petaflop"] = f"{flop / 1e15:,.3g}"
-        by_way[way][f"time at {rate:.3g} TFLOP/s"] = str(timedelta(seconds=round(seconds)))
+        by_way[way][f"time, at least, at {rate:.3g} TFLOP/s"] = str(timedelta(seconds=round(seconds)))
         if args.dry_run_price:
             by_way[way]["price"] = f"{seconds / 3600 * args.dry_run_price:,.2f}"
     show(f"peak memory of a {'GPU' if width == 2 else 'CPU'}, GB", by_way)

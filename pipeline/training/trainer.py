@@ -296,7 +296,7 @@ def catch_signals(trainer):
     def note(number, frame):
         trainer.stop_signal = number
         signal.signal(number, signal.SIG_DFL)
-        say(f"{signal.Signals(number).name}: saving a checkpoint first")
+        say(f"{signal.Signals(number).name}: a checkpoint is saved after this step; again: at once, without it")
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored

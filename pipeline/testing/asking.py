@@ -1,0 +1,58 @@
+"""test_llama.py --ask: the text of a user, and the prompt of the task that it is for."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from pipeline import models
+from pipeline.files import built_tasks, read_json
+from pipeline.script import fail, first_line, say
+from pipeline.texts import clean
+
+
+def read_asked(flag, value):
+    """The text that is asked: of standard input (-), of a file, or the value itself; exits 2 where there is none."""
+    try:
+        if value == "-":
+            text = sys.stdin.read()
+        elif os.path.isfile(value):
+            text = Path(value).read_text(encoding="utf-8")
+        elif flag == "--context" or re.fullmatch(r"\S+\.(txt|md|json|csv)", value):
+            raise FileNotFoundError("no such file")
+        else:
+            text = value
+    except (OSError, ValueError) as error:
+        fail(f"cannot read {flag} {value} ({first_line(error)}): give a text file in UTF-8")
+    if not clean(text):
+        fail(f"{flag} has no text: give a question, a dialogue or a prompt")
+    return text.strip()
+
+
+def prompt_to_ask(args, tasks, adapter):
+    """(task, prompt, whether the answer ends at its line's end) of ASK; exits 2 where no task fits.
+
+    tasks: {name: module}. adapter: the folder whose run.json has the prompts that it was trained on.
+    """
+    text = read_asked("--ask", args.ask)
+    page = read_asked("--context", args.context) if args.context else ""
+    noted = models.read_run(adapter)["tasks"] or read_json(Path(args.output_dir, "dataset", "tasks.json"))
+    trained_on = [task for task in tasks if task in noted] or list(tasks)
+    if args.task != "auto":
+        fitting = [args.task]
+    elif len(trained_on) == 1 and not page:
+        fitting = trained_on
+    else:
+        fitting = [task for task in trained_on if tasks[task].fits(text, page)]
+    if len(fitting) != 1:
+        reason = f"--ask fits {' and '.join(fitting) or 'no task'} of {', '.join(trained_on)}"
+        fail(f"{reason}: a dialogue has several lines, a question one, only that has a --context; or give --task")
+    [task] = fitting
+    built, with_context = built_tasks(args.output_dir, tasks, noted)[task], "{context}" in tasks[task].PROMPT
+    if page and not with_context:
+        fail(f"--context is for a question: the prompts of {task} have none")
+    if task not in trained_on:
+        say(f"{task} is no task that the adapter was trained on")
+    elif with_context and bool(page) != ("{context}" in built["prompt"]):
+        say(f"{task}: unlike in training, it is asked {'with' if page else 'without'} a context")
+    return task, tasks[task].asked(text, page, built["prompt"]), built["one_line"]

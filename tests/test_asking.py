@@ -1,0 +1,122 @@
+"""test_llama.py --ask: a text of one's own is answered as a test row would be, through the prompt of its task."""
+
+import io
+import json
+import shutil
+import sys
+
+import pytest
+from test_testing import ONE, copied, prompts_of, read, test
+
+from pipeline.files import rows_of
+from pipeline.texts import fields_of
+from tasks import TASKS
+
+SHORT = ["--samsum-max-new-tokens", 8]
+QUESTION = "What was the main cargo on the Quaren?"
+DIALOGUE = "Nora: Are you coming on Friday?\nPaul: Yes, by the late train."
+PAGE = "The Quaren is a river. For many years its main cargo was cheese."
+
+
+@pytest.fixture
+def out(chain, tmp_path):
+    """The adapter alone: no data set, no predictions."""
+    out = copied(chain, tmp_path)
+    shutil.rmtree(out / "dataset")
+    return out
+
+
+@pytest.fixture
+def ask(out, capsys):
+    def ask(*arguments):
+        """(exit code, stdout, stderr)"""
+        capsys.readouterr()
+        return test(out, *SHORT, "--ask", *arguments), *capsys.readouterr()
+
+    return ask
+
+
+def answers(printed):
+    """{"the base", "the fine-tuned model": what it answers}"""
+    parts = printed.split("\n\n")[1:]
+    heads = [part.split(":\n", 1)[0].split(" (")[0] for part in parts]
+    return dict(zip(heads, [part.split(":\n", 1)[1].strip() for part in parts], strict=True))
+
+
+@ONE
+def test_a_dialogue_and_a_question_are_answered_as_the_test_rows_they_are_without_the_data_set(chain, ask, tmp_path):
+    _, rows = prompts_of(chain / "adapter", chain)
+    for task, count in (("samsum", 2), ("trivia_qa", 3)):
+        examples = {example["id"]: example for example in read(chain, task)["examples"]}
+        for row in rows_of(rows, task).to_list()[:count]:
+            fields = fields_of(TASKS[task].PROMPT, row["prompt"])
+            (tmp_path / "context.txt").write_text(fields.get("context", ""))
+            (tmp_path / "dialogue").write_text(fields.get("dialogue", ""))
+            given = [fields["question"], "--context", tmp_path / "context.txt"] if task == "trivia_qa" else []
+            code, printed, _ = ask(*(given or [tmp_path / "dialogue"]))
+            example = examples[row["id"]]
+            expected = {"the base": example["base_prediction"], "the fine-tuned model": example["prediction"]}
+            assert code == 0 and answers(printed) == {name: text or "(nothing)" for name, text in expected.items()}
+            assert f"asked as {task}: " in printed
+
+
+@ONE
+def test_the_task_is_that_of_the_text_or_the_one_that_is_given(ask, out, monkeypatch, tmp_path):
+    (tmp_path / "page.txt").write_text(PAGE)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(DIALOGUE))
+    assert "asked as samsum" in ask("-")[1]
+    assert "asked as samsum" in ask("Nora: Coming?", "--task", "samsum")[1]
+    code, printed, _ = ask(QUESTION)
+    assert code == 0 and "trivia_qa: unlike in training, it is asked without a context" in printed
+    code, printed, _ = ask(DIALOGUE, "--task", "own")
+    assert code == 0 and "own is no task that the adapter was trained on" in printed
+    page = ["--context", tmp_path / "page.txt"]
+    code, _, error = ask(DIALOGUE, *page)
+    assert code == 2 and error.startswith("error: --ask fits no task of samsum, trivia_qa: a dialogue has several")
+    code, _, error = ask(DIALOGUE, "--task", "samsum", *page)
+    assert code == 2 and error == "error: --context is for a question: the prompts of samsum have none\n"
+    run = json.loads((out / "adapter" / "run.json").read_text())
+    run["tasks"] = {"own": {"prompt": "Q: {question}\nA:", "one_line": True}}
+    (out / "adapter" / "run.json").write_text(json.dumps(run))
+    assert "asked as own" in ask(DIALOGUE)[1]
+    del run["tasks"]  # an adapter from elsewhere
+    (out / "adapter" / "run.json").write_text(json.dumps(run))
+    code, _, error = ask(DIALOGUE)
+    assert code == 2 and error.startswith("error: --ask fits samsum and own of samsum, trivia_qa, own")
+
+
+def test_own_prompts_are_made_of_the_template_or_given_whole():
+    own = TASKS["own"].asked
+    assert own("3 + 4", "", "Q: {question}\nA:") == "Q: 3 + 4\nA:"
+    assert own("as it is", "", "{prompt}") == own("as it is", "", "{a} and {b}") == "as it is"
+    assert (
+        TASKS["trivia_qa"].asked("Who?", PAGE, TASKS["trivia_qa"].CLOSED_BOOK).startswith("Answer the question from")
+    )
+
+
+@ONE
+def test_a_long_page_is_cut_to_the_sentences_nearest_to_the_question(ask, tmp_path):
+    filler = " ".join(f"Sentence {number} is about something else." for number in range(400))
+    (tmp_path / "page.txt").write_text(f"{filler} {PAGE} {filler}")
+    prompt = TASKS["trivia_qa"].asked(QUESTION, (tmp_path / "page.txt").read_text(), TASKS["trivia_qa"].PROMPT)
+    assert "main cargo was cheese" in prompt and len(prompt.split()) < 330
+
+
+@ONE
+def test_what_cannot_be_asked_is_one_sentence(ask, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "empty.txt").write_text(" \n")
+    for arguments, said in (
+        ([" "], "--ask has no text"),
+        ([tmp_path / "empty.txt"], "--ask has no text"),
+        ([tmp_path / "latin.txt"], f"cannot read --ask {tmp_path / 'latin.txt'} ("),
+        (["dialogue.txt"], "cannot read --ask dialogue.txt (no such file)"),
+        ([QUESTION, "--context", "page"], "cannot read --context page (no such file)"),
+        ([QUESTION, "--context", tmp_path / "empty.txt"], "--context has no text"),
+        ([QUESTION, "--shots", 2, "--adapter", "none"], "--ask is for a model that is loaded here"),
+        ([QUESTION, "--server", "http://127.0.0.1:9/v1"], "--ask is for a model that is loaded here"),
+        (["word " * 9000], "no row of trivia_qa fits the model's"),
+        (["", "--context", "page"], "--context and --task are for --ask"),
+    ):
+        code, _, error = ask(*arguments)
+        assert code == 2 and error.startswith(f"error: {said}") and error.count("\n") == 1, (arguments, error)
