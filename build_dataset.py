@@ -44,9 +44,9 @@ SAMSUM = "knkarthick/samsum"  # dialogues: a hub id, a folder with train.csv, va
 TRIVIA_QA = "mandarjoshi/trivia_qa"  # questions: a hub id, a folder with TRIVIA_QA_CONFIG/*.parquet, or one file
 TRIVIA_QA_CONFIG = "rc.wikipedia"  # part of trivia_qa: a folder of its repository
 OWN = ""  # your rows: a CSV, JSON, JSONL or parquet file, a folder of such files named by split, or a hub id
-OWN_PROMPT = "{prompt}"  # template of the prompt over the columns of OWN, such as "Question: {question}\nAnswer:"
+OWN_PROMPT = "{prompt}"  # prompt template with columns of OWN in braces, such as "Question: {question}\nAnswer:"
 OWN_COMPLETION = "completion"  # column of OWN with the answers
-TASKS = ["samsum", "trivia_qa"]  # tasks in the data set: samsum, trivia_qa, own; default with OWN: own
+TASKS = ["samsum", "trivia_qa"]  # tasks in the data set: samsum, trivia_qa, own; if you give OWN and no TASKS: own
 CONTEXT = "question"  # context of a question: question (passages nearest to it), first (first words of pages), none
 MAX_CONTEXT_WORDS = 300  # length limit of a question's context, in words
 TRAIN_EXAMPLES_PER_TASK = 5000  # training rows per task, drawn at random; 0 = all

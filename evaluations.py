@@ -52,7 +52,7 @@ from pipeline.texts import BadData
 from tasks import TASKS, swapped
 
 # Settings: edit here, or override for one run on the command line.
-PREDICTIONS = ()  # prediction files: FILE, NAME=FILE (a system), NAME@SEED=FILE (a training); none: OUTPUT_DIR's
+PREDICTIONS = ()  # prediction files: FILE, NAME=FILE or NAME@SEED=FILE (one training of NAME); empty: OUTPUT_DIR's
 RESAMPLES = 10_000  # number of resamples of the bootstrap and of the randomisation tests
 SEED = 0  # random seed of the resamples and of the rows a judge sees
 JUDGE_MODEL = ""  # a model that judges the predictions; empty: none

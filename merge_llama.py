@@ -1,4 +1,4 @@
-"""Merge the adapter of train_llama.py into its base, and check the result: a plain transformers folder.
+"""Merge the adapter of train_llama.py into its base, as a plain transformers folder, and check that folder.
 
 The weights are merged one file at a time, so the merge needs memory for the largest file only. Then every tensor is
 compared with PEFT's merge, and the merged model with base and adapter on validation rows. In float32 the two must
@@ -30,10 +30,10 @@ from pipeline.tokens import encode, load_tokenizer, tokenizer_of
 from tasks import TASKS
 
 # Settings: edit here, or override for one run on the command line.
-MODEL = "auto"  # base model: a folder or hub id with the same weights; auto: the base that the adapter names
-MERGE_BASE = "auto"  # weights to merge into: 16bit (as stored), 4bit (quantised to NF4 and back); auto: 16bit
-MERGE_DTYPE = "auto"  # stored type: float16, bfloat16, float32; auto: float16 if the weights fit it, else bfloat16
-CHECK_ROWS = 4  # number of validation rows, equally from each task, on which the models are compared
+MODEL = "auto"  # base model: a folder or hub id with the weights trained on; auto: the base that the adapter names
+MERGE_BASE = "auto"  # weights to merge into: 16bit (as stored), 4bit (quantised to NF4, then unpacked); auto: 16bit
+MERGE_DTYPE = "auto"  # type of merged weights: float16, bfloat16, float32; auto: float16 if they fit, else bfloat16
+CHECK_ROWS = 4  # number of validation rows, equally from each task, on which merged and unmerged model are compared
 OUTPUT_DIR = "outputs"  # folder that contains adapter/ and dataset/ and gets merged/
 
 # Fixed

@@ -4,7 +4,7 @@
 # bash run.sh test     the tests; further arguments go to pytest
 # bash run.sh setup    only creates .venv, with everything that the three above need
 # bash run.sh --help   these lines
-# Each of them creates .venv the first time. PYTHON=/path/to/python3 selects the Python that creates it.
+# All but --help create .venv the first time. PYTHON=/path/to/python3 selects the Python that creates it.
 set -euo pipefail
 
 DEMO_DIR=outputs/demo

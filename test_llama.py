@@ -46,30 +46,30 @@ from tasks import TASKS, own, samsum, swapped, trivia_qa
 # Settings: edit here, or override for one run on the command line.
 ADAPTER = "auto"  # adapter: a folder, or none for the base alone; auto: OUTPUT_DIR/adapter, or none if MODEL is given
 MODEL = "auto"  # model: a hub id or a folder, such as outputs/merged; auto: the base that the adapter names
-NAME = ""  # name of an additional pair of prediction files
-CHAT_TEMPLATE = "auto"  # chat template for prompts: on, off; auto: as in training, or on if a model alone has one
+NAME = ""  # suffix of the prediction files' names, which keeps the files of other tests; empty: none
+CHAT_TEMPLATE = "auto"  # chat template: on, off; auto: as in training; for MODEL without an adapter: on if it has one
 COMPARE_WITH_BASE = True  # also test the base, with the adapter switched off
 SWAP_ANSWERS = False  # replace the answers in trivia_qa's contexts, to see whether the model reads or recalls
 SHOTS = 0  # solved train examples in front of each test prompt, for a model without an adapter; 0 = none
-LOAD_IN_4BIT = None  # 4-bit weights: True, False; None: as in training, and for a model without an adapter False
+LOAD_IN_4BIT = None  # 4-bit weights: True, False; None: as in training, but False for MODEL without an adapter
 MAX_BATCH_TOKENS = 0  # batch size in tokens, prompts and predictions; 0 = automatic: 16384 on a GPU, 8192 on a CPU
 SAMSUM_MAX_NEW_TOKENS = samsum.MAX_NEW_TOKENS  # length limit of a summary, in tokens; references have up to 80
 TRIVIA_QA_MAX_NEW_TOKENS = trivia_qa.MAX_NEW_TOKENS  # length limit of an answer, in tokens; it also ends at a line end
 OWN_MAX_NEW_TOKENS = own.MAX_NEW_TOKENS  # length limit of an answer to your own prompts, in tokens
-GENERAL_TEXT = "general_text.txt"  # text file, here or in pipeline/testing/, whose perplexity is reported; empty: none
+GENERAL_TEXT = "general_text.txt"  # file whose perplexity is reported: a path or one in pipeline/testing/; empty: none
 SERVER = ""  # OpenAI-compatible server to ask, http(s)://host/v1; empty: the model is loaded here
 SERVER_MODEL = ""  # name of the model on the server; empty: the only one that the server has
-SERVER_API = "auto"  # endpoint: completions, chat; auto: chat if there is a chat template, or if it is the only one
+SERVER_API = "auto"  # endpoint: completions, chat; auto: chat if there is a chat template or no completions endpoint
 SERVER_CONCURRENCY = 8  # number of parallel requests
 SERVER_TIMEOUT = 120.0  # timeout of a request in seconds, multiplied by the number of parallel requests
 SERVER_THOUGHT_TOKENS = 0  # additional tokens for the thoughts of a reasoning model; 0 = none
-SERVER_MAX_EXAMPLES = 0  # rows per task to ask for, as a server may cost money; 0 = all
+SERVER_MAX_EXAMPLES = 0  # number of rows per task to send to the server, which may cost money; 0 = all
 SERVER_INPUT_PRICE = 0.0  # price of a million tokens that the server reads, in any currency; 0 = no price is shown
 SERVER_OUTPUT_PRICE = 0.0  # price of a million tokens that the server writes; 0 = no price is shown
 ASK = ""  # text to answer instead of a test: a question, a file with a dialogue, or - for standard input
-CONTEXT = ""  # text file with the context of the question of --ask; 300 words of it are taken
-TASK = "auto"  # task of --ask, whose prompt it gets: samsum, trivia_qa, own; auto: the one that fits the text
-OVERWRITE = False  # replace predictions of another run
+CONTEXT = ""  # text file that contains the answer to ASK; the 300 words nearest to the question are used
+TASK = "auto"  # task whose prompt ASK gets: samsum, trivia_qa, own; auto: the one that fits the text
+OVERWRITE = False  # replace finished predictions, or those of another run; an interrupted run still resumes
 OUTPUT_DIR = "outputs"  # folder that contains dataset/ and adapter/ and gets the predictions
 
 # Fixed

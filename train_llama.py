@@ -37,17 +37,17 @@ LORA_DROPOUT = 0.0  # dropout before the adapter, 0 to below 1; above 0 training
 TARGET_MODULES = ["all-linear"]  # layers: all-linear or any of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj
 NUM_TRAIN_EPOCHS = 1.0  # passes over the training rows
 MAX_STEPS = 0  # number of optimizer steps; 0 = NUM_TRAIN_EPOCHS decides
-PER_DEVICE_TRAIN_BATCH_SIZE = 0  # batch size in packed rows; 0 = automatic: as many as fit a GPU, 1 on a CPU
-GRADIENT_ACCUMULATION_STEPS = 4  # batches per optimizer step; packed rows per optimizer step if the batch size is 0
-LEARNING_RATE = "auto"  # peak; auto: 1e-3 up to 1.5 B parameters, 5e-4 up to 5 B, 2e-4 up to 20 B, else 1e-4
+PER_DEVICE_TRAIN_BATCH_SIZE = 0  # batch size in sequences; 0 = automatic: as many of a step's as fit a GPU, 1 on a CPU
+GRADIENT_ACCUMULATION_STEPS = 4  # batches per optimizer step; if the batch size is 0: sequences per optimizer step
+LEARNING_RATE = "auto"  # peak learning rate; auto, by parameters: 1e-3 to 1.5 B, 5e-4 to 5 B, 2e-4 to 20 B, else 1e-4
 WARMUP_STEPS = 10  # optimizer steps in which the learning rate rises, before it falls along a cosine; 0 = none
 MAX_LENGTH = 2048  # length limit of a sequence, in tokens; longer rows are dropped and counted, never truncated
 PACKING = True  # several rows in one sequence; no row attends to another
-ATTN_IMPLEMENTATION = "auto"  # attention: packed, flash_attention_2, sdpa, eager; auto: flash if installed, or packed
+ATTN_IMPLEMENTATION = "auto"  # attention: packed, flash_attention_2, sdpa, eager; auto: flash if there, else packed
 ACTIVATION_CHECKPOINTING = "auto"  # less memory for more time: on, off; auto: on if the run would not fit without it
 USE_LIGER_KERNEL = "auto"  # fused GPU kernels: on, off; auto: on if there is a GPU and liger-kernel is installed
 EVAL_STEPS = 50  # optimizer steps between validations; the adapter with the lowest validation loss is kept
-EARLY_STOPPING_PATIENCE = 0  # validations without a lower loss after which training stops; 0 = never
+EARLY_STOPPING_PATIENCE = 0  # number of validations in a row without a new lowest loss that end training; 0 = never
 LOGGING_STEPS = 5  # optimizer steps between log entries; validations and checkpoints are logged as well
 SAVE_STEPS = 50  # optimizer steps between checkpoints; a new best adapter is saved as well
 SAVE_MINUTES = 15.0  # minutes without a checkpoint after which the next step saves one; 0 = never

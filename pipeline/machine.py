@@ -39,10 +39,14 @@ def own_gpu(script):
 
 def warn_of_load():
     """One line where other programs keep the cores busy: threads that wait for one another then slow a run down."""
-    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    if load > cores and "OMP_NUM_THREADS" not in os.environ:
+    import psutil
+
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    taken = psutil.cpu_percent(0.3)  # while this process sleeps; a load average still has the script before it
+    if taken > 50:
         remedy = "OMP_NUM_THREADS=1 in front of the command may be faster"
-        say(f"warning: other programs keep this machine busy (load {load:.1f}, {cores} cores): {remedy}")
+        say(f"warning: other programs take {taken:.0f} % of this machine's processor time: {remedy}")
 
 
 def under_fsdp():

@@ -122,7 +122,7 @@ def why_no_download(error):
         return first_line(error)
     reason = f"the hub cannot be reached: {first_line(error.__cause__ or error)}"
     if constants.HF_HUB_OFFLINE:
-        reason = "the variable HF_HUB_OFFLINE forbids to ask the hub"
+        reason = "the variable HF_HUB_OFFLINE is set, so the hub is not asked"
     return f"{reason}; and not all of its files are in the hub's cache"
 
 

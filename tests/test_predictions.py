@@ -135,7 +135,7 @@ def test_a_finished_run_is_not_repeated_and_another_one_needs_overwrite(chain, t
     path.write_text(json.dumps(config | {"peft_version": "9", "lora_dropout": 0.3}))  # change no number
     assert test(out, *SHORT) == 0
     path.write_text(json.dumps(config | {"lora_alpha": 5}))
-    assert "adapter config" in refused(out, *SHORT)
+    assert "(the adapter's configuration is another one)" in refused(out, *SHORT)
     path.write_text(json.dumps(config))
     path = out / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)

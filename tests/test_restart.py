@@ -143,7 +143,7 @@ def test_a_finished_run_says_so_and_other_settings_are_named(undisturbed, datase
     sources = ["--samsum", FIXTURES / "samsum", "--trivia-qa", FIXTURES / "trivia_qa"]
     assert run("build_dataset.py", *sources, *rows, "--output-dir", tmp_path / "out").returncode == 0
     result = run("train_llama.py", *COMMAND, "--output-dir", tmp_path / "out")
-    assert_refused(result, "the data set was built again; train examples", " there, 24 now", "--overwrite")
+    assert_refused(result, "the data set was built again; validation examples 8 there, 91 now): give --overwrite")
     assert "give its settings again" not in result.stderr
     result = run("train_llama.py", *COMMAND, "--max-steps", 2, "--overwrite", "--output-dir", tmp_path / "out")
     assert result.returncode == 0 and "step     1/2" in result.stdout
@@ -279,7 +279,7 @@ def test_what_a_terminal_or_a_batch_system_sends_asks_for_a_checkpoint(number, h
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     trainer.catch_signals(fake)
     signal.raise_signal(number)
-    assert fake.stop_signal == number and f"{number.name}: saving a checkpoint" in capsys.readouterr().out
+    assert fake.stop_signal == number and f"{number.name}: stopping after this step" in capsys.readouterr().out
     assert signal.getsignal(number) == signal.SIG_DFL  # a second one ends it
 
 

@@ -28,7 +28,8 @@ ZERO = {  # settings that may be 0
     "build_dataset": "TRAIN_EXAMPLES_PER_TASK VALIDATION_EXAMPLES_PER_TASK TEST_EXAMPLES_PER_TASK SEED NUM_PROC",
     "train_llama": "LORA_DROPOUT MAX_STEPS PER_DEVICE_TRAIN_BATCH_SIZE WARMUP_STEPS EARLY_STOPPING_PATIENCE "
     "SAVE_MINUTES SEED DRY_RUN_PRICE",
-    "test_llama": "SHOTS SERVER_MAX_EXAMPLES SERVER_THOUGHT_TOKENS SERVER_INPUT_PRICE SERVER_OUTPUT_PRICE",
+    "test_llama": "SHOTS MAX_BATCH_TOKENS SERVER_MAX_EXAMPLES SERVER_THOUGHT_TOKENS SERVER_INPUT_PRICE "
+    "SERVER_OUTPUT_PRICE",
     "evaluations": "SEED JUDGE_MAX_EXAMPLES",
     "merge_llama": "",
 }
@@ -111,16 +112,15 @@ def test_a_command_in_a_message_runs_with_and_without_the_environment_on_the_pat
     assert script.command("hf") == "hf"
 
 
-@pytest.mark.parametrize("load, threads, warned", [(9, None, True), (9, "1", False), (0, None, False)])
-def test_a_busy_machine_gets_one_line_that_names_the_way_out(load, threads, warned, monkeypatch, capsys):
+@pytest.mark.parametrize("taken, threads, warned", [(91.2, None, True), (91.2, "1", False), (20, None, False)])
+def test_a_busy_machine_gets_one_line_that_names_the_way_out(taken, threads, warned, monkeypatch, capsys):
     monkeypatch.delenv("OMP_NUM_THREADS")
     if threads:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    monkeypatch.setattr("os.getloadavg", lambda: (load, 0, 0))
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("psutil.cpu_percent", lambda seconds: taken)
     machine.warn_of_load()
     said = capsys.readouterr().out
-    assert ("warning: other programs keep this machine busy (load 9.0, 2 cores): OMP_NUM_THREADS=1" in said) == warned
+    assert ("warning: other programs take 91 % of this machine's processor time: OMP_NUM_THREADS=1" in said) == warned
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -282,4 +282,4 @@ def dry_run(shape, tokens, packed, args):
     show(f"peak memory of a {'GPU' if width == 2 else 'CPU'}, GB", by_way)
     say("validation, loading and the driver's own memory (about 0.5 GB) come on top")
     if needed["without" if args.activation_checkpointing == "off" else "checkpointing"] > room:
-        say(f"warning: that is more than the {room / 1e9:.0f} GB there are: {SAVERS}")
+        say(f"warning: that is more than the {room / 1e9:.0f} GB available: {SAVERS}")

@@ -296,7 +296,8 @@ def catch_signals(trainer):
     def note(number, frame):
         trainer.stop_signal = number
         signal.signal(number, signal.SIG_DFL)
-        say(f"{signal.Signals(number).name}: a checkpoint is saved after this step; again: at once, without it")
+        name = signal.Signals(number).name
+        say(f"{name}: stopping after this step, with a checkpoint; once more stops at once, without one")
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
