@@ -317,6 +317,8 @@ def train(args, base, rows):
     validation = validation_sets(rows["validation"], tokenizer, args)
     model = models.load_model(base, args.load_in_4bit)
     estimate.settle(shape, packed, args)
+    if estimate.fits_unpacked(shape, packed, args):
+        model = models.unpack(model)
     trainer = QLoRATrainer(args, model, tokenizer, packed, validation, run, manifest.get("seconds", 0.0))
     if not checkpoint and is_main():
         for old in (Path(args.output_dir) / "checkpoints").glob("checkpoint-*"):

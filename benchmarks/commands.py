@@ -97,6 +97,7 @@ def main(argv=None):
     (clone / "page.txt").write_text("The Quaren is a river. For many years its main cargo was cheese.\n")
     environment = os.environ | {"HF_HOME": str(place / "hub"), "HF_HUB_OFFLINE": "1", "TMPDIR": str(place)}
     environment["PATH"] = f"{clone / '.venv' / 'bin'}:{os.environ['PATH']}"
+    environment.setdefault("OMP_NUM_THREADS", "1")  # the model is tiny: threads would wait for one another
     if not shutil.which("nvidia-smi"):
         environment["ACCELERATE_USE_CPU"] = "true"  # accelerate launch asks for it
     done, failed = set(), []

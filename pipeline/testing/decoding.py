@@ -13,7 +13,6 @@ import os
 import torch
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
-from transformers.utils import logging
 
 from pipeline import machine, models
 from pipeline.attention import MAX_NLL, choose_attention, losses_of, read
@@ -34,9 +33,7 @@ def load_system(base, folder, in_4bit, compare):
     """
     model = models.load_model(base, in_4bit).eval()
     if in_4bit and has_room(model):
-        logging.set_verbosity_error()  # it tells what it does
-        model = model.dequantize()
-        logging.set_verbosity_warning()
+        model = models.unpack(model)
     few_rows_first(model)
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)  # no sampling
     if not folder:

@@ -108,7 +108,7 @@ def assumed_rows(rows, max_length):
     return Dataset.from_dict(columns | {"labels": labels})
 
 
-def memory(shape, args, tokens, labels, checkpointing, width=2):
+def memory(shape, args, tokens, labels, checkpointing, width=2, unpacked=False):
     """Estimated peak bytes by part, for a pass of `tokens` tokens, `labels` of them with a loss.
 
     width: bytes of a number, 2 on a GPU (measured there: within 1 %, benchmarks/RESULTS.md), 4 on a CPU. A layer keeps
@@ -116,6 +116,7 @@ def memory(shape, args, tokens, labels, checkpointing, width=2):
     each has a copy and a mask), q, k, v and attention output, and three tensors of the MLP; Liger's kernels keep the
     norms' input as it is, and two of the MLP's. Checkpointing keeps a layer's input alone, and one layer at a time in
     full. The loss and the last layer's backward pass follow one another: the larger of the two counts.
+    unpacked: 4-bit weights that stay unpacked.
     """
     n, liger = shape, args.use_liger_kernel == "on"
     norms = (width if liger else 4) * 2 * n["hidden"]
@@ -125,13 +126,13 @@ def memory(shape, args, tokens, labels, checkpointing, width=2):
     kept = n["layers"] * (tokens * width * n["hidden"] if checkpointing else layer)
     loss = 12 * labels * n["vocabulary"]  # logits, float32, gradients
     backward = layer * checkpointing + 2 * width * tokens * n["mlp"]
-    weight = NF4_BYTES if args.load_in_4bit else width
+    weight = NF4_BYTES if args.load_in_4bit and not unpacked else width
     return {
         "weights": weight * n["linear"] + width * (n["parameters"] - n["linear"]),
         "adapter and gradients": 8 * n["trainable"],  # float32
         "optimizer": 8 * n["trainable"],  # two moments
         "activations": (kept + max(loss, backward)) * (HOST_COPIES if width == 4 else 1),
-        "working copies": width * n["largest"] * args.load_in_4bit,
+        "working copies": width * n["largest"] * (args.load_in_4bit and not unpacked),
         "libraries": machine.LIBRARIES if width == 4 else 0,
     }
 
@@ -174,9 +175,17 @@ def room_and_width(args):
     return machine.host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 4
 
 
-def fits(shape, packed, args, batch, checkpointing):
+def fits(shape, packed, args, batch, checkpointing, unpacked=False):
     room, width = room_and_width(args)
-    return sum(memory(shape, args, *pass_size(packed, batch), checkpointing, width).values()) <= USABLE * room
+    parts = memory(shape, args, *pass_size(packed, batch), checkpointing, width, unpacked)
+    return sum(parts.values()) <= USABLE * room
+
+
+def fits_unpacked(shape, packed, args):
+    """Whether a settled run has room for 4-bit weights that are unpacked once; FSDP shards them packed."""
+    batch, checkpointing = args.per_device_train_batch_size, args.activation_checkpointing == "on"
+    packed_now = args.load_in_4bit and not machine.under_fsdp()
+    return packed_now and fits(shape, packed, args, batch, checkpointing, unpacked=True)
 
 
 def rows_of_a_pass(shape, packed, args, checkpointing):
