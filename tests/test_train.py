@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import FIXTURES, assert_refused, run, snapshot
 from datasets import load_from_disk
+from safetensors.torch import load_file
 
 import train_llama
 from pipeline import models
 from pipeline.tokens import load_tokenizer
+from pipeline.training import estimate
 
 
 def test_rows_that_are_too_long_are_dropped_and_counted_never_cut(dataset, capsys):
@@ -37,6 +39,24 @@ def test_an_evaluation_in_between_does_not_change_the_gradients():
     with torch.no_grad():
         model.eval()(input_ids=ids)
     assert torch.equal(gradient(), before)
+
+
+@pytest.mark.parametrize("chain", ["tiny_llama3"], indirect=True)
+def test_weights_that_are_unpacked_once_give_the_very_adapter_that_packed_ones_give(chain, tmp_path, monkeypatch):
+    noted = json.loads((chain / "adapter" / "run.json").read_text())
+    unpacked, unpack = [], models.unpack
+    monkeypatch.setattr(models, "unpack", lambda model: unpacked.append(model.dtype) or unpack(model))
+    trained = []
+    for room in (True, False):
+        out = tmp_path / str(room)
+        shutil.copytree(chain / "dataset", out / "dataset")
+        if not room:
+            monkeypatch.setattr(estimate, "fits_unpacked", lambda *_: False)
+        steps = ["--max-steps", "3", "--max-length", "512", "--warmup-steps", "0", "--logging-steps", "1"]
+        train_llama.main(["--model", noted["base_model"], *steps, "--learning-rate", "1e-2", "--output-dir", str(out)])
+        trained.append(load_file(out / "adapter" / "adapter_model.safetensors"))
+        assert json.loads((out / "adapter" / "run.json").read_text())["settings"]["load_in_4bit"]
+    assert unpacked == [torch.float32] and all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
 
 
 def test_the_adapter_folder_is_whole(chain):
