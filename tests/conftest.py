@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import test_llama
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and other tests run beside
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,3 +113,41 @@ def chain(request, dataset, tmp_path_factory):
     result = run("test_llama.py", "--samsum-max-new-tokens", "8", "--output-dir", output)
     assert result.returncode == 0, result.stderr
     return output
+
+
+def copied(chain, tmp_path, predictions=False):
+    """A copy of the chain's output dir, without its predictions unless asked for."""
+    shutil.copytree(chain, tmp_path / "out")
+    for path in [] if predictions else (tmp_path / "out").glob("*_predictions.json"):
+        path.unlink()
+    return tmp_path / "out"
+
+
+def test(out, *arguments):
+    """test_llama.py in this process; its exit code."""
+    try:
+        test_llama.main(["--output-dir", str(out), *map(str, arguments)])
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+test.__test__ = False
+
+
+@pytest.fixture
+def out(chain, tmp_path):
+    return copied(chain, tmp_path)
+
+
+@pytest.fixture
+def refused(capsys):
+    def refused(*arguments):
+        """The one sentence with which test_llama.py exits with 2."""
+        capsys.readouterr()
+        assert test(*arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+
+    return refused

@@ -6,7 +6,8 @@ import shutil
 import sys
 
 import pytest
-from test_testing import ONE, copied, prompts_of, read, test
+from conftest import copied, test
+from test_testing import ONE, prompts_of, read
 
 from pipeline.files import rows_of
 from pipeline.texts import fields_of

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, copied, test
 from datasets import DatasetDict, load_from_disk
-from test_testing import base_of, column, copied, prompts_of, read, same_columns, test
+from test_testing import base_of, column, prompts_of, read, same_columns
 from transformers.cache_utils import DynamicLayer
 
 import test_llama as tester
@@ -24,24 +24,6 @@ TASKS = ("samsum", "trivia_qa")
 BOTH = pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
 ONE = pytest.mark.parametrize("chain", ["tiny_llama3"], indirect=True)
 SHORT = ["--samsum-max-new-tokens", "8"]
-
-
-@pytest.fixture
-def out(chain, tmp_path):
-    return copied(chain, tmp_path)
-
-
-@pytest.fixture
-def refused(capsys):
-    def refused(*arguments):
-        """The one sentence with which test_llama.py exits with 2."""
-        capsys.readouterr()
-        assert test(*arguments) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1
-        return error
-
-    return refused
 
 
 def test_perplexity_is_that_of_transformers_own_loss_row_by_row_whatever_the_batch_budget(

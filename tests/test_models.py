@@ -8,9 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import FIXTURES, assert_refused, run
+from conftest import FIXTURES, assert_refused, run, test
 from peft import PeftModel
-from test_testing import column, copied, peft_adapter, prompts_of, same_columns, test
+from test_testing import column, peft_adapter, prompts_of, same_columns
 
 import test_llama as tester
 from pipeline import models
@@ -19,24 +19,6 @@ from pipeline.testing import decoding
 from pipeline.tokens import encode
 
 ONE = pytest.mark.parametrize("chain", ["tiny_llama3"], indirect=True)
-
-
-@pytest.fixture
-def out(chain, tmp_path):
-    return copied(chain, tmp_path)
-
-
-@pytest.fixture
-def refused(capsys):
-    def refused(*arguments):
-        """The one sentence with which test_llama.py exits with 2."""
-        capsys.readouterr()
-        assert test(*arguments) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1
-        return error
-
-    return refused
 
 
 @ONE

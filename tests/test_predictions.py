@@ -11,10 +11,10 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, run, snapshot, start
+from conftest import ROOT, copied, run, snapshot, start, test
 from datasets import load_from_disk
 from safetensors.torch import load_file, save_file
-from test_testing import column, copied, read, same_columns, test
+from test_testing import column, read, same_columns
 
 from pipeline.files import only_run_in
 from pipeline.testing import predictions
@@ -22,24 +22,6 @@ from pipeline.testing import predictions
 TASKS = ("samsum", "trivia_qa")
 ONE = pytest.mark.parametrize("chain", ["tiny_llama3"], indirect=True)
 SHORT = ["--samsum-max-new-tokens", "8"]
-
-
-@pytest.fixture
-def out(chain, tmp_path):
-    return copied(chain, tmp_path)
-
-
-@pytest.fixture
-def refused(capsys):
-    def refused(*arguments):
-        """The one sentence with which test_llama.py exits with 2."""
-        capsys.readouterr()
-        assert test(*arguments) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1
-        return error
-
-    return refused
 
 
 def assert_same_files(out, name):

@@ -4,9 +4,8 @@ import json
 import shutil
 
 import pytest
-from conftest import assert_refused, run, snapshot
+from conftest import assert_refused, run, snapshot, test
 from datasets import Dataset, DatasetDict, load_from_disk
-from test_testing import test
 
 from tasks import swapped as swap
 from tasks import trivia_qa

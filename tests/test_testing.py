@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FIXTURES, assert_refused, run, snapshot
+from conftest import FIXTURES, assert_refused, copied, run, snapshot, test
 from datasets import DatasetDict, load_from_disk
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -32,44 +32,6 @@ def read(folder, task, name=""):
 
 def column(folder, task, key, name=""):
     return [example[key] for example in read(folder, task, name)["examples"]]
-
-
-def copied(chain, tmp_path, predictions=False):
-    """A copy of the chain's output dir, without its predictions unless asked for."""
-    shutil.copytree(chain, tmp_path / "out")
-    for path in [] if predictions else (tmp_path / "out").glob("*_predictions.json"):
-        path.unlink()
-    return tmp_path / "out"
-
-
-def test(out, *arguments):
-    """test_llama.py in this process; its exit code."""
-    try:
-        tester.main(["--output-dir", str(out), *map(str, arguments)])
-    except SystemExit as error:
-        return error.code
-    return 0
-
-
-test.__test__ = False
-
-
-@pytest.fixture
-def out(chain, tmp_path):
-    return copied(chain, tmp_path)
-
-
-@pytest.fixture
-def refused(capsys):
-    def refused(*arguments):
-        """The one sentence with which test_llama.py exits with 2."""
-        capsys.readouterr()
-        assert test(*arguments) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1
-        return error
-
-    return refused
 
 
 def base_of(chain):

@@ -5,33 +5,14 @@ import shutil
 
 import pytest
 import sentencepiece
-from conftest import FIXTURES, assert_refused, run
+from conftest import FIXTURES, assert_refused, copied, run, test
 from datasets import load_from_disk
-from test_testing import copied, test
 
 import train_llama
 from pipeline.tokens import encode, load_tokenizer
 
 BOTH = pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
 ONE = pytest.mark.parametrize("chain", ["tiny_llama3"], indirect=True)
-
-
-@pytest.fixture
-def out(chain, tmp_path):
-    return copied(chain, tmp_path)
-
-
-@pytest.fixture
-def refused(capsys):
-    def refused(*arguments):
-        """The one sentence with which test_llama.py exits with 2."""
-        capsys.readouterr()
-        assert test(*arguments) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1
-        return error
-
-    return refused
 
 
 @ONE
