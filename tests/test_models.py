@@ -2,13 +2,16 @@
 
 import contextlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import FIXTURES, assert_refused, run, test
+from conftest import FIXTURES, ROOT, assert_refused, run, test
 from peft import PeftModel
 from test_testing import column, peft_adapter, prompts_of, same_columns
 
@@ -106,12 +109,13 @@ TYPO = "there is no model nobody/gated-typo on the hub"
 
 
 @pytest.mark.parametrize("model, words", [("gated/401-model", GATED), ("nobody/gated-typo", TYPO)])
-def test_a_gated_model_and_a_missing_one_are_told_apart(model, words, dataset, tmp_path):
+def test_a_gated_model_and_a_missing_one_are_told_apart(model, words, tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         environment = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0"}
-        environment["HF_HUB_CACHE"] = str(tmp_path)
-        result = run("train_llama.py", "--model", model, "--output-dir", dataset, **environment)
+        environment = os.environ | environment | {"HF_HUB_CACHE": str(tmp_path)}
+        command = [sys.executable, "-c", f"from pipeline.models import fetch; fetch({model!r})"]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         hub.shutdown()
     assert_refused(result, words, "hf auth login")
 
