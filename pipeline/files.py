@@ -155,16 +155,16 @@ def refuse_another(what, old, new, remedy, resume=""):
 
     resume: what can be done, beside the remedy, where settings alone differ.
     """
-    contents, settings = [], []
-    for name in new:
+    contents, settings = {}, []  # contents in the order they were found, each once
+    for name in [name for name in new if old.get(name) != new[name]]:
         before, now = old.get(name, "unknown"), new[name]
         if name in CONTENTS and HASH.search(f"{before}") and HASH.search(f"{now}"):
-            contents += [CONTENTS[name]] if before != now and CONTENTS[name] not in contents else []
-        elif name not in old or before != now:
+            contents[CONTENTS[name]] = True
+        else:
             settings.append(f"{name.replace('_', ' ')} {before} there, {now} now")
     if contents or settings:
         remedy = remedy if contents else resume + remedy
-        fail(f"{what} is of another run ({'; '.join(contents + settings)}): {remedy}")
+        fail(f"{what} is of another run ({'; '.join([*contents, *settings])}): {remedy}")
 
 
 def load_rows(output_dir, split):
