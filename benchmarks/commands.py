@@ -10,6 +10,7 @@ copy of them. What cannot run here is listed with its reason. Exit code 1 if a c
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -50,16 +51,12 @@ IN_PLACE = {
 
 
 def commands_of(text):
-    """[(command, whether it goes on from the one before)] of a page: the lines of a block do."""
+    """[[commands that follow one another]] of a page: a block's, or the one in backticks."""
     found = []
     for block, inline in CODE.findall(text):
         lines = block.replace("\\\n", " ").split("\n") if block else [inline.replace("\n", " ")]
-        number = 0
-        for line in lines:
-            command = " ".join(re.sub(r"\s# .*", "", line).split())
-            if re.match(rf"({PROGRAMS}) \S", command):
-                found.append((command, number > 0))
-                number += 1
+        commands = [" ".join(re.sub(r"\s# .*", "", line).split()) for line in lines]
+        found.append([command for command in commands if re.match(rf"({PROGRAMS}) \S", command)])
     return found
 
 
@@ -72,10 +69,34 @@ def lay_out_cache(hub, args):
         (hub / name / "refs").mkdir(parents=True)
         (hub / name / "refs" / "main").write_text(commit)
         shutil.copytree(folder, hub / name / "snapshots" / commit)
+        if (config := hub / name / "snapshots" / commit / "config.json").exists():  # room for examples in prompts
+            settings = json.loads(config.read_text()) | {"max_position_embeddings": 8192}
+            config.write_text(json.dumps(settings))
 
 
 def first(patterns, command):
     return next((value for pattern, value in patterns.items() if re.search(pattern, command)), None)
+
+
+def run_or_say_why(title, command, prepared, args, clone, environment):
+    """Run a command in the clone, or print why it is not run; False where it failed. prepared: after the chain."""
+    if reason := first(SKIPPED, command):
+        print(f"not run  {title}\n         ({reason})", flush=True)
+        return True
+    shell = command
+    if in_place := first(IN_PLACE, command):
+        shell = in_place.format(samsum=args.samsum, trivia_qa=args.trivia_qa)
+    elif prepared and (before := first(BEFORE, command)):
+        shell = f"{before}; {command}"
+    began = time.time()
+    result = subprocess.run(["bash", "-c", shell], cwd=clone, env=environment, capture_output=True, text=True)
+    word = "FAILED" if result.returncode else "ok    "
+    print(f"{word} {time.time() - began:6.0f} s  {title}", flush=True)
+    if result.returncode:
+        print(
+            *(f"         {line}" for line in (result.stdout + result.stderr).splitlines()[-5:]), sep="\n", flush=True
+        )
+    return not result.returncode
 
 
 def main(argv=None):
@@ -100,38 +121,21 @@ def main(argv=None):
     environment.setdefault("OMP_NUM_THREADS", "1")  # the model is tiny: threads would wait for one another
     if not shutil.which("nvidia-smi"):
         environment["ACCELERATE_USE_CPU"] = "true"  # accelerate launch asks for it
-    done, failed = set(), []
+    done, failed = set(), 0
     for page in PAGES:
-        for command, goes_on in commands_of((clone / page).read_text()):
-            if command in done or (kept.exists() and not re.search(args.only, command)):
+        for commands in commands_of((clone / page).read_text()):
+            if kept.exists() and (set(commands) <= done or not re.search(args.only, " ".join(commands))):
                 continue
-            if reason := first(SKIPPED, command):
-                print(f"not run  {page}: {command}\n         ({reason})", flush=True)
-                continue
-            done.add(command)
-            if kept.exists() and not goes_on:
+            if kept.exists():
                 shutil.rmtree(clone / "outputs", ignore_errors=True)
                 shutil.copytree(kept, clone / "outputs")
-            before = first(BEFORE, command) if kept.exists() else None
-            shell = first(IN_PLACE, command) or command
-            shell = shell.format(samsum=args.samsum, trivia_qa=args.trivia_qa) if shell != command else command
-            began = time.time()
-            result = subprocess.run(
-                ["bash", "-c", f"{before or 'true'}; {shell}"],
-                cwd=clone,
-                env=environment,
-                capture_output=True,
-                text=True,
-            )
-            word = "ok    " if result.returncode == 0 else "FAILED"
-            print(f"{word} {time.time() - began:6.0f} s  {page}: {command}", flush=True)
-            if result.returncode:
-                failed.append(command)
-                print(*(f"         {line}" for line in (result.stdout + result.stderr).splitlines()[-5:]), sep="\n")
-            if "merge_llama.py" in command and not kept.exists():
-                shutil.copytree(clone / "outputs", kept)
+            for command in commands:
+                failed += not run_or_say_why(f"{page}: {command}", command, kept.exists(), args, clone, environment)
+                done.add(command)
+                if "merge_llama.py" in command and not kept.exists():
+                    shutil.copytree(clone / "outputs", kept)
     shutil.rmtree(place)
-    print(f"{len(done) - len(failed)} of {len(done)} commands ran, {len(failed)} failed")
+    print(f"{failed} of {len(done)} commands failed")
     sys.exit(bool(failed))
 
 

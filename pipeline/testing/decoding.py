@@ -206,7 +206,8 @@ def answer_end(tokenizer, ends, one_line):
 
     ends: ids that end a text. one_line: a line's end does, too, behind something that is not blank.
     """
-    decode = functools.cache(lambda token: tokenizer.decode([token], skip_special_tokens=True))
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    decode = functools.cache(lambda token: tokenizer.decode([token], **options))
 
     def end_of(ids):
         blank = True
