@@ -46,7 +46,7 @@ TRIVIA_QA_CONFIG = "rc.wikipedia"  # part of trivia_qa: a folder of its reposito
 OWN = ""  # your rows: a CSV, JSON, JSONL or parquet file, a folder of such files named by split, or a hub id
 OWN_PROMPT = "{prompt}"  # prompt template with columns of OWN in braces, such as "Question: {question}\nAnswer:"
 OWN_COMPLETION = "completion"  # column of OWN with the answers
-TASKS = ["samsum", "trivia_qa"]  # tasks in the data set: samsum, trivia_qa, own; if you give OWN and no TASKS: own
+TASKS = ["samsum", "trivia_qa"]  # tasks to build: samsum, trivia_qa, own; if a source is named by its flag: that task
 CONTEXT = "question"  # context of a question: question (passages nearest to it), first (first words of pages), none
 MAX_CONTEXT_WORDS = 300  # length limit of a question's context, in words
 TRAIN_EXAMPLES_PER_TASK = 5000  # training rows per task, drawn at random; 0 = all
@@ -65,6 +65,7 @@ CHOICES = {
 CHOICES |= dict.fromkeys(("TRAIN_EXAMPLES_PER_TASK", "VALIDATION_EXAMPLES_PER_TASK"), (0, int))
 CHOICES |= dict.fromkeys(("TEST_EXAMPLES_PER_TASK", "SEED", "NUM_PROC"), (0, int))
 SPLITS = ("train", "validation", "test")
+FEW_ROWS = 10  # of test: with fewer, evaluations.py trusts no interval
 
 
 class Row(NamedTuple):  # as it was drawn, not yet rendered
@@ -77,11 +78,14 @@ def parse_args(argv=None):
     args = parse_settings(sys.modules[__name__], argv, CHOICES)
     if not re.fullmatch(r"[\w.-]+", args.trivia_qa_config):
         fail("--trivia-qa-config must be the name of a folder")
+    named = [name for name in tasks.TASKS if getattr(args, name) != globals()[name.upper()] or (name == "own" and OWN)]
+    if named and args.tasks == TASKS:  # whoever names a source wants that one
+        args.tasks = named
+        if set(named) != set(TASKS):
+            say(f"building {' and '.join(named)} alone: for others as well, name them all with --tasks")
+    if "own" not in args.tasks and (args.own_prompt, args.own_completion) != (OWN_PROMPT, OWN_COMPLETION):
+        fail("--own-prompt and --own-completion are for rows of --own: give that, too")
     args.own_prompt = args.own_prompt.replace("\\n", "\n").rstrip()  # as a shell writes a line's end
-    others = [name for name in tasks.TASKS if name != "own"]
-    if args.own and args.tasks == others:
-        args.tasks = ["own"]
-        say(f"building your own rows alone; for the others as well, give --tasks {' '.join(others)} own")
     args.tasks = sorted(set(args.tasks))
     return args
 
@@ -106,7 +110,7 @@ def find_in_folder(name, source, root, args):
     task, revision, place = tasks.TASKS[name], None, source
     remedy = f"get it again, laid out as --help says of {flag_of(name)}, and nothing else into it"
     network = f"check name and network, or give a local folder with {flag_of(name)}"
-    patterns = {split: [one.format_map(vars(args)) for one in of_split] for split, of_split in task.FILES.items()}
+    patterns, needed = patterns_of(task, args), task.NEEDED
     if not root.is_dir():
         if source.startswith((".", "/", "~")) or root.suffix.lower() in SUFFIXES or source.count("/") > 1:
             reason = f"cannot load {source} (no such file)"
@@ -122,19 +126,27 @@ def find_in_folder(name, source, root, args):
         revision = root.name  # the hub's cache names a folder by its commit
         if not reached:
             place, remedy = f"the cache of {source}, and the hub could not be reached", network
+    elif not any(path for of_split in patterns.values() for pattern in of_split for path in root.glob(pattern)):
+        patterns, needed = tasks.own.FILES, tasks.own.NEEDED  # files of your own, named by split
+        remedy = f"give a file, a folder with train.csv or .json and so on, or what --help says of {flag_of(name)}"
     files, faults = {}, []
     for split, of_split in patterns.items():
         found = sorted(path for pattern in of_split for path in root.glob(pattern) if path.suffix.lower() in SUFFIXES)
         parts = {int(number) for path in found for number in re.findall(r"-of-(\d+)\.", path.name)} or {1}
         if found:
             files[split] = found
-        elif split in task.NEEDED:
+        elif split in needed:
             faults.append(f"no {of_split[0]}")
         if found and parts != {len(found)}:
             faults.append(f"{len(found)} files {of_split[0]} where there should be {max(parts)}")
     if faults:
         fail(f"{name}: {' and '.join(faults)} in {place}: {remedy}")
     return root, revision, files
+
+
+def patterns_of(task, args):
+    """{split: patterns} of a task's files, as they are on the hub."""
+    return {split: [one.format_map(vars(args)) for one in of_split] for split, of_split in task.FILES.items()}
 
 
 def read_file(name, path, large, args, counts):
@@ -276,7 +288,8 @@ def render_rows(name, split, args, each, rows):
 def build_task(name, files, args):
     """({split: rendered rows}, the task's part of the report)."""
     task, counts = tasks.TASKS[name], {split: Counter() for split in SPLITS}
-    large = bool(task.READ_FIRST) and not Path(getattr(args, name)).expanduser().is_file()
+    of_hub = [pattern for of_split in patterns_of(task, args).values() for pattern in of_split]
+    large = bool(task.READ_FIRST) and any(path.match(pattern) for path in files["train"] for pattern in of_hub)
     drawn = draw_rows(name, files, large, args, counts)
     form = form_of(row.key for rows in drawn.values() for row in rows[:1000]) if task.ANY_FORM else None
     result, rates, others = {}, {}, {}
@@ -373,6 +386,9 @@ def main(argv=None):
             asked = {name: {"prompt": prompts[name], "one_line": tasks.TASKS[name].ONE_LINE} for name in args.tasks}
             write_whole(fresh / "tasks.json", json.dumps(asked, indent=2) + "\n")
         write_whole(output / "dataset_report.json", json.dumps(report, indent=2) + "\n")
+        tested = {name: part["counts"]["test"]["kept"] for name, part in report["tasks"].items()}
+        for name in [name for name, rows in tested.items() if rows < FEW_ROWS]:
+            say(f"{name}: the scores of {tested[name]} test rows will show nothing: give more rows")
         say(f"\nwrote {folder} and {output / 'dataset_report.json'}")
 
 

@@ -98,6 +98,8 @@ def parse_args(argv=None):
             fail("--shots is for a model that is loaded here: leave out --server or --shots")
     if args.ask and (args.server or args.shots or args.swap_answers):
         fail("--ask is for a model that is loaded here, without examples: leave out --server, --shots, --swap-answers")
+    if not args.ask and "--ask" in (sys.argv[1:] if argv is None else argv):
+        fail("--ask has no text: give a question, a dialogue or a prompt")
     if not args.ask and (args.context or args.task != "auto"):
         fail("--context and --task are for --ask: give that, too")
     return args
@@ -119,14 +121,17 @@ def swap_answers(args, rows):
 
 def answer(args):
     """Print what the base and the fine-tuned model, or a model alone, answer to ASK."""
-    import torch
-    from datasets import Dataset
-
-    from pipeline.testing import decoding
     from pipeline.testing.asking import prompt_to_ask
 
     base, folder, in_4bit, source = choose_system(args)
     task, prompt, one_line = prompt_to_ask(args, TASKS, source or Path(args.output_dir, "adapter"))
+    import torch
+    from datasets import Dataset
+
+    from pipeline.testing import decoding
+
+    machine.own_gpu("test_llama.py")
+    models.quiet()
     tokenizer = tokenizer_of(base, source, args.chat_template)
     model, adapter_off = decoding.load_system(base, folder, in_4bit, args.compare_with_base)
     rows = Dataset.from_list([{"id": "--ask", "prompt": prompt, "completion": " a"}])  # its completion is not shown
@@ -322,8 +327,6 @@ def main(argv=None):
         fail(f"{reason}: start the script with python, not with torchrun or accelerate launch")
     started = time.time()
     if args.ask:
-        machine.own_gpu("test_llama.py")
-        models.quiet()
         answer(args)
         return
     rows = load_rows(args.output_dir, "test")

@@ -326,8 +326,8 @@ def train(args, base, rows):
     bits, steps = "4" if args.load_in_4bit else "16", estimate.optimizer_steps(packed, args)
     say(f"{steps:,} optimizer steps over {len(packed):,} packed sequences, {bits}-bit base, on {trainer.args.device}")
     if steps < FEW_STEPS:
-        remedy = "--num-train-epochs, --gradient-accumulation-steps 1, a smaller --max-length or more rows give more"
-        say(f"{steps} steps are few for a model to learn from: {remedy}")
+        remedy = "more come of --num-train-epochs 5 --gradient-accumulation-steps 1 --max-length 512 --eval-steps 5"
+        say(f"optimizer steps: {steps}, few for a model to learn from; {remedy}, and of more rows")
     if checkpoint:
         say(f"resuming from {checkpoint}")
     train_until_done(trainer, checkpoint)

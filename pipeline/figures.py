@@ -33,6 +33,8 @@ def read_losses(path):
 def loss_lines(curves):
     """The lines to draw of what read_losses returns."""
     lines = {}
+    if sum(name.startswith("eval_") for name in curves) == 2:  # the mean of a single task is that task's
+        curves = {name: points for name, points in curves.items() if name != "eval_loss"}
     for name, points in curves.items():
         label = name.replace("eval_", "validation, ").replace("_loss", "")
         steps, losses = zip(*points, strict=True)

@@ -39,8 +39,10 @@ def readable(path):
 
 def read_csv(file, counts):
     csv.field_size_limit(2**31 - 1)
-    rows = []
-    for row in csv.DictReader(file, strict=True):  # past a stray quote, nobody knows what is a row
+    rows, reader = [], csv.DictReader(file, strict=True)  # past a stray quote, nobody knows what is a row
+    if len(names := reader.fieldnames or []) == 1 and ";" in names[0]:
+        raise BadData(f"the columns of {file.name} are separated by semicolons: save it with commas")
+    for row in reader:
         if None in row or None in row.values():  # more cells than columns, or fewer
             counts["broken CSV line"] += 1
         else:

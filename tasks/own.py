@@ -84,8 +84,11 @@ def complete(row, needed):
         return "columns", row
     elif "messages" not in row:
         found = f"no column {', '.join(sorted(needed - row.keys()))} among {', '.join(row)}"
-        known = "prompt and completion, instruction and output, or messages are needed"
-        raise BadData(f"{found}: {known}, or yours named by --own-prompt and --own-completion")
+        known = "mend --own-prompt or --own-completion"
+        if needed == {"prompt", "completion"}:
+            known = "prompt and completion, instruction and output, or messages are needed"
+            known += ", or yours named by --own-prompt and --own-completion"
+        raise BadData(f"{found}: {known}")
     prompt, completion = exchange(turns)
     return "messages", row | {"prompt": prompt, "completion": completion}
 

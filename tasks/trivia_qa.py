@@ -96,6 +96,7 @@ def prepare(rows, settings):
         if "answer" not in row and "answers" not in row:
             raise BadData(f"no column answer or answers among {', '.join(map(str, row))}")
         given = row["answers"] if "answers" in row else row["answer"]
+        given = given["text"] if isinstance(given, dict) and "text" in given else given  # SQuAD's form
         answers = [text_of(answer, "an answer") for answer in (given if isinstance(given, list) else [given])]
         yield texts | {"answer": {"value": answers[0] if answers else "", "aliases": answers}}
 

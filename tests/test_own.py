@@ -137,7 +137,7 @@ def test_one_file_is_split_by_the_seed_and_the_shares_are_printed(tmp_path, caps
     printed = capsys.readouterr().out
     assert "own: 3 rows for test are drawn out of train, 10.0%" in printed
     assert "own: 3 rows for validation are drawn out of train, 10.0%" in printed
-    assert "building your own rows alone" in printed
+    assert "building own alone" in printed and "own: the scores of 3 test rows will show nothing" in printed
     assert {split: len(rows) for split, rows in first.items()} == {"train": 24, "validation": 3, "test": 3}
     assert build(tmp_path, path) == first
     other = build(tmp_path, path, "--seed", 1)
@@ -213,7 +213,7 @@ WRONG = {  # name of the file, its content, flags, what the sentence says
         [],
         f"row 1 of {{}}: no column completion among prompt, answer: {NEEDED}",
     ),
-    "a csv of other names": ("a.csv", "frage;antwort\nx;y\n", [], "no column completion, prompt among frage;antwort"),
+    "a csv of other names": ("a.csv", "frage,antwort\nx,y\n", [], "no column completion, prompt among frage, antwort"),
     "no template": ("a.jsonl", PAIR, ["--own-prompt", "{prompt"], "--own-prompt is no template"),
     "a field without a name": ("a.jsonl", PAIR, ["--own-prompt", "{} {prompt}"], "--own-prompt names no column"),
     "a template without a field": ("a.jsonl", PAIR, ["--own-prompt", "Hi"], "--own-prompt names no column"),
@@ -397,7 +397,7 @@ def test_a_single_file_that_lacks_a_column_is_one_sentence(tmp_path, capsys):
     arguments = ["--output-dir", tmp_path / "out"]
     refused(capsys, f"samsum: {start} dialogue, summary among", "--tasks", "samsum", "--samsum", path, *arguments)
     refused(capsys, f"trivia_qa: {start} answer or", "--tasks", "trivia_qa", "--trivia-qa", path, *arguments)
-    write_lines(path, [{"question": "x", "context": "y", "answers": {"text": ["z"]}}] * 9)
+    write_lines(path, [{"question": "x", "context": "y", "answers": {"value": "z"}}] * 9)
     refused(capsys, "an answer is a dict", "--tasks", "trivia_qa", "--trivia-qa", path, *arguments)
 
 
@@ -445,7 +445,7 @@ def test_own_rows_pass_through_all_five_scripts(tmp_path):
     for script, *arguments in commands:
         results[script] = run(script, *arguments, *output)
         assert results[script].returncode == 0, results[script].stderr
-    assert "steps are few for a model to learn from" in results["train_llama.py"].stdout
+    assert "few for a model to learn from" in results["train_llama.py"].stdout
     predictions = json.loads((tmp_path / "out" / "own_predictions.json").read_text())
     assert predictions["task"] == "own" and len(predictions["examples"]) == 3
     scores = json.loads((tmp_path / "out" / "evaluation.json").read_text())["own"]["base"]
@@ -466,3 +466,54 @@ def test_a_hub_id_is_read_from_the_hubs_cache(tmp_path):
     assert result.returncode == 0, result.stderr
     assert asked_and_answered(rows_of(tmp_path)) == {(question, f" {answer}") for question, answer in exchanges(20)}
     assert report_of(tmp_path)["sources"]["own"]["revision"] == commit
+
+
+QUESTIONS = [
+    {"id": i, "question": f"Who keeps light {i}?", "context": f"Light {i} is kept by Ann{i}.", "answer": f"Ann{i}"}
+    for i in range(30)
+]
+
+
+def tasks_built(tmp_path, capsys, *arguments):
+    """(exit code, the tasks of the report, stdout, stderr)"""
+    out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+    try:
+        build_dataset.main([*map(str, arguments), "--output-dir", str(out)])
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    report = out / "dataset_report.json"
+    return code, sorted(json.loads(report.read_text())["tasks"]) if report.exists() else [], *capsys.readouterr()
+
+
+def test_the_tasks_whose_source_is_named_are_built_and_no_other(tmp_path, capsys):
+    (tmp_path / "q.json").write_text(json.dumps(QUESTIONS))
+    rows = write_csv(tmp_path / "rows.csv", exchanges(30))
+    code, built, printed, _ = tasks_built(tmp_path, capsys, "--trivia-qa", tmp_path / "q.json")
+    assert code == 0 and built == ["trivia_qa"] and "building trivia_qa alone" in printed
+    code, built, printed, _ = tasks_built(tmp_path, capsys, "--trivia-qa", tmp_path / "q.json", "--own", rows)
+    assert code == 0 and built == ["own", "trivia_qa"]
+    code, built, _, error = tasks_built(tmp_path, capsys, "--own-prompt", "{question}")
+    assert code == 2 and not built and "for rows of --own: give that, too" in error
+
+
+def test_questions_in_files_named_by_split_and_in_squad_s_form_are_read(tmp_path, capsys):
+    squad = [row | {"answers": {"text": [row["answer"]], "answer_start": [9]}} for row in QUESTIONS]
+    (tmp_path / "folder").mkdir()
+    for split, part in (("train", squad[:14]), ("validation", squad[14:17]), ("test", squad[17:])):
+        (tmp_path / "folder" / f"{split}.json").write_text(json.dumps(part))
+    code, built, printed, error = tasks_built(tmp_path, capsys, "--trivia-qa", tmp_path / "folder")
+    assert code == 0 and built == ["trivia_qa"], error
+    assert re.search(r"kept +14 +3 +13\n", printed) and "will show nothing" not in printed
+    (tmp_path / "empty").mkdir()
+    code, _, _, error = tasks_built(tmp_path, capsys, "--trivia-qa", tmp_path / "empty")
+    assert code == 2 and "give a file, a folder with train.csv or .json and so on" in error
+
+
+def test_a_csv_of_semicolons_and_a_wrong_column_are_said_as_what_they_are(tmp_path, capsys):
+    (tmp_path / "semi.csv").write_text("prompt;completion\na;b\n")
+    code, _, _, error = tasks_built(tmp_path, capsys, "--own", tmp_path / "semi.csv")
+    assert code == 2 and "semi.csv are separated by semicolons: save it with commas" in error
+    rows = write_csv(tmp_path / "rows.csv", exchanges(30))
+    code, _, _, error = tasks_built(tmp_path, capsys, "--own", rows, "--own-prompt", "{promt}")
+    assert code == 2 and error.strip().endswith("mend --own-prompt or --own-completion")

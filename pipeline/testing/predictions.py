@@ -155,7 +155,8 @@ def show(paths, rows):
         task = "swapped" if content["settings"].get("swap_answers") else content["task"]
         tables[task] = content["perplexity"]
         for example in content["examples"][:SHOWN]:
-            texts = {"prompt": prompts[example["id"]][-66:], "reference": " | ".join(example["references"][:3])}
+            end = prompts[example["id"]][-63:].partition(" ")[2]  # from a word's beginning on
+            texts = {"prompt": f"...{end}", "reference": " | ".join(example["references"][:3])}
             if "swapped" in example:
                 texts["swapped"] = example["swapped"]
             for system in shown:
