@@ -310,7 +310,7 @@ def print_task(name, task, result):
         tests = result["comparisons"][other]
         least = {metric: tests.get(metric, {}).get("minimum_detectable") for metric in main}
         if visible := ", ".join(f"{short(value)} in {metric}" for metric, value in least.items() if value):
-            say(f"visible from: {visible} (by 4 of 5 such tests{f', of {other[:16]}' if len(others) > 1 else ''})")
+            say(f"visible from: {visible}{f' (of {other[:16]})' if len(others) > 1 else ''}")
     if bits := ", ".join(f"{system[:16]} {count}" for system, count in result["bits"].items() if count):
         say(f"bits of the weights: {bits}")
     for system, seeds in result["seeds"].items():
@@ -363,7 +363,9 @@ def main(argv=None):
     for task, rows in tasks.items():
         print_task(task, rows.task, report[task])
     if any(report[task]["comparisons"] for task in tasks):
-        say("\nAn interval is of one score alone; expl.: an exploratory score, not tested")
+        say("\np is corrected for the main scores of two systems, intervals are not;")
+        say("visible from: the smallest true difference that 4 of 5 such tests would show;")
+        say("expl.: an exploratory score, not tested")
     if report["other_adapter"]:
         say(f"\nwarning: {OTHER_ADAPTER}")
     say(f"\nwrote {folder / 'evaluation.html'} and {folder / 'evaluation.json'}")

@@ -60,7 +60,7 @@ def test_stopped_by_ctrl_c_and_killed_twice_it_goes_on_and_writes_the_same_bytes
         os.kill(process.pid, stop)
         process.join()
         assert process.exitcode == (130 if stop == signal.SIGINT else -stop)
-    assert "the same command resumes" in printed.read_text() and "Traceback" not in printed.read_text()
+    assert "give the same command again" in printed.read_text() and "Traceback" not in printed.read_text()
     result = run("test_llama.py", *arguments)
     assert result.returncode == 0, result.stderr
     assert "of 6 rows are there from before" in result.stdout and not list(out.glob(".*"))

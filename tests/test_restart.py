@@ -279,7 +279,8 @@ def test_what_a_terminal_or_a_batch_system_sends_asks_for_a_checkpoint(number, h
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     trainer.catch_signals(fake)
     signal.raise_signal(number)
-    assert fake.stop_signal == number and f"{number.name}: stopping after this step" in capsys.readouterr().out
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    assert fake.stop_signal == number and f"{name}: stopping after this step" in capsys.readouterr().out
     assert signal.getsignal(number) == signal.SIG_DFL  # a second one ends it
 
 

@@ -121,7 +121,7 @@ class QLoRATrainer(SFTTrainer):
             self.diverged(f"validation loss {losses}")
         best = self.state.best_metric is None or metrics["eval_loss"] < self.state.best_metric
         self.log(metrics)
-        say(f"step {self.state.global_step:>5}  validation loss {losses}{' (best so far)' if best else ''}")
+        say(f"step {self.state.global_step:>5}  validation loss {losses}{' (best mean so far)' if best else ''}")
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.control.should_save |= best
         self.control.should_training_stop |= not best and out_of_patience(self.state, self.settings)
@@ -296,7 +296,7 @@ def catch_signals(trainer):
     def note(number, frame):
         trainer.stop_signal = number
         signal.signal(number, signal.SIG_DFL)
-        name = signal.Signals(number).name
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         say(f"{name}: stopping after this step, with a checkpoint; once more stops at once, without one")
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
