@@ -12,6 +12,7 @@ from datasets import DatasetDict, load_from_disk
 
 import test_llama
 import train_llama
+from pipeline import models
 from pipeline.training import trainer
 
 SECOND = {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -102,6 +103,7 @@ def decided(dataset, output, monkeypatch, capability, environment):
         raise Begun(trainer)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(models, "unpack", lambda model: model)  # there is room, but no GPU to do it on
     monkeypatch.setattr(trainer.QLoRATrainer, "train", train)
     monkeypatch.setattr(trainer, "catch_signals", lambda trainer: None)  # they are the tests' own
     shutil.copytree(dataset / "dataset", output / "dataset")

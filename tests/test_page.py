@@ -222,6 +222,7 @@ def test_the_address_leads_back_to_filters_and_to_an_example(tab, folder):
     tab.goto(address)
     assert shown(tab) == state and "Bonn" in tab.locator("#examples tr.detail").inner_text()
     tab.locator("#examples tr.detail a").click()
+    tab.locator("#where", has_text="of 60").wait_for()
     assert count(tab) == "60" and "Bonn" in tab.locator("#examples tr.detail").inner_text()
     tab.goto(f"{(folder / 'evaluation.html').as_uri()}#task=nowhere&example=nothing&sort=x")
     assert count(tab) == "72" and tab.locator("#examples tr.detail").count() == 0
