@@ -83,8 +83,6 @@ finished() { # $1: seconds, $2: the folder with the results
 
 demo() {
     export HF_HUB_OFFLINE=1
-    # The tiny model is as fast with one thread, and beside other programs 10 times as fast.
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     local start=$SECONDS python=.venv/bin/python
     step $python build_dataset.py "${DEMO_BUILD[@]}" --output-dir $DEMO_DIR
     step $python train_llama.py "${DEMO_TRAIN[@]}" --output-dir $DEMO_DIR
