@@ -46,8 +46,8 @@ from tasks import TASKS, own, samsum, swapped, trivia_qa
 # Settings: edit here, or override for one run on the command line.
 ADAPTER = "auto"  # adapter: a folder, or none for the base alone; auto: OUTPUT_DIR/adapter, or none if MODEL is given
 MODEL = "auto"  # model: a hub id or a folder, such as outputs/merged; auto: the base that the adapter names
-NAME = ""  # suffix of the prediction files' names, which keeps the files of other tests; empty: none
-CHAT_TEMPLATE = "auto"  # chat template: on, off; auto: as in training; for MODEL without an adapter: on if it has one
+NAME = ""  # suffix of the prediction files' names, to replace no other test's; empty: none, or the server's model
+CHAT_TEMPLATE = "auto"  # chat template: on, off; auto: as in training; a MODEL without an adapter: if it has one
 COMPARE_WITH_BASE = True  # also test the base, with the adapter switched off
 SWAP_ANSWERS = False  # replace the answers in trivia_qa's contexts, to see whether the model reads or recalls
 SHOTS = 0  # solved train examples in front of each test prompt, for a model without an adapter; 0 = none

@@ -37,9 +37,9 @@ LORA_DROPOUT = 0.0  # dropout before the adapter, 0 to below 1; above 0 training
 TARGET_MODULES = ["all-linear"]  # layers: all-linear or any of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj
 NUM_TRAIN_EPOCHS = 1.0  # passes over the training rows
 MAX_STEPS = 0  # number of optimizer steps; 0 = NUM_TRAIN_EPOCHS decides
-PER_DEVICE_TRAIN_BATCH_SIZE = 0  # batch size in sequences; 0 = automatic: as many of a step's as fit a GPU, 1 on a CPU
+PER_DEVICE_TRAIN_BATCH_SIZE = 0  # batch size in sequences; 0 = automatic: as many as fit on a GPU, 1 on a CPU
 GRADIENT_ACCUMULATION_STEPS = 4  # batches per optimizer step; if the batch size is 0: sequences per optimizer step
-LEARNING_RATE = "auto"  # peak learning rate; auto, by parameters: 1e-3 to 1.5 B, 5e-4 to 5 B, 2e-4 to 20 B, else 1e-4
+LEARNING_RATE = "auto"  # peak learning rate; auto: 1e-3, above 1.5 B parameters 5e-4, above 5 B 2e-4, above 20 B 1e-4
 WARMUP_STEPS = 10  # optimizer steps in which the learning rate rises, before it falls along a cosine; 0 = none
 MAX_LENGTH = 2048  # length limit of a sequence, in tokens; longer rows are dropped and counted, never truncated
 PACKING = True  # several rows in one sequence; no row attends to another

@@ -144,8 +144,8 @@ def script(main):
         try:
             return main(argv)
         except KeyboardInterrupt:
-            kept = "older results stay, and what this one has saved"
-            print(f"\ninterrupted: {kept}: give the same command again", file=sys.stderr)
+            kept = "older results and what this run has saved are kept"
+            print(f"\ninterrupted: {kept}; give the same command again", file=sys.stderr)
             raise SystemExit(130) from None
         except Exception as error:
             if out_of_memory(error):

@@ -197,8 +197,8 @@ class QLoRATrainer(SFTTrainer):
             fail(f"the loss was exactly 0 three times up to step {self.state.global_step}: {remedy}")
 
     def diverged(self, what):
-        remedy = "lower --learning-rate or raise --warmup-steps and start again with --overwrite"
-        kept = "older checkpoints and adapter stay"
+        remedy = "lower --learning-rate or raise --warmup-steps, and start again with --overwrite"
+        kept = "until then older checkpoints and adapter are still there"
         fail(f"training diverged at step {self.state.global_step} ({what}): {remedy}; {kept}")
 
     def is_save_due(self):
