@@ -46,7 +46,7 @@ TRIVIA_QA_CONFIG = "rc.wikipedia"  # part of trivia_qa: a folder of its reposito
 OWN = ""  # your rows: a CSV, JSON, JSONL or parquet file, a folder of such files named by split, or a hub id
 OWN_PROMPT = "{prompt}"  # prompt template with columns of OWN in braces, such as "Question: {question}\nAnswer:"
 OWN_COMPLETION = "completion"  # column of OWN with the answers
-TASKS = ["samsum", "trivia_qa"]  # tasks to build: samsum, trivia_qa, own; if a source is named by its flag: that task
+TASKS = ["samsum", "trivia_qa"]  # tasks to build: samsum, trivia_qa, own; if not given: those of the flags of sources
 CONTEXT = "question"  # context of a question: question (passages nearest to it), first (first words of pages), none
 MAX_CONTEXT_WORDS = 300  # length limit of a question's context, in words
 TRAIN_EXAMPLES_PER_TASK = 5000  # training rows per task, drawn at random; 0 = all
@@ -78,11 +78,15 @@ def parse_args(argv=None):
     args = parse_settings(sys.modules[__name__], argv, CHOICES)
     if not re.fullmatch(r"[\w.-]+", args.trivia_qa_config):
         fail("--trivia-qa-config must be the name of a folder")
-    named = [name for name in tasks.TASKS if getattr(args, name) != globals()[name.upper()] or (name == "own" and OWN)]
-    if named and args.tasks == TASKS:  # whoever names a source wants that one
-        args.tasks = named
-        if set(named) != set(TASKS):
+    flags = {str(word).split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    sources = [name for name in tasks.TASKS if getattr(args, name)]
+    named = [name for name in sources if flag_of(name) in flags or name == "own"]
+    if named and "--tasks" not in flags:  # whoever names a source wants that one
+        if set(named) != set(args.tasks):
             say(f"building {' and '.join(named)} alone: for others as well, name them all with --tasks")
+        args.tasks = named
+    if "--own" in flags and args.own and "own" not in args.tasks:
+        fail("--own is given, but own is not among --tasks: add it, or leave out --own")
     if "own" not in args.tasks and (args.own_prompt, args.own_completion) != (OWN_PROMPT, OWN_COMPLETION):
         fail("--own-prompt and --own-completion are for rows of --own: give that, too")
     args.own_prompt = args.own_prompt.replace("\\n", "\n").rstrip()  # as a shell writes a line's end

@@ -46,8 +46,8 @@ from tasks import TASKS, own, samsum, swapped, trivia_qa
 # Settings: edit here, or override for one run on the command line.
 ADAPTER = "auto"  # adapter: a folder, or none for the base alone; auto: OUTPUT_DIR/adapter, or none if MODEL is given
 MODEL = "auto"  # model: a hub id or a folder, such as outputs/merged; auto: the base that the adapter names
-NAME = ""  # suffix of the prediction files' names, to replace no other test's; empty: none, or the server's model
-CHAT_TEMPLATE = "auto"  # chat template: on, off; auto: as in training; a MODEL without an adapter: if it has one
+NAME = ""  # suffix of the prediction files' names, so that other tests' files stay; empty: none, or a server's model
+CHAT_TEMPLATE = "auto"  # chat template: on, off; auto: as in training; MODEL alone: on if its tokenizer has one
 COMPARE_WITH_BASE = True  # also test the base, with the adapter switched off
 SWAP_ANSWERS = False  # replace the answers in trivia_qa's contexts, to see whether the model reads or recalls
 SHOTS = 0  # solved train examples in front of each test prompt, for a model without an adapter; 0 = none
@@ -98,8 +98,10 @@ def parse_args(argv=None):
             fail("--shots is for a model that is loaded here: leave out --server or --shots")
     if args.ask and (args.server or args.shots or args.swap_answers):
         fail("--ask is for a model that is loaded here, without examples: leave out --server, --shots, --swap-answers")
-    if not args.ask and "--ask" in (sys.argv[1:] if argv is None else argv):
+    if not args.ask and any(str(word).split("=")[0] == "--ask" for word in (sys.argv[1:] if argv is None else argv)):
         fail("--ask has no text: give a question, a dialogue or a prompt")
+    if args.ask == args.context == "-":
+        fail("--ask and --context cannot both be read from standard input: give a file for one of them")
     if not args.ask and (args.context or args.task != "auto"):
         fail("--context and --task are for --ask: give that, too")
     return args
@@ -135,8 +137,11 @@ def answer(args):
     tokenizer = tokenizer_of(base, source, args.chat_template)
     model, adapter_off = decoding.load_system(base, folder, in_4bit, args.compare_with_base)
     rows = Dataset.from_list([{"id": "--ask", "prompt": prompt, "completion": " a"}])  # its completion is not shown
-    new = vars(args)[f"{task}_max_new_tokens"]
-    [row] = plan(task, rows, tokenizer, new, model.config.max_position_embeddings, 1)[0]
+    new, limit = vars(args)[f"{task}_max_new_tokens"], model.config.max_position_embeddings
+    [row] = predictions.encoded(tokenizer, rows)
+    if len(row["prompt_ids"]) + new > limit:
+        length = f"its prompt has {len(row['prompt_ids']):,} tokens, prompt and answer may have {limit:,}"
+        fail(f"--ask is too long: {length}")
     way = ", through the chat template" if tokenizer.chat_template else ""
     say(f"asked as {task}: {len(row['prompt_ids'])} tokens{way}, answered in at most {new}")
     attention, ends, bar = choose_attention("packed"), end_tokens(model, tokenizer), progress(total=1)
@@ -296,6 +301,9 @@ def test_undone(args, tasks, base, folder, in_4bit, tokenizer, rows, state):
         trained_on = models.read_run(folder)["run"].get("weights", run["weights"])
         remedy = f"put back what {folder}/run.json names, or give --model {base} to test on this one all the same"
         refuse_another(f"{base}, the base of {folder},", run | {"weights": trained_on}, run, remedy)
+    built = read_json(Path(args.output_dir, "dataset", "train", "state.json")).get("_fingerprint")
+    if folder and models.read_run(folder)["run"].get("train rows", built) != built:
+        say(f"warning: {folder} was trained on another data set: it may have been trained on rows of this test")
     parts = {task: rows_of(rows, task) for task in TASKS}
     paths = predictions.paths_of(TASKS, args.output_dir, args.name, args.swap_answers)
     done = [task for task, path in paths.items() if predictions.finished(args, path, run)]

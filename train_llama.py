@@ -151,7 +151,7 @@ def where_to_start(args, run):
         if checkpoint:
             files.refuse_another(checkpoint, manifest.get("run", {}), run, remedy, resume)
         if any(adapter.glob("*")):
-            files.refuse_another(adapter, old.get("run", {}), run, remedy, resume)
+            files.refuse_another(adapter, old.get("run", {}), run, remedy)
     return None, {}
 
 
@@ -284,13 +284,14 @@ def dry_run(args, base):
         choose_learning_rate(args, shape)
     else:
         shape, tokenizer = read_base(args, base)
-    if not Path(args.output_dir, "dataset").exists():
-        tokens = estimate.assumed_rows(None, args.max_length)
-    elif not tokenizer:
-        tokens = estimate.assumed_rows(files.load_rows(args.output_dir, "train"), args.max_length)
+    rows = {}
+    if os.path.lexists(Path(args.output_dir, "dataset")):
+        rows = {split: files.load_rows(args.output_dir, split) for split in ("train", "validation")}
+    if tokenizer and rows:
+        tokens = tokenize(rows["train"], tokenizer, args.max_length, "train")
+        validation_sets(rows["validation"], tokenizer, args)  # says what is dropped
     else:
-        tokens = tokenize(files.load_rows(args.output_dir, "train"), tokenizer, args.max_length, "train")
-        validation_sets(files.load_rows(args.output_dir, "validation"), tokenizer, args)  # says what is dropped
+        tokens = estimate.assumed_rows(rows.get("train"), args.max_length)
     estimate.choose_kernels(args)
     estimate.dry_run(shape, tokens, pack(tokens, args), args)
 

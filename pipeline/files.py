@@ -155,6 +155,7 @@ def refuse_another(what, old, new, remedy, resume=""):
 
     resume: what can be done, beside the remedy, where settings alone differ.
     """
+    old = old if isinstance(old, dict) else {}
     contents, settings = {}, []  # contents in the order they were found, each once
     for name in [name for name in new if old.get(name) != new[name]]:
         before, now = old.get(name, "unknown"), new[name]
@@ -163,7 +164,7 @@ def refuse_another(what, old, new, remedy, resume=""):
         else:
             settings.append(f"{name.replace('_', ' ')} {before} there, {now} now")
     if contents or settings:
-        remedy = remedy if contents else resume + remedy
+        remedy = remedy if contents and old.get("model") == new.get("model") else resume + remedy
         fail(f"{what} is of another run ({'; '.join([*contents, *settings])}): {remedy}")
 
 

@@ -64,7 +64,7 @@ def test_a_dialogue_and_a_question_are_answered_as_the_test_rows_they_are_withou
 @ONE
 def test_the_task_is_that_of_the_text_or_the_one_that_is_given(ask, out, monkeypatch, tmp_path):
     (tmp_path / "page.txt").write_text(PAGE)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(DIALOGUE))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(DIALOGUE.encode())))
     assert "asked as samsum" in ask("-")[1]
     assert "asked as samsum" in ask("Nora: Coming?", "--task", "samsum")[1]
     code, printed, _ = ask(QUESTION)
@@ -117,7 +117,31 @@ def test_what_cannot_be_asked_is_one_sentence(ask, tmp_path):
         ([QUESTION, "--context", tmp_path / "empty.txt"], "--context has no text"),
         ([QUESTION, "--shots", 2, "--adapter", "none"], "--ask is for a model that is loaded here"),
         ([QUESTION, "--server", "http://127.0.0.1:9/v1"], "--ask is for a model that is loaded here"),
-        (["word " * 9000], "no row of trivia_qa fits the model's"),
+        (["word " * 9000], "--ask is too long: its prompt has"),
+        ([tmp_path], f"cannot read --ask {tmp_path} (it is a folder)"),
+        (["-", "--context", "-"], "--ask and --context cannot both be read from standard input"),
     ):
         code, _, error = ask(*arguments)
         assert code == 2 and error.startswith(f"error: {said}") and error.count("\n") == 1, (arguments, error)
+
+
+@ONE
+@pytest.mark.parametrize("tasks", [
+    {"samsum": "x"}, {"samsum": {"prompt": None}}, {"samsum": {"prompt": "S {dialogue.x}", "one_line": False}},
+    {"samsum": {"prompt": "S {0}", "one_line": False}}, {"samsum": {"prompt": "S {dialogue", "one_line": False}},
+    {"samsum": {"prompt": "S {unknown}", "one_line": False}}, {"samsum": {"prompt": "no place", "one_line": False}},
+    {"samsum": {"prompt": "S {dialogue}"}}, {"own": {"prompt": "S {a", "one_line": False}},
+])  # fmt: skip
+def test_a_damaged_prompt_in_the_adapter_is_one_sentence(tasks, ask, out):
+    run = json.loads((out / "adapter" / "run.json").read_text())
+    (out / "adapter" / "run.json").write_text(json.dumps(run | {"tasks": tasks}))
+    code, _, error = ask(DIALOGUE)
+    assert code == 2 and error.startswith("error: cannot use the prompt of ") and error.count("\n") == 1
+
+
+@ONE
+def test_standard_input_that_is_closed_or_no_utf_8_is_one_sentence(ask, monkeypatch):
+    for stream in (None, io.TextIOWrapper(io.BytesIO(b"\xff\xfeA: hi\nB: yo"), errors="surrogateescape")):
+        monkeypatch.setattr(sys, "stdin", stream)
+        code, _, error = ask("-")
+        assert code == 2 and error.startswith("error: cannot read --ask - (") and error.count("\n") == 1

@@ -493,6 +493,11 @@ def test_the_tasks_whose_source_is_named_are_built_and_no_other(tmp_path, capsys
     assert code == 0 and built == ["trivia_qa"] and "building trivia_qa alone" in printed
     code, built, printed, _ = tasks_built(tmp_path, capsys, "--trivia-qa", tmp_path / "q.json", "--own", rows)
     assert code == 0 and built == ["own", "trivia_qa"]
+    named = ["--trivia-qa", tmp_path / "q.json", "--own", rows, "--tasks", "trivia_qa"]
+    code, built, _, error = tasks_built(tmp_path, capsys, *named)
+    assert code == 2 and not built and "own is not among --tasks" in error
+    code, built, _, error = tasks_built(tmp_path, capsys, *named[:2], "--tasks", "trivia_qa", "samsum")
+    assert code == 2 and not built and "samsum" in error  # asked for by name, and not to be had here
     code, built, _, error = tasks_built(tmp_path, capsys, "--own-prompt", "{question}")
     assert code == 2 and not built and "for rows of --own: give that, too" in error
 

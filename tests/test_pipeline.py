@@ -92,6 +92,8 @@ def test_another_data_set_is_refused_by_training_and_testing_and_gives_the_card_
     assert_refused(result, "is of another run (the data set was built again)")
     result = run("test_llama.py", *TEST, "--output-dir", output)
     assert_refused(result, "is of another run (the data set was built again)")
+    result = run("test_llama.py", *TEST, "--name", "again", "--output-dir", output)
+    assert result.returncode == 0 and "was trained on another data set: it may have been trained on" in result.stdout
     succeed("evaluations.py", output, *EVALUATE)
     report = json.loads((output / "evaluation.json").read_text())
     assert report["data"] is None and report["training"]["settings"]["seed"] == 1

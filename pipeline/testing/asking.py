@@ -8,24 +8,26 @@ from pathlib import Path
 from pipeline import models
 from pipeline.files import built_tasks, read_json
 from pipeline.script import fail, first_line, say
-from pipeline.texts import clean
+from pipeline.texts import clean, template_parts
 
 
 def read_asked(flag, value):
     """The text that is asked: of standard input (-), of a file, or the value itself; exits 2 where there is none."""
     try:
         if value == "-":
-            text = sys.stdin.read()
-        elif os.path.isfile(value):
-            text = Path(value).read_text(encoding="utf-8")
+            text = sys.stdin.buffer.read().decode("utf-8-sig")
+        elif os.path.isdir(value):
+            raise IsADirectoryError("it is a folder")
+        elif os.path.exists(value):
+            text = Path(value).read_text(encoding="utf-8-sig")
         elif flag == "--context" or re.fullmatch(r"\S+\.(txt|md|json|csv)", value):
             raise FileNotFoundError("no such file")
         else:
             text = value
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # the last one where standard input is closed
         fail(f"cannot read {flag} {value} ({first_line(error)}): give a text file in UTF-8")
     if not clean(text):
-        fail(f"{flag} has no text: give a question, a dialogue or a prompt")
+        fail(f"{flag} has no text: give a file that has some, or the text itself to --ask")
     return text.strip()
 
 
@@ -48,11 +50,18 @@ def prompt_to_ask(args, tasks, adapter):
         reason = f"--ask fits {' and '.join(fitting) or 'no task'} of {', '.join(trained_on)}"
         fail(f"{reason}: a dialogue has several lines, a question one, only that has a --context; or give --task")
     [task] = fitting
-    built, with_context = built_tasks(args.output_dir, tasks, noted)[task], "{context}" in tasks[task].PROMPT
+    with_context, built = "{context}" in tasks[task].PROMPT, built_tasks(args.output_dir, tasks, noted)[task]
+    built = built if isinstance(built, dict) and isinstance(built.get("prompt"), str) else {"prompt": ""}
     if page and not with_context:
         fail(f"--context is for a question: the prompts of {task} have none")
     if task not in trained_on:
         say(f"{task} is no task that the adapter was trained on")
     elif with_context and bool(page) != ("{context}" in built["prompt"]):
         say(f"{task}: unlike in training, it is asked {'with' if page else 'without'} a context")
-    return task, tasks[task].asked(text, page, built["prompt"]), built["one_line"]
+    try:
+        if not any(field for _, field in template_parts(built["prompt"])):
+            raise ValueError("it has no place for a text")
+        return task, tasks[task].asked(text, page, built["prompt"]), bool(built["one_line"])
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"cannot use the prompt of {task} that {adapter}/run.json or the data set names"
+        fail(f"{reason} ({first_line(error)}): mend it, or train again")

@@ -272,7 +272,9 @@ def dry_run(shape, tokens, packed, args):
     say(f"{'parameters':<26}{shape['parameters']:>14,}")
     say(f"{'trainable':<26}{shape['trainable']:>14,}, {shape['trainable'] / shape['parameters']:.2%}\n")
     room, width = room_and_width(args)
-    passes = steps * args.gradient_accumulation_steps * (args.per_device_train_batch_size or 1) / len(packed)
+    passes = args.num_train_epochs
+    if args.max_steps:
+        passes = steps * args.gradient_accumulation_steps * (args.per_device_train_batch_size or 1) / len(packed)
     rate = GPUS[args.dry_run_gpu][1] if args.dry_run_gpu in GPUS else matrix_rate() / 2e12
     by_way, needed = {}, {}
     for way in ("checkpointing", "without"):
