@@ -86,8 +86,9 @@ def known_config(model):
 
 def assumed_rows(rows, max_length):
     """Rows that stand for those of train, with `task`, `input_ids` and `labels`: of their bytes, or of ASSUMED."""
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
 
+    disable_progress_bars()
     if rows is None:
         lengths = [(task, *sizes) for task, (count, *sizes) in ASSUMED.items() for _ in range(count)]
         known = [f"{count:,} of {task}, {tokens} tokens each" for task, (count, tokens, _) in ASSUMED.items()]
