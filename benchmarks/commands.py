@@ -135,7 +135,7 @@ def main(argv=None):
                 if "merge_llama.py" in command and not kept.exists():
                     shutil.copytree(clone / "outputs", kept)
     shutil.rmtree(place)
-    print(f"{failed} of {len(done)} commands failed")
+    print(f"{failed} commands failed")
     sys.exit(bool(failed))
 
 
