@@ -1,4 +1,4 @@
-"""Run every command of README.md and docs/ as it stands, in a fresh clone, offline: what a page says works is seen to.
+"""Run every command of README.md and docs/ as it stands, in a fresh clone, offline.
 
 The commands are the lines of code blocks and the texts in backticks that begin with a program's name. Ids of the hub
 are found in a hub's cache that is laid out of local folders: MODEL for each model of MODELS, SAMSUM and TRIVIA_QA for

@@ -14,7 +14,7 @@ from pipeline.script import FULL, fail, first_line, is_main, say
 
 MANIFEST = "whole.json"  # makes a folder count
 HASH = re.compile("[0-9a-f]{16}")
-CONTENTS = {  # names in an identity whose values are hashes: what is said where they differ
+CONTENTS = {  # names in an identity whose values are hashes: the words for a difference
     **dict.fromkeys(("train rows", "validation rows", "rows"), "the data set was built again"),
     **dict.fromkeys(("adapter", "adapter_sha256"), "the adapter is another one"),
     "adapter_config": "the adapter's configuration is another one",
@@ -153,7 +153,7 @@ def read_manifest(folder):
 def refuse_another(what, old, new, remedy, resume=""):
     """Exit 2 where two identities (flat dicts) differ, with every difference by name.
 
-    resume: what can be done, beside the remedy, where settings alone differ.
+    resume: what can be done, beside the remedy, where settings alone differ, or the model that one of them names.
     """
     old = old if isinstance(old, dict) else {}
     contents, settings = {}, []  # contents in the order they were found, each once

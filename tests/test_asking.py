@@ -1,4 +1,4 @@
-"""test_llama.py --ask: a text of one's own is answered as a test row would be, through the prompt of its task."""
+"""test_llama.py --ask: a text is answered as a test row would be, through the prompt of its task."""
 
 import io
 import json
