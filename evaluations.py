@@ -6,12 +6,12 @@ one system: its score is their mean, and its intervals and tests allow for other
 model judges the predictions where JUDGE_MODEL names one; its key is read from OPENAI_API_KEY alone. Needs neither
 torch nor, without a judge, the network.
 
-Reads:  OUTPUT_DIR/samsum_predictions.json and those of the other tasks, whichever exist, and as a system NAME each
-        samsum_predictions_NAME.json of the same rows; or the files of --predictions, in which {"task": "samsum",
-        "examples": [{"references": ["..."], "prediction": "..."}]} is enough, or the examples alone, one a line,
-        each with its "task" or a prompt that ends as ours do.
-        For the page, where they are of the same run: OUTPUT_DIR/dataset/, dataset_report.json and adapter/ (its
-        weights alone say whether it is the predictions' own).
+Reads:  OUTPUT_DIR/samsum_predictions.json and the same file of each other task, if it exists. Each
+        samsum_predictions_NAME.json of the same rows is one more system, called NAME.
+        With --predictions, only the files that it names. A file needs no more than {"task": "samsum", "examples":
+        [{"references": ["..."], "prediction": "..."}]}. It may also contain only the examples, one on each line, each
+        with its "task" or with a prompt that ends like those of build_dataset.py.
+        For the page also OUTPUT_DIR/dataset/, dataset_report.json and adapter/, if they belong to the predictions.
 Writes: OUTPUT_DIR/evaluation.html and evaluation.json, which has every number of the page; with a judge also
         judge_cache.jsonl, which a rerun or an interrupted run reads instead of asking again.
 

@@ -1,10 +1,11 @@
 """Merge the adapter of train_llama.py into its base, as a plain transformers folder, and check that folder.
 
 The weights are merged one file at a time, so the merge needs memory for the largest file only. Then every tensor is
-compared with PEFT's merge, and the merged model with base and adapter on validation rows. In float32 the two must
-agree; the cost of rounding to the stored type is reported, and is no reason to fail. The check needs 4 bytes per
-parameter, on the GPU or, without one, in RAM; with less memory it compares in 16 bits. Only a merge that passes
-replaces OUTPUT_DIR/merged; one that fails is left in merged.unverified/, and its model card says so.
+compared with PEFT's merge. On validation rows, the outputs of the merged model are compared with those of the base
+with its adapter: in float32 the two must agree; the cost of rounding to the stored type is reported, and is no reason
+to fail. The check needs 4 bytes per parameter, on the GPU or, without one, in RAM; with less memory it compares in 16
+bits. Only a merge that passes replaces OUTPUT_DIR/merged; one that fails is left in merged.unverified/, and its model
+card says so.
 
 Reads:  OUTPUT_DIR/adapter/, its base model and the validation rows of OUTPUT_DIR/dataset/. For the model card also
         dataset_report.json and evaluation.json, if they belong to this adapter.

@@ -46,7 +46,7 @@ from tasks import TASKS, own, samsum, swapped, trivia_qa
 # Settings: edit here, or override for one run on the command line.
 ADAPTER = "auto"  # adapter: a folder, or none for the base alone; auto: OUTPUT_DIR/adapter, or none if MODEL is given
 MODEL = "auto"  # model: a hub id or a folder, such as outputs/merged; auto: the base that the adapter names
-NAME = ""  # suffix of the prediction files' names, so that other tests' files stay; empty: none, or a server's model
+NAME = ""  # suffix of the prediction files' names, so that other tests' files stay; empty: none, for a server its model
 CHAT_TEMPLATE = "auto"  # chat template: on, off; auto: as in training; MODEL alone: on if its tokenizer has one
 COMPARE_WITH_BASE = True  # also test the base, with the adapter switched off
 SWAP_ANSWERS = False  # replace the answers in trivia_qa's contexts, to see whether the model reads or recalls

@@ -47,7 +47,7 @@ ATTN_IMPLEMENTATION = "auto"  # attention: packed, flash_attention_2, sdpa, eage
 ACTIVATION_CHECKPOINTING = "auto"  # less memory for more time: on, off; auto: on if the run would not fit without it
 USE_LIGER_KERNEL = "auto"  # fused GPU kernels: on, off; auto: on if there is a GPU and liger-kernel is installed
 EVAL_STEPS = 50  # optimizer steps between validations; the adapter with the lowest validation loss is kept
-EARLY_STOPPING_PATIENCE = 0  # number of validations in a row without a new lowest loss that end training; 0 = never
+EARLY_STOPPING_PATIENCE = 0  # training ends after this many validations in a row without a new lowest loss; 0 = never
 LOGGING_STEPS = 5  # optimizer steps between log entries; validations and checkpoints are logged as well
 SAVE_STEPS = 50  # optimizer steps between checkpoints; a new best adapter is saved as well
 SAVE_MINUTES = 15.0  # minutes without a checkpoint after which the next step saves one; 0 = never
