@@ -46,7 +46,7 @@ TRIVIA_QA_CONFIG = "rc.wikipedia"  # part of trivia_qa: a folder of its reposito
 OWN = ""  # your rows: a CSV, JSON, JSONL or parquet file, a folder of such files named by split, or a hub id
 OWN_PROMPT = "{prompt}"  # prompt template with columns of OWN in braces, such as "Question: {question}\nAnswer:"
 OWN_COMPLETION = "completion"  # column of OWN with the answers
-TASKS = ["samsum", "trivia_qa"]  # tasks to build: samsum, trivia_qa, own; without --tasks, those whose source is a flag
+TASKS = ["samsum", "trivia_qa"]  # tasks to build, of samsum, trivia_qa and own; --own FILE alone builds only own
 CONTEXT = "question"  # context of a question: question (passages nearest to it), first (first words of pages), none
 MAX_CONTEXT_WORDS = 300  # length limit of a question's context, in words
 TRAIN_EXAMPLES_PER_TASK = 5000  # training rows per task, drawn at random; 0 = all

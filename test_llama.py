@@ -46,8 +46,8 @@ from tasks import TASKS, own, samsum, swapped, trivia_qa
 # Settings: edit here, or override for one run on the command line.
 ADAPTER = "auto"  # adapter: a folder, or none for the base alone; auto: OUTPUT_DIR/adapter, or none if MODEL is given
 MODEL = "auto"  # model: a hub id or a folder, such as outputs/merged; auto: the base that the adapter names
-NAME = ""  # suffix of the prediction files' names, so that other tests' files stay; empty: none, for a server its model
-CHAT_TEMPLATE = "auto"  # chat template: on, off; auto: as in training; MODEL alone: on if its tokenizer has one
+NAME = ""  # suffix for the names of the prediction files; empty: none (for a model at SERVER: that model's name)
+CHAT_TEMPLATE = "auto"  # chat template: on, off; auto: as in training (without an adapter: on if there is one)
 COMPARE_WITH_BASE = True  # also test the base, with the adapter switched off
 SWAP_ANSWERS = False  # replace the answers in trivia_qa's contexts, to see whether the model reads or recalls
 SHOTS = 0  # solved train examples in front of each test prompt, for a model without an adapter; 0 = none
