@@ -31,7 +31,7 @@ from pipeline.tokens import encode, load_tokenizer, tokenizer_of
 from tasks import TASKS
 
 # Settings: edit here, or override for one run on the command line.
-MODEL = "auto"  # base model: a folder or hub id with the same weights as in training; auto: the base that the adapter names
+MODEL = "auto"  # base model: a folder or hub id with the weights as in training; auto: the base that the adapter names
 MERGE_BASE = "auto"  # weights to merge into: 16bit (as stored), 4bit (quantised to NF4, then unpacked); auto: 16bit
 MERGE_DTYPE = "auto"  # type of merged weights: float16, bfloat16, float32; auto: float16 if they fit, else bfloat16
 CHECK_ROWS = 4  # number of validation rows, equally from each task, on which merged and unmerged model are compared
