@@ -44,7 +44,7 @@ WARMUP_STEPS = 10  # optimizer steps in which the learning rate rises, before it
 MAX_LENGTH = 2048  # length limit of a sequence, in tokens; longer rows are dropped and counted, never truncated
 PACKING = True  # several rows in one sequence; no row attends to another
 ATTN_IMPLEMENTATION = "auto"  # attention: packed, flash_attention_2, sdpa, eager; auto: flash if there, else packed
-ACTIVATION_CHECKPOINTING = "auto"  # less memory for more time: on, off; auto: on if the run would not fit without it
+ACTIVATION_CHECKPOINTING = "auto"  # less memory for more time: off, mlp, on, host, in this order; auto: what fits
 USE_LIGER_KERNEL = "auto"  # fused GPU kernels: on, off; auto: on if there is a GPU and liger-kernel is installed
 EVAL_STEPS = 50  # optimizer steps between validations; the adapter with the lowest validation loss is kept
 EARLY_STOPPING_PATIENCE = 0  # training ends after this many validations in a row without a new lowest loss; 0 = never
@@ -69,7 +69,8 @@ CHOICES = {
     **dict.fromkeys(("EARLY_STOPPING_PATIENCE", "SEED"), (0, int)),
     **dict.fromkeys(("LORA_DROPOUT", "SAVE_MINUTES", "DRY_RUN_PRICE"), (0, float)),
     **dict.fromkeys(("LOAD_IN_4BIT", "PACKING", "DRY_RUN", "OVERWRITE"), (bool,)),
-    **dict.fromkeys(("ACTIVATION_CHECKPOINTING", "USE_LIGER_KERNEL"), ("auto", "on", "off")),
+    "ACTIVATION_CHECKPOINTING": ("auto", *estimate.WAYS),
+    "USE_LIGER_KERNEL": ("auto", "on", "off"),
     "TARGET_MODULES": (list,),
     "NUM_TRAIN_EPOCHS": (float,),
     "CHAT_TEMPLATE": CHAT_TEMPLATES,
@@ -320,7 +321,8 @@ def train(args, base, rows):
     estimate.settle(shape, packed, args)
     if estimate.fits_unpacked(shape, packed, args):
         model = models.unpack(model)
-    trainer = QLoRATrainer(args, model, tokenizer, packed, validation, run, manifest.get("seconds", 0.0))
+    fused = estimate.fuses(shape, args.activation_checkpointing, estimate.room_and_width(args)[1])
+    trainer = QLoRATrainer(args, model, tokenizer, packed, validation, fused, run, manifest.get("seconds", 0.0))
     if not checkpoint and is_main():
         for old in (Path(args.output_dir) / "checkpoints").glob("checkpoint-*"):
             shutil.rmtree(old, ignore_errors=True)

@@ -10,6 +10,7 @@ from conftest import FIXTURES, run
 from datasets import load_from_disk
 from peft import get_peft_model
 from safetensors.torch import load_file
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 import train_llama
 from pipeline import lora, models
@@ -48,7 +49,10 @@ def loss_and_gradients(model, loss):
 
 def alone(model, rows):
     """Summed loss of rows one by one by transformers' own loss, in eager attention without a packing in sight."""
-    total = 0
+    total, base = 0, model.get_base_model()
+    for module in (*base.model.layers, base.lm_head):  # as transformers made them
+        vars(module).pop("forward", None)
+    base.loss_function = ForCausalLMLoss
     for row in rows:
         ids, labels = (torch.tensor([row[key]]) for key in ("input_ids", "labels"))
         total = total + model(input_ids=ids, labels=labels).loss * (labels != -100).sum()

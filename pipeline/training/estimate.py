@@ -9,8 +9,11 @@ from pipeline import machine
 from pipeline.script import fail, say, table
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, 8-bit scale per 64, float32 scale per 256 of those
+WAYS = ("off", "mlp", "on", "host")  # of ACTIVATION_CHECKPOINTING, the fastest first; layer.py has what they do
 HOST_COPIES = 1.4  # times what autograd keeps: attention's copies on a CPU, and what the allocator keeps; measured
-SAVERS = "try --activation-checkpointing on, then a smaller --max-length or model; --dry-run shows what each takes"
+SAVERS = "try --activation-checkpointing on or host, --per-device-train-batch-size 1, a smaller --max-length or model"
+LOSS_CHUNK = 256  # labelled tokens whose logits there are at a time
+PIECE = 2**24  # numbers of the MLP's element-wise work at a time, where there is no kernel for it
 USABLE = 0.88  # of the memory there is: the driver takes some, and the allocator's pieces do not fill it
 # GB, and TFLOP/s to reckon with: half of the dense bf16 rate (T4: fp16) in NVIDIA's data sheets. A step on an H200
 # came to 171 to 480 (benchmarks/RESULTS.md).
@@ -42,6 +45,8 @@ def model_shape(base, config, lora):
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from pipeline.lora import fusable
+
     with torch.device("meta"):  # tensors have shapes and no numbers there: an 8B model takes two seconds
         model = AutoModelForCausalLM.from_config(config)
         modules = model.model.named_modules()  # without the head
@@ -54,6 +59,7 @@ def model_shape(base, config, lora):
     adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
     trainable, parameters = model.get_nb_trainable_parameters()
     return {
+        "fusable": fusable(model),
         "parameters": parameters - trainable,
         "trainable": trainable,
         "linear": sum(linear.values()),  # what 4 bits are for; embeddings and head stay in 16
@@ -109,47 +115,79 @@ def assumed_rows(rows, max_length):
     return Dataset.from_dict(columns | {"labels": labels})
 
 
-def memory(shape, args, tokens, labels, checkpointing, width=2, unpacked=False):
+def fuses(shape, way, width):
+    """Whether layers are those of layer.py. On a CPU they are slower than autograd's, which keeps more."""
+    return shape["fusable"] and (width == 2 or way != "off")
+
+
+def memory(shape, args, tokens, labels, way, width=2, unpacked=False):
     """Estimated peak bytes by part, for a pass of `tokens` tokens, `labels` of them with a loss.
 
-    width: bytes of a number, 2 on a GPU (measured there: within 1 %, benchmarks/RESULTS.md), 4 on a CPU. A layer keeps
-    for its backward pass, per token: both norms' input in float32, the inputs of the adapters (shared; with dropout
-    each has a copy and a mask), q, k, v and attention output, and three tensors of the MLP; Liger's kernels keep the
-    norms' input as it is, and two of the MLP's. Checkpointing keeps a layer's input alone, and one layer at a time in
-    full. The loss and the last layer's backward pass follow one another: the larger of the two counts.
-    unpacked: 4-bit weights that stay unpacked.
+    way: one of layer.WAYS. width: bytes of a number, 2 on a GPU, 4 on a CPU. unpacked: 4-bit weights stay unpacked.
+
+    The peak comes in the backward pass of the last layer's attention, or of the MLP of the one before, or with the
+    loss. A layer keeps the input of both norms (without Liger's kernels in float32, too), q, k, v, attention's output,
+    and gate and up; one that is not fused also both norms' outputs (with dropout a copy and a mask for each adapter)
+    and the product of gate and up. Within 3 % of the peaks that benchmarks/layers.py finds.
     """
-    n, liger = shape, args.use_liger_kernel == "on"
-    norms = (width if liger else 4) * 2 * n["hidden"]
-    inputs = (width + 1) * n["lora_inputs"] if args.lora_dropout else width * (2 * n["hidden"] + n["mlp"])
-    attention = width * 2 * (n["query"] + n["key_value"])
-    layer = tokens * (norms + inputs + attention + width * (2 if liger else 3) * n["mlp"])
-    kept = n["layers"] * (tokens * width * n["hidden"] if checkpointing else layer)
-    loss = 12 * labels * n["vocabulary"]  # logits, float32, gradients
-    backward = layer * checkpointing + 2 * width * tokens * n["mlp"]
-    weight = NF4_BYTES if args.load_in_4bit and not unpacked else width
+    n, liger, fused = shape, args.use_liger_kernel == "on", fuses(shape, way, width)
+    hidden, query, mlp = (width * tokens * n[name] for name in ("hidden", "query", "mlp"))
+    key_value = width * tokens * n["key_value"]
+    norm = hidden if liger else 4 * tokens * n["hidden"] + hidden * (fused and width == 2)
+    attention = norm + hidden * (not fused) + 2 * query + 2 * key_value
+    if fused:
+        layer = attention + norm + 2 * mlp * (way == "off")
+        backward = norm + 3 * mlp
+        if not liger:  # the norms of transformers have up to seven float32 copies of their input
+            pieces = 2 * width * min(PIECE, tokens * n["mlp"])
+            backward += max(0, pieces - width * n["largest"])
+            backward = max(backward, 24 * tokens * n["hidden"] + 2 * hidden)
+        backward += (attention + hidden) * (way in ("on", "host")) + hidden * (way == "host")
+    else:
+        inputs = (width + 1) * tokens * n["lora_inputs"] if args.lora_dropout else 2 * hidden + mlp
+        layer = attention + norm + inputs - hidden + mlp * (2 if liger else 3)
+        backward = layer * (way == "on") + (mlp if liger else 2 * mlp + hidden)
+    # in float32 the gradient of the queries, and in 16 bits those of keys and values for every query's head
+    copies = 4 * tokens * n["query"] + 2 * query * (key_value < query)
+    attention_backward = attention + hidden + 2 * query + 2 * key_value + copies
+    loss = (width + 4) * n["vocabulary"] * min(labels, LOSS_CHUNK)
+    kept = {"on": hidden, "host": hidden * (width == 4)}.get(way, layer)
+    last = kept if way in ("on", "host") else attention + (layer - attention) * labels / tokens
+    packed = args.load_in_4bit and not unpacked
+    backward += width * n["largest"] * packed  # a weight is unpacked where it is needed
+    activations = (n["layers"] - 1) * kept + max(attention_backward, backward, last + loss)
+    weight = NF4_BYTES if packed else width
     return {
         "weights": weight * n["linear"] + width * (n["parameters"] - n["linear"]),
         "adapter and gradients": 8 * n["trainable"],  # float32
         "optimizer": 8 * n["trainable"],  # two moments
-        "activations": (kept + max(loss, backward)) * (HOST_COPIES if width == 4 else 1),
-        "working copies": width * n["largest"] * (args.load_in_4bit and not unpacked),
+        "activations": activations * (HOST_COPIES if width == 4 else 1),
         "libraries": machine.LIBRARIES if width == 4 else 0,
     }
 
 
-def operations(shape, rows, labels, checkpointing):
+def operations(shape, rows, labels, way, width=2):
     """Floating point operations of one pass over `rows` (lengths in tokens), forward and backward.
 
-    A frozen weight costs 2 per token forward and 2 backward, a trainable one 2 and 4; the head only where there is a
-    loss; causal attention 2 n^2 per layer and query channel forward, 5 n^2 backward. Checkpointing adds a forward.
+    A frozen weight costs 2 per token forward and 2 backward, a trainable one 2 and 4; the head and most of the last
+    layer only where there is a loss; causal attention 2 n^2 per layer and query channel forward, 5 n^2 backward.
+    What a layer computes again adds to that.
     """
-    tokens, squares, again = sum(rows), sum(n * n for n in rows), 2 if checkpointing else 0
+    tokens, squares = sum(rows), sum(n * n for n in rows)
+    layer, trained = shape["linear"] / shape["layers"], shape["trainable"] / shape["layers"]
+    down = shape["mlp"] * shape["hidden"]
+    in_attention = layer - 3 * down - shape["query"] * shape["hidden"]  # q, k and v, of all tokens in the last layer
+    again, attention_again = 0, 0
+    if way == "mlp":
+        again = 4 * down  # gate and up
+    elif way != "off":
+        again, attention_again = 2 * layer - 2 * down * fuses(shape, way, width), 2
+    of_all = (shape["layers"] - 1) * tokens + labels
     return (
-        (4 + again) * shape["linear"] * tokens
-        + (6 + again) * shape["trainable"] * tokens
+        (4 * layer + again + 6 * trained) * of_all
+        + (4 + attention_again) * in_attention * (tokens - labels)
         + 4 * shape["hidden"] * shape["vocabulary"] * labels
-        + (7 + again) * shape["layers"] * shape["query"] * squares
+        + (7 + attention_again) * shape["layers"] * shape["query"] * squares
     )
 
 
@@ -164,6 +202,11 @@ def pass_size(packed, batch):
     return sum(tokens[-batch:]), sum(labels[-batch:])
 
 
+def host_room():
+    """Bytes of the host's memory for each process on it."""
+    return machine.host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def room_and_width(args):
     """Bytes of memory there are to train in, and bytes of a number there: of the GPU, or of a host without one."""
     import torch
@@ -173,29 +216,39 @@ def room_and_width(args):
     if torch.cuda.is_available():
         gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         return min(gpu.total_memory for gpu in gpus), 2  # all processes have to settle alike
-    return machine.host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 4
+    return host_room(), 4
 
 
-def fits(shape, packed, args, batch, checkpointing, unpacked=False):
+def ways_here(shape, width):
+    """Those of WAYS that there are, the fastest first."""
+    if not shape["fusable"]:
+        return "off", "on"
+    return WAYS if width == 2 else WAYS[:3]
+
+
+def fits(shape, packed, args, batch, way, unpacked=False):
     room, width = room_and_width(args)
-    parts = memory(shape, args, *pass_size(packed, batch), checkpointing, width, unpacked)
-    return sum(parts.values()) <= USABLE * room
+    tokens, labels = pass_size(packed, batch)
+    inputs = width * tokens * shape["hidden"] * shape["layers"]
+    if way == "host" and args.dry_run_gpu == "here" and inputs > USABLE * host_room():
+        return False
+    return sum(memory(shape, args, tokens, labels, way, width, unpacked).values()) <= USABLE * room
 
 
 def fits_unpacked(shape, packed, args):
     """Whether a settled run has room for 4-bit weights that are unpacked once; FSDP shards them packed."""
-    batch, checkpointing = args.per_device_train_batch_size, args.activation_checkpointing == "on"
+    batch, way = args.per_device_train_batch_size, args.activation_checkpointing
     packed_now = args.load_in_4bit and not machine.under_fsdp()
-    return packed_now and fits(shape, packed, args, batch, checkpointing, unpacked=True)
+    return packed_now and fits(shape, packed, args, batch, way, unpacked=True)
 
 
-def rows_of_a_pass(shape, packed, args, checkpointing):
+def rows_of_a_pass(shape, packed, args, way):
     """As many of an optimizer step's packed rows as fit a GPU, faster so; a CPU gains nothing by more than one."""
     if args.per_device_train_batch_size:
         return args.per_device_train_batch_size
     rows = args.gradient_accumulation_steps
     for size in range(rows, 1, -1) if room_and_width(args)[1] == 2 else []:
-        if rows % size == 0 and fits(shape, packed, args, size, checkpointing):
+        if rows % size == 0 and fits(shape, packed, args, size, way):
             return size
     return 1
 
@@ -210,13 +263,18 @@ def choose_kernels(args):
 
 
 def settle(shape, packed, args):
-    """Put into `args` what "auto" and 0 come to here: fused kernels, checkpointing where need be, rows of a pass."""
+    """Put into `args` what "auto" and 0 come to here: fused kernels, what is computed again, rows of a pass."""
     choose_kernels(args)
+    ways = ways_here(shape, room_and_width(args)[1])
     if args.activation_checkpointing == "auto":
         alone = args.per_device_train_batch_size or 1
-        args.activation_checkpointing = "off" if fits(shape, packed, args, alone, checkpointing=False) else "on"
+        fitting = [way for way in ways if fits(shape, packed, args, alone, way)]
+        args.activation_checkpointing = fitting[0] if fitting else ways[-1]
+    if args.activation_checkpointing in ("mlp", "host") and not shape["fusable"]:
+        reason = "needs LoRA on all linear layers, without dropout, biases or FSDP"
+        fail(f"--activation-checkpointing {args.activation_checkpointing} {reason}: take on")
     if not args.per_device_train_batch_size:
-        args.per_device_train_batch_size = rows_of_a_pass(shape, packed, args, args.activation_checkpointing == "on")
+        args.per_device_train_batch_size = rows_of_a_pass(shape, packed, args, args.activation_checkpointing)
         args.gradient_accumulation_steps //= args.per_device_train_batch_size  # as many tokens to a step as before
     steps = optimizer_steps(packed, args)
     if args.warmup_steps > steps // 2:  # a short run would never reach the learning rate
@@ -278,12 +336,11 @@ def dry_run(shape, tokens, packed, args):
         passes = steps * args.gradient_accumulation_steps * (args.per_device_train_batch_size or 1) / len(packed)
     rate = GPUS[args.dry_run_gpu][1] if args.dry_run_gpu in GPUS else matrix_rate() / 2e12
     by_way, needed = {}, {}
-    for way in ("checkpointing", "without"):
-        on = way == "checkpointing"
-        batch = rows_of_a_pass(shape, packed, args, on)
-        parts = memory(shape, args, *pass_size(packed, batch), on, width)
+    for way in ways_here(shape, width):
+        batch = rows_of_a_pass(shape, packed, args, way)
+        parts = memory(shape, args, *pass_size(packed, batch), way, width)
         needed[way] = parts["estimate"] = sum(parts.values())
-        flop = passes * operations(shape, lengths, labels, on)
+        flop = passes * operations(shape, lengths, labels, way, width)
         seconds = flop / rate / 1e12
         by_way[way] = {"packed rows in a pass": str(batch)}
         by_way[way] |= {name: f"{size / 1e9:.2f}" for name, size in parts.items()}
@@ -291,7 +348,8 @@ def dry_run(shape, tokens, packed, args):
         by_way[way][f"time, at least, at {rate:.3g} TFLOP/s"] = str(timedelta(seconds=round(seconds)))
         if args.dry_run_price:
             by_way[way]["price"] = f"{seconds / 3600 * args.dry_run_price:,.2f}"
-    show(f"peak memory of a {'GPU' if width == 2 else 'CPU'}, GB", by_way)
+    say(f"peak memory of a {'GPU' if width == 2 else 'CPU'} in GB, for each value of ACTIVATION_CHECKPOINTING:")
+    show("", by_way)
     say("validation, loading and the driver's own memory (about 0.5 GB) come on top")
-    if needed["without" if args.activation_checkpointing == "off" else "checkpointing"] > room:
+    if needed.get(args.activation_checkpointing, min(needed.values())) > room:
         say(f"warning: that is more than the {room / 1e9:.0f} GB available: {SAVERS}")

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
-from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.integrations.liger import apply_liger_kernel
 from trl import SFTConfig, SFTTrainer
@@ -21,6 +20,7 @@ from pipeline import lora, machine
 from pipeline.attention import choose_attention
 from pipeline.files import write_manifest, write_whole
 from pipeline.script import fail, first_line, is_main, out_of_memory, say
+from pipeline.training import layer
 from pipeline.training.estimate import SAVERS, labelled
 
 # settings that TRL has by the same name
@@ -38,8 +38,8 @@ def lora_config(settings):
     )
 
 
-def sft_config(settings):
-    """TRL's settings of a run whose "auto" ones are settled."""
+def sft_config(settings, fused):
+    """TRL's settings of a run whose "auto" ones are settled; fused layers have checkpointing of their own."""
     cuda = torch.cuda.is_available()
     dtype = machine.compute_dtype()
     return SFTConfig(
@@ -49,7 +49,7 @@ def sft_config(settings):
         lr_scheduler_type="cosine",
         optim="adamw_torch_fused",  # 8-bit and paged ones save little of a LoRA's memory, and cost time
         dataset_kwargs={"skip_prepare_dataset": True},  # sequences come tokenised and packed
-        activation_checkpointing=settings.activation_checkpointing == "on",
+        activation_checkpointing=settings.activation_checkpointing == "on" and not fused,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=not cuda,
@@ -66,10 +66,11 @@ def sft_config(settings):
 class QLoRATrainer(SFTTrainer):
     """Trains an adapter on packed sequences `train`, validates it on {task: packed sequences} `validation`.
 
-    settings: train_llama.py's. run: what the checkpoints belong to. seconds: what earlier sessions of this run took.
+    settings: train_llama.py's. fused: whether layers are those of layer.py. run: what the checkpoints belong to.
+    seconds: what earlier sessions of this run took.
     """
 
-    def __init__(self, settings, model, tokenizer, train, validation, run=None, seconds=0.0):
+    def __init__(self, settings, model, tokenizer, train, validation, fused=False, run=None, seconds=0.0):
         self.settings, self.run, self.seconds = settings, run, seconds
         self.tokens, self.stop_signal = 0, None
         model.set_attn_implementation(choose_attention(settings.attn_implementation))
@@ -83,7 +84,7 @@ class QLoRATrainer(SFTTrainer):
         set_seed(settings.seed)  # the adapter is drawn at random below
         super().__init__(
             model,
-            sft_config(settings),
+            sft_config(settings, fused),
             train_dataset=train,
             eval_dataset=validation,
             processing_class=tokenizer,
@@ -99,6 +100,7 @@ class QLoRATrainer(SFTTrainer):
                 parameter.data = parameter.data.float()
         if not settings.lora_dropout and not machine.under_fsdp():  # FSDP takes weights away before the backward pass
             lora.fuse_lora(self.model)
+        layer.prepare(self.model, settings.activation_checkpointing, fused, settings.use_liger_kernel == "on")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The training loss: a mean over the labelled tokens of the whole accumulated batch of all processes."""
@@ -229,13 +231,11 @@ class QLoRATrainer(SFTTrainer):
 
 
 def summed_loss(model, inputs):
-    """Negative log likelihood (nats) of the labelled tokens of a flattened batch, and how many those are."""
+    """Negative log likelihood (nats) of a flattened batch's labelled tokens, and their number; by layer.prepare."""
     labels = inputs["labels"][0, 1:]
     kept = (labels != -100).nonzero()[:, 0]
     inputs = {key: value for key, value in inputs.items() if key != "labels"}
-    # those of a tenth of the tokens: TRL's loss makes all of them on a CPU
-    logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits[0]
-    return cross_entropy(logits.float(), labels[kept], reduction="sum"), len(kept)
+    return model(**inputs, kept=kept, labels=labels[kept], use_cache=False).loss, len(kept)
 
 
 def out_of_patience(state, settings):
