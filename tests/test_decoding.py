@@ -1,5 +1,6 @@
 """Perplexity and greedy predictions are those of transformers, in whatever batches."""
 
+import contextlib
 import json
 import math
 import random
@@ -11,7 +12,8 @@ import torch
 from conftest import FIXTURES, copied, test
 from datasets import DatasetDict, load_from_disk
 from test_testing import base_of, column, prompts_of, read, same_columns
-from transformers.cache_utils import DynamicLayer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import test_llama as tester
 from pipeline import machine, models
@@ -80,6 +82,13 @@ def test_a_model_that_knows_nothing_has_the_vocabulary_size_as_perplexity(name):
     assert math.exp(sum(nll) / 1002) == pytest.approx(model.config.vocab_size, rel=1e-6)
 
 
+def generated(model, prompts, new, ends):
+    """What transformers' generate writes behind each prompt alone, its end included."""
+    options = {"do_sample": False, "max_new_tokens": new, "eos_token_id": sorted(ends), "pad_token_id": 0}
+    alone = [model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), **options) for p in prompts]
+    return [ids[0, len(prompt) :].tolist() for ids, prompt in zip(alone, prompts, strict=True)]
+
+
 def test_a_row_in_a_batch_is_predicted_and_scored_as_alone_and_as_by_generate(chain, monkeypatch):
     base = base_of(chain)
     model, _ = decoding.load_system(base, chain / "adapter", True, compare=True)
@@ -91,41 +100,200 @@ def test_a_row_in_a_batch_is_predicted_and_scored_as_alone_and_as_by_generate(ch
     ends = {tokenizer.eos_token_id, *tokenizer("a e s. , ? and the Tom").input_ids[1:]}  # else random models go on
     end_of = decoding.answer_end(tokenizer, ends, one_line=False)
     assert len({len(p) for p in prompts}) > 10 and max(map(len, prompts)) > 60 * min(map(len, prompts))
-    generate, sizes, ended = model.generate, [], []
+    write, sizes, ended = model.greedy_decoder.write, [], []
     bar = SimpleNamespace(update=ended.append)
-    monkeypatch.setattr(model, "generate", lambda ids, **options: sizes.append(len(ids)) or generate(ids, **options))
+    monkeypatch.setattr(model.greedy_decoder, "write", lambda ids, *rest: sizes.append(len(ids)) or write(ids, *rest))
     with torch.inference_mode():
-        together = decoding.test_rows(model, prompts, completions, "packed", 24, ends, end_of, bar)
+        together = decoding.test_rows(model, prompts, completions, "packed", 24, end_of, bar)
         assert sum(ended) == len(prompts) and len(ended) > 1  # the bar moves as rows end, not at the batch's end
         sizes.clear()
         monkeypatch.setattr(decoding, "STRIDE", 3)
         monkeypatch.setattr(decoding, "READ_TOKENS", 100)
-        often = decoding.test_rows(model, prompts, completions, "packed", 23, ends, end_of, bar)
+        often = decoding.test_rows(model, prompts, completions, "packed", 23, end_of, bar)
         assert sizes == sorted(sizes)[::-1] and len(set(sizes)) > 2  # rows that have ended are left out
-        pairs = zip(prompts, completions, strict=True)
-        alone = [decoding.test_rows(model, [p], [c], "packed", 24, ends, end_of, bar)[0] for p, c in pairs]
-        options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": sorted(ends), "pad_token_id": 0}
-        generated = [
-            model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), **options)[0, len(p) :].tolist()
-            for p in prompts
-        ]
-    assert len({len(ids) for ids in generated}) > 2  # rows leave the batch at different times
-    assert [ids for _, ids in together] == [ids for _, ids in alone] == generated
-    assert [ids for _, ids in often] == [ids[:23] for ids in generated]
+        pairs, steps, step = zip(prompts, completions, strict=True), [], model.greedy_decoder.step
+        monkeypatch.setattr(model.greedy_decoder, "step", lambda: steps.append(1) or step())
+        alone = [decoding.test_rows(model, [p], [c], "packed", 24, end_of, bar)[0] for p, c in pairs]
+        expected = generated(model, prompts, 24, ends)
+    assert len({len(ids) for ids in expected}) > 2  # rows leave the batch at different times
+    assert [ids for _, ids in together] == [ids for _, ids in alone] == expected
+    assert [ids for _, ids in often] == [ids[:23] for ids in expected]
+    assert len(steps) == sum(map(len, expected))  # none is behind an end
     assert [nll for nll, _ in together] == pytest.approx([nll for nll, _ in alone], rel=1e-5)
 
 
-def test_keys_and_values_are_those_of_the_library_s_cache_and_stay_where_they_are():
-    parts = torch.randn(2, 4, 2, 9, 3).split([5, 1, 2, 1], dim=3)
-    room, library = decoding.Room(*parts[0], 4), DynamicLayer()
-    library.update(*parts[0])
-    place = room.keys.data_ptr()
-    for keys, values in parts[1:]:
-        for ours, theirs in zip(room.update(keys, values), library.update(keys, values), strict=True):
-            assert torch.equal(ours, theirs)
-        assert room.keys.data_ptr() == place and room.get_seq_length() == library.get_seq_length()
-    with pytest.raises(RuntimeError):
-        room.update(*parts[1])
+class Tape(TorchDispatchMode):
+    """In place of a torch.cuda.CUDAGraph: a capture's operations, which a replay repeats on the very same tensors.
+
+    As on a GPU, what Python decided at the capture remains, and Python cannot ask for a number.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.replays = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if not all(isinstance(part, torch.Tensor) for part in tree_leaves(out)):
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.operations.append((function, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        self.replays += 1
+        for function, args, kwargs, out in self.operations:
+            for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
+                if old.data_ptr() != new.data_ptr():  # neither a view nor in place
+                    old.copy_(new)
+
+    def pool(self):
+        return "pool"
+
+
+@pytest.fixture
+def captures(chain, monkeypatch):
+    """A model whose steps are captured, a function that switches its adapter off, and the Tapes that it has made."""
+    model, adapter_off = decoding.load_system(base_of(chain), chain / "adapter", True, compare=True)
+    decoder, tapes = model.greedy_decoder, []
+    decoder.captures = True
+
+    @contextlib.contextmanager
+    def graph(tape, pool, stream, capture_error_mode):
+        kept = [(tensor, tensor.clone()) for tensor in (decoder.place, *decoder.inputs.values())]
+        try:
+            with tape:
+                yield
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904, as torch does
+        finally:
+            for tensor, value in kept:  # a capture computes nothing
+                tensor.copy_(value)
+        tapes.append(tape)
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {"CUDAGraph": Tape, "graph": graph, "stream": contextlib.nullcontext, "graph_pool_handle": lambda: "pool"}
+    fakes |= {"Stream": lambda: stream, "current_stream": lambda: stream, "current_device": lambda: 0}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    decoding.side_stream.cache_clear()
+    yield model, adapter_off, tapes
+    decoding.side_stream.cache_clear()
+
+
+def some_prompts(chain):
+    """Prompts of 3 to 240 tokens, tokens at which random models end, and the tokenizer."""
+    tokenizer, data = prompts_of(base_of(chain), chain)
+    choose_attention("packed")  # registers it
+    ids = sum(tokenizer(list(data["prompt"])).input_ids, [])
+    prompts = [ids[5 * length : 6 * length] for length in (240, 90, 41, 17, 8, 3)]
+    return prompts, {tokenizer.eos_token_id, *tokenizer("a e s. , ? and the Tom").input_ids[1:]}, tokenizer
+
+
+def decoded(model, prompts, new, ends, tokenizer):
+    """The same by in_halves."""
+    end_of, bar = decoding.answer_end(tokenizer, ends, one_line=False), SimpleNamespace(update=lambda n: None, n=0)
+    rows = decoding.in_halves(model, prompts, [[5]] * len(prompts), "packed", new, end_of, bar=bar)
+    return [ids for _, ids in rows]
+
+
+def strides(rows, texts, off):
+    """(rows rounded, places rounded, adapter off) of each stride of a batch of prompts that writes these texts."""
+    for written in (16, 32, 40):
+        if going := sum(len(ids) > written - (16 if written < 40 else 8) for ids in texts):
+            places = max(map(len, rows)) - 1 + written
+            yield next(size for size in (1, 2, 4, 8) if size >= going), 256 if places <= 256 else 512, off
+
+
+def test_captured_steps_write_what_generate_writes_with_the_adapter_and_without_in_turn(captures, chain):
+    model, adapter_off, tapes = captures
+    prompts, ends, tokenizer = some_prompts(chain)
+    found, steps = set(), 0
+    with torch.inference_mode():
+        for turn, rows in enumerate((prompts[1:4], prompts, prompts[:5], prompts)):
+            if turn == 1:  # it needs more memory, and what was captured goes
+                found = set()
+            texts = {}
+            for off, switch in ((False, contextlib.nullcontext), (True, adapter_off), (False, contextlib.nullcontext)):
+                for memory in model.greedy_decoder.memory.values():
+                    memory.fill_(math.nan)  # as of another batch, whose numbers ran over
+                with switch():
+                    texts[off] = generated(model, rows, 40, ends)
+                    assert decoded(model, rows, 40, ends, tokenizer) == texts[off]
+                found |= set(strides(rows, texts[off], off))
+                steps += sum(min(16, 40 - start) for start in (0, 16, 32) if max(map(len, texts[off])) > start)
+                assert set(model.greedy_decoder.graphs) == found
+                assert sum(tape.replays for tape in tapes) + len(tapes) == steps  # the first of each is the warm-up
+            assert texts[False] != texts[True]
+    assert {places for _, places, _ in found} == {256, 512} and len(tapes) < steps / 8
+    assert len({len(ids) % 16 for ids in texts[False]}) > 2 and len({size for size, *_ in found}) > 1
+
+
+def test_no_more_graphs_are_kept_than_max_graphs(captures, chain, monkeypatch):
+    monkeypatch.setattr(decoding, "MAX_GRAPHS", 2)
+    model, _, tapes = captures
+    prompts, _, tokenizer = some_prompts(chain)
+    ends = {tokenizer.eos_token_id}  # nearly all go on to the last token
+    with torch.inference_mode():
+        for rows in (prompts, prompts[3:], prompts):
+            assert decoded(model, rows, 40, ends, tokenizer) == generated(model, rows, 40, ends)
+            assert len(model.greedy_decoder.graphs) == 2
+            assert list(model.greedy_decoder.graphs.values()) == tapes[-2:]
+
+
+def test_where_a_step_cannot_be_captured_it_runs_as_it_is_and_that_is_said_once(captures, chain, monkeypatch, capsys):
+    model, _, tapes = captures
+    decoder, ended, (prompts, ends, tokenizer) = model.greedy_decoder, [], some_prompts(chain)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *pool: ended.append(pool), raising=False)
+    step = decoder.step
+    with torch.inference_mode():
+        decoded(model, prompts, 40, ends, tokenizer)
+        assert tapes and "captured" not in capsys.readouterr().out
+        monkeypatch.setattr(decoder, "step", lambda: step() or decoder.place.item())  # Python asks for a number
+        for rows in (prompts[3:], prompts):
+            assert decoded(model, rows, 40, ends, tokenizer) == generated(model, rows, 40, ends)
+            assert not decoder.graphs and not decoder.memory
+    said = capsys.readouterr().out
+    assert said.count("cannot be captured") == 1 and "(operation not permitted when stream is capturing)" in said
+    assert ended == [(0, "pool")]
+
+
+@pytest.mark.parametrize("where", ["capture", "replay"])
+def test_memory_that_ends_at_a_graph_halves_the_batch(where, captures, chain, monkeypatch, capsys):
+    model, _, tapes = captures
+    decoder, left, (prompts, ends, tokenizer) = model.greedy_decoder, [], some_prompts(chain)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *pool: None, raising=False)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.append([*decoder.memory, *decoder.graphs]))
+    enter, replay = Tape.__enter__, Tape.replay
+
+    def capture_small(tape):
+        if decoder.layers[0].shape[1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return enter(tape)
+
+    def replay_small(tape):
+        if decoder.layers[0].shape[1] > 4:
+            raise torch.AcceleratorError("CUDA error: out of memory")
+        replay(tape)
+
+    if where == "capture":
+        monkeypatch.setattr(Tape, "__enter__", capture_small)
+    else:
+        monkeypatch.setattr(Tape, "replay", replay_small)
+    with torch.inference_mode():
+        assert decoded(model, prompts, 40, ends, tokenizer) == generated(model, prompts, 40, ends)
+    assert capsys.readouterr().out.count("halved") == 1 and tapes and left == [[]]
+
+
+def test_another_error_of_a_graph_is_no_lack_of_memory(captures, chain, monkeypatch):
+    def replay(tape):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Tape, "replay", replay)
+    prompts, ends, tokenizer = some_prompts(chain)
+    with torch.inference_mode(), pytest.raises(torch.AcceleratorError, match="illegal"):
+        decoded(captures[0], prompts, 40, ends, tokenizer)
 
 
 def test_batches_hold_every_row_once_and_no_more_than_their_budget(monkeypatch):
@@ -196,34 +364,25 @@ def test_line_ends_in_front_of_an_answer_do_not_end_it(name, front, answer):
 @ONE
 def test_a_model_that_begins_with_a_line_end_is_read_on_and_empty_predictions_are_counted(chain, out, monkeypatch):
     """The model's own greedy answers, in front of which each row is made to write two line ends, or only these."""
-    from transformers import LlamaForCausalLM
-
     assert test(out) == 0
     plain = column(out, "trivia_qa", "prediction")
     tokenizer = load_tokenizer(str(chain / "adapter"))
     [line_end] = tokenizer("\n", add_special_tokens=False).input_ids
-    generate = LlamaForCausalLM.generate
-
-    def after_line_ends(self, ids, **options):
-        """Line ends first; then, where `talks`, what the model writes behind them."""
-        processors = [lambda seen, scores: forced(seen, scores, ids.shape[1])]
-        return generate(self, ids, logits_processor=processors, **options)
-
-    def forced(seen, scores, width):
-        if seen.shape[1] - first[0] < 2 or not talks:
-            scores = scores * 0
-            scores[:, line_end] = 1
-        return scores
-
+    step, begin = decoding.Decoder.step, decoding.Decoder.begin
     first, talks = [0], True
 
-    def read_rows(*arguments):
-        first[0] = max(map(len, arguments[1]))
-        return whole(*arguments)
+    def begin_counting(decoder, layers, new):
+        first[0] = layers[0][0].shape[2]
+        begin(decoder, layers, new)
 
-    whole = decoding.read_rows
-    monkeypatch.setattr(decoding, "read_rows", read_rows)
-    monkeypatch.setattr(LlamaForCausalLM, "generate", after_line_ends)
+    def after_line_ends(decoder):
+        """Line ends first; then, where `talks`, what the model writes behind them."""
+        step(decoder)
+        if decoder.place - first[0] <= 2 or not talks:
+            decoder.inputs[decoder.layers[0].shape[1]][0] = line_end
+
+    monkeypatch.setattr(decoding.Decoder, "begin", begin_counting)
+    monkeypatch.setattr(decoding.Decoder, "step", after_line_ends)
     assert test(out, "--overwrite") == 0
     assert sum(map(bool, column(out, "trivia_qa", "prediction"))) >= sum(map(bool, plain)) > 0
     talks = False
