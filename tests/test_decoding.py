@@ -20,6 +20,7 @@ from pipeline import machine, models
 from pipeline.attention import choose_attention
 from pipeline.files import rows_of
 from pipeline.testing import decoding, predictions
+from pipeline.testing.decoder import Decoder, side_stream
 from pipeline.tokens import end_tokens, load_tokenizer
 
 TASKS = ("samsum", "trivia_qa")
@@ -177,9 +178,9 @@ def captures(chain, monkeypatch):
     fakes |= {"Stream": lambda: stream, "current_stream": lambda: stream, "current_device": lambda: 0}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    decoding.side_stream.cache_clear()
+    side_stream.cache_clear()
     yield model, adapter_off, tapes
-    decoding.side_stream.cache_clear()
+    side_stream.cache_clear()
 
 
 def some_prompts(chain):
@@ -368,7 +369,7 @@ def test_a_model_that_begins_with_a_line_end_is_read_on_and_empty_predictions_ar
     plain = column(out, "trivia_qa", "prediction")
     tokenizer = load_tokenizer(str(chain / "adapter"))
     [line_end] = tokenizer("\n", add_special_tokens=False).input_ids
-    step, begin = decoding.Decoder.step, decoding.Decoder.begin
+    step, begin = Decoder.step, Decoder.begin
     first, talks = [0], True
 
     def begin_counting(decoder, layers, new):
@@ -381,8 +382,8 @@ def test_a_model_that_begins_with_a_line_end_is_read_on_and_empty_predictions_ar
         if decoder.place - first[0] <= 2 or not talks:
             decoder.inputs[decoder.layers[0].shape[1]][0] = line_end
 
-    monkeypatch.setattr(decoding.Decoder, "begin", begin_counting)
-    monkeypatch.setattr(decoding.Decoder, "step", after_line_ends)
+    monkeypatch.setattr(Decoder, "begin", begin_counting)
+    monkeypatch.setattr(Decoder, "step", after_line_ends)
     assert test(out, "--overwrite") == 0
     assert sum(map(bool, column(out, "trivia_qa", "prediction"))) >= sum(map(bool, plain)) > 0
     talks = False
