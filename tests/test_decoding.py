@@ -232,7 +232,7 @@ def test_captured_steps_write_what_generate_writes_with_the_adapter_and_without_
 
 
 def test_no_more_graphs_are_kept_than_max_graphs(captures, chain, monkeypatch):
-    monkeypatch.setattr(decoding, "MAX_GRAPHS", 2)
+    monkeypatch.setattr("pipeline.testing.decoder.MAX_GRAPHS", 2)
     model, _, tapes = captures
     prompts, _, tokenizer = some_prompts(chain)
     ends = {tokenizer.eos_token_id}  # nearly all go on to the last token
