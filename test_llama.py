@@ -52,7 +52,7 @@ COMPARE_WITH_BASE = True  # also test the base, with the adapter switched off
 SWAP_ANSWERS = False  # replace the answers in trivia_qa's contexts, to see whether the model reads or recalls
 SHOTS = 0  # solved train examples in front of each test prompt, for a model without an adapter; 0 = none
 LOAD_IN_4BIT = None  # 4-bit weights: True, False; None: as in training, but False if MODEL is set without an adapter
-MAX_BATCH_TOKENS = 0  # batch size in tokens, prompts and predictions; 0 = automatic: 16384 on a GPU, 8192 on a CPU
+MAX_BATCH_TOKENS = 0  # tokens in a batch, prompts and predictions together; 0 = 16384 on a GPU, 8192 on a CPU
 SAMSUM_MAX_NEW_TOKENS = samsum.MAX_NEW_TOKENS  # length limit of a summary, in tokens; references have up to 80
 TRIVIA_QA_MAX_NEW_TOKENS = trivia_qa.MAX_NEW_TOKENS  # length limit of an answer, in tokens; it also ends at a line end
 OWN_MAX_NEW_TOKENS = own.MAX_NEW_TOKENS  # length limit of an answer to your own prompts, in tokens

@@ -44,13 +44,13 @@ WARMUP_STEPS = 10  # optimizer steps in which the learning rate rises, before it
 MAX_LENGTH = 2048  # length limit of a sequence, in tokens; longer rows are dropped and counted, never truncated
 PACKING = True  # several rows in one sequence; no row attends to another
 ATTN_IMPLEMENTATION = "auto"  # attention: packed, flash_attention_2, sdpa, eager; auto: flash if there, else packed
-ACTIVATION_CHECKPOINTING = "auto"  # less memory for more time: off, mlp, on, host, in this order; auto: what fits
+ACTIVATION_CHECKPOINTING = "auto"  # off, mlp, on, host: each takes less memory and more time; auto: first that fits
 USE_LIGER_KERNEL = "auto"  # fused GPU kernels: on, off; auto: on if there is a GPU and liger-kernel is installed
 EVAL_STEPS = 50  # optimizer steps between validations; the adapter with the lowest validation loss is kept
 EARLY_STOPPING_PATIENCE = 0  # training ends after this many validations in a row without a new lowest loss; 0 = never
 LOGGING_STEPS = 5  # optimizer steps between log entries; validations and checkpoints are logged as well
 SAVE_STEPS = 50  # optimizer steps between checkpoints; a new best adapter is saved as well
-SAVE_MINUTES = 15.0  # minutes without a checkpoint after which the next step saves one; 0 = never
+SAVE_MINUTES = 15.0  # if there was no checkpoint for so many minutes, the next step saves one; 0 = never
 SAVE_TOTAL_LIMIT = 2  # number of checkpoints to keep, in addition to the best one
 REPORT_TO = "none"  # experiment tracker: none, tensorboard, trackio, wandb (you install it)
 SEED = 0  # random seed of the adapter, of dropout and of the order of rows

@@ -1,14 +1,15 @@
-"""What a training step keeps and computes, by what a layer keeps: the step itself, run on torch's meta device.
+"""What a training step keeps and computes, for each way to keep less: the step itself, run on torch's meta device.
 
 Any machine will do, without a GPU and without weights: every tensor has its shape, type and lifetime, and no numbers.
-CUDA's and Liger's kernels have stand-ins that keep and allocate what they do. Beside it the estimate of --dry-run.
+CUDA's and Liger's kernels have stand-ins that keep and allocate what they do. Beside it the estimate of --dry-run, and
+the longest row that a GPU of 24 GB trains by it.
 
-    python benchmarks/layers.py                        8B at 8,192 tokens, 8 % of them labelled
-    python benchmarks/layers.py 70B 1024 2048 --liger
-    python benchmarks/layers.py 8B --longest 24        the longest row that a GPU of 24 GB trains
+    python benchmarks/layers.py
+    python benchmarks/layers.py --shapes 8B --tokens 8192
 """
 
 import argparse
+import itertools
 import json
 import sys
 import types
@@ -16,13 +17,13 @@ import weakref
 from pathlib import Path
 
 import torch
+from peers import RESULTS, ROOT
 from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import transformers.models.llama.modeling_llama as modeling  # noqa: E402
@@ -32,12 +33,16 @@ from pipeline import lora  # noqa: E402
 from pipeline.training import estimate, layer  # noqa: E402
 from pipeline.training.trainer import lora_config  # noqa: E402
 
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPES = {
     "1B": (2048, 8192, 16, 32, 8, 128256),
     "7B": (4096, 11008, 32, 32, 32, 32000),
     "8B": (4096, 14336, 32, 32, 8, 128256),
     "70B": (8192, 28672, 80, 64, 8, 128256),
 }
+SHAPES = {name: dict(zip((*SIZES, "vocab_size"), sizes, strict=True)) for name, sizes in SHAPES.items()}
+for untied in ("7B", "8B", "70B"):
+    SHAPES[untied]["tie_word_embeddings"] = False
 LABELLED = 0.08  # of the tokens
 
 
@@ -179,8 +184,16 @@ def build(config, args, way, fused):
     return model
 
 
+def use_kernels():
+    """Put what Liger's kernels keep and allocate in place of transformers' own, and the compiled one of layer.py."""
+    modeling.apply_rotary_pos_emb = lambda query, key, cos, sin: Rotate.apply(query, key)
+    layer.swiglu_back_ = lambda gate, up, grad: None
+    real = layer.silu
+    layer.silu = lambda gate: gate if gate.is_meta else real(gate)
+
+
 def measured(config, shape, args, way, fused, tokens):
-    """Peak bytes of a pass with AdamW's two moments and the estimate of it; the FLOP of its products and theirs."""
+    """Peak GB of a pass with AdamW's two moments, and TFLOP of its matrix products; beside each the estimate."""
     model, meter = build(config, args, way, fused), Meter()
     ids = torch.empty(1, tokens, dtype=torch.long, device="meta")
     labels = ids[0, : int(LABELLED * tokens)]
@@ -190,35 +203,50 @@ def measured(config, shape, args, way, fused, tokens):
     shape = shape | {"fusable": fused}
     parts = estimate.memory(shape, args, tokens, len(labels), way)
     products = estimate.operations(shape, [1] * tokens, len(labels), way)  # rows of one token: without attention
-    return meter.peak + 8 * shape["trainable"], sum(parts.values()), meter.flop, products
+    return {
+        "peak_gb": (meter.peak + 8 * shape["trainable"]) / 1e9,
+        "estimate_gb": sum(parts.values()) / 1e9,
+        "tflop": meter.flop / 1e12,
+        "estimate_tflop": products / 1e12,
+    }
+
+
+def longest(shape, args, room):
+    """Tokens of the longest row that fits `room` bytes, by the estimate, with layers' inputs on the host."""
+    fits, too_long = 0, 2**24
+    while too_long - fits > 1:
+        tokens = (fits + too_long) // 2
+        parts = estimate.memory(shape, args, tokens, int(LABELLED * tokens), "host")
+        fits, too_long = (tokens, too_long) if sum(parts.values()) <= estimate.USABLE * room else (fits, tokens)
+    return fits
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("shape", nargs="?", choices=list(SHAPES), default="8B")
-    parser.add_argument("tokens", nargs="*", type=int, default=[8192], help="of a pass")
-    parser.add_argument("--liger", action="store_true", help="with liger-kernel's kernels")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 2048, 4096, 8192], help="of a pass")
+    parser.add_argument("--results", type=Path, default=RESULTS / "layers.json")
     options = parser.parse_args()
-    sizes = dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                      "num_key_value_heads", "vocab_size"), SHAPES[options.shape], strict=True))  # fmt: skip
-    config = LlamaConfig(**sizes, tie_word_embeddings=options.shape == "1B", max_position_embeddings=2**20)
     lora.dequantize_4bit, torch.autograd.graph.save_on_cpu = unpacked, save_on_cpu
-    if options.liger:
-        modeling.apply_rotary_pos_emb = lambda query, key, cos, sin: Rotate.apply(query, key)
-        layer.swiglu_back_ = lambda gate, up, grad: None  # one kernel, in place, as compiled
-        real = layer.silu
-        layer.silu = lambda gate: gate if gate.is_meta else real(gate)
-    args = train_llama.parse_args([])
-    args.use_liger_kernel = "on" if options.liger else "off"
-    shape = estimate.model_shape(options.shape, config, lora_config(args))
-    for tokens in options.tokens:
-        for fused in (False, True):
-            for way in estimate.WAYS if fused else ("off", "on"):
-                peak, guess, flop, products = measured(config, shape, args, way, fused, tokens)
-                found = {"shape": options.shape, "tokens": tokens, "liger": options.liger, "fused": fused, "way": way}
-                found |= {"peak_gb": round(peak / 1e9, 2), "estimate_gb": round(guess / 1e9, 2)}
-                found |= {"tflop": round(flop / 1e12, 1), "estimate_tflop": round(products / 1e12, 1)}
-                print(json.dumps(found), flush=True)
+    result = {"rows": [], "longest": []}
+    for liger in (False, True):
+        if liger:
+            use_kernels()
+        args = train_llama.parse_args([])
+        args.use_liger_kernel = "on" if liger else "off"
+        for name in options.shapes:
+            config = LlamaConfig(**SHAPES[name], max_position_embeddings=2**20)
+            shape = estimate.model_shape(name, config, lora_config(args))
+            ways = [(False, "off"), (False, "on"), *((True, way) for way in estimate.WAYS)]
+            for tokens, (fused, way) in itertools.product(options.tokens, ways):
+                row = {"shape": name, "tokens": tokens, "liger": liger, "fused": fused, "way": way}
+                result["rows"].append(row | measured(config, shape, args, way, fused, tokens))
+                print(json.dumps(result["rows"][-1]), flush=True)
+            tokens = longest(shape, args, 24e9)
+            row = {"shape": name, "tokens": tokens, "liger": liger}
+            result["longest"].append(row | measured(config, shape, args, "host", True, tokens))
+            print(json.dumps(result["longest"][-1]), flush=True)
+    options.results.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from peers import RESULTS, ROOT
 
 HERE = ROOT / "benchmarks"
 NAMES = ("training", "training_real", "testing_real", "startup", "scaling", "joint", "scoring", "merging", "gpu")
-NAMES += ("real_model", "served", "gpu_peers", "significance")
+NAMES += ("real_model", "served", "gpu_peers", "significance", "layers")
 
 
 def load(name):
@@ -59,6 +59,11 @@ def main():
     more["real"] = results["training_real"] and beside_peers(results["training_real"])
     if results["joint"]:  # tokens read in training: what a seed costs on any machine
         more["joint_tokens"] = {name: runs[0]["tokens"] for name, runs in results["joint"]["training"].items()}
+    if results["layers"]:
+        rows = results["layers"]["rows"]
+        memory = [row["estimate_gb"] / row["peak_gb"] - 1 for row in rows]
+        flop = [row["estimate_tflop"] / row["tflop"] - 1 for row in rows]
+        more["layers_off"] = {"memory": (min(memory), max(memory)), "flop": (min(flop), max(flop)), "usable": 0.88}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
     environment.filters["median"] = statistics.median
     environment.filters["thousands"] = "{:,.0f}".format

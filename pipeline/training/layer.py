@@ -141,7 +141,7 @@ def mlp_back(mlp, swiglu, x, grad, kept=()):
     return grad_x, *first.weight_gradients(grads, x, inner, thin), *last_grads
 
 
-def after_attention(layer, fused, x, position_embeddings, attention_mask=None, kept=None, **kwargs):
+def after_attention(layer, fused, x, position_embeddings, attention_mask, kept, past_key_values=None, **kwargs):
     """x [1, tokens, hidden] with what a layer's attention adds to it; where `kept` is given, of those tokens alone."""
     attention, norm = layer.self_attn, layer.input_layernorm
     modules = [attention.q_proj, attention.k_proj, attention.v_proj]
