@@ -21,7 +21,7 @@ from pipeline.lora import thin_product, weight_of
 from pipeline.training.estimate import LOSS_CHUNK, PIECE
 
 
-class Together:
+class LoRALinears:
     """Linear layers of one input x [tokens, in], each with its LoRA: x W' + scale x A' B', and the way back."""
 
     def __init__(self, modules, dtype):
@@ -60,7 +60,7 @@ def weights_of(modules):
     return [part["default"].weight for module in modules for part in (module.lora_A, module.lora_B)]
 
 
-def take(ctx):
+def saved_once(ctx):
     """The tensors kept for a backward pass, which overwrites them: a second one fails here."""
     if ctx.spent:
         raise RuntimeError("a second backward pass over a layer that keeps its tensors for one")
@@ -73,14 +73,14 @@ class Projections(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, before, norm, modules, *weights):
-        ctx.linear, ctx.norm, ctx.spent = Together(modules, x.dtype), norm, False
+        ctx.linear, ctx.norm, ctx.spent = LoRALinears(modules, x.dtype), norm, False
         outputs, inner = ctx.linear.forward(x[0])
         ctx.save_for_backward(before, inner)
         return tuple(output[None] for output in outputs)
 
     @staticmethod
     def backward(ctx, *grads):
-        before, inner = take(ctx)
+        before, inner = saved_once(ctx)
         grads, x = [grad[0] for grad in grads], ctx.norm(before)[0]
         grad_x, thin = ctx.linear.input_gradient(grads, ctx.needs_input_grad[0])
         grad_x = None if grad_x is None else grad_x[None]
@@ -114,13 +114,13 @@ class GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        before, *kept = take(ctx)
+        before, *kept = saved_once(ctx)
         grad_x, *grads = mlp_back(ctx.mlp, ctx.swiglu, ctx.norm(before)[0], grad[0], kept)
         return grad_x[None], None, None, None, None, None, *grads
 
 
 def mlp_parts(mlp, dtype):
-    return Together([mlp.gate_proj, mlp.up_proj], dtype), Together([mlp.down_proj], dtype)
+    return LoRALinears([mlp.gate_proj, mlp.up_proj], dtype), LoRALinears([mlp.down_proj], dtype)
 
 
 def mlp_back(mlp, swiglu, x, grad, kept=()):
@@ -175,7 +175,7 @@ class FromInput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        layer, x = ctx.layer, take(ctx)[0].detach().requires_grad_(ctx.needs_input_grad[0])
+        layer, x = ctx.layer, saved_once(ctx)[0].detach().requires_grad_(ctx.needs_input_grad[0])
         with torch.enable_grad():
             middle = after_attention(layer, True, x, **ctx.kwargs)
             normed = layer.post_attention_layernorm(middle)
