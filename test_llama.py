@@ -56,12 +56,12 @@ MAX_BATCH_TOKENS = 0  # tokens in a batch, prompts and predictions together; 0 =
 SAMSUM_MAX_NEW_TOKENS = samsum.MAX_NEW_TOKENS  # length limit of a summary, in tokens; references have up to 80
 TRIVIA_QA_MAX_NEW_TOKENS = trivia_qa.MAX_NEW_TOKENS  # length limit of an answer, in tokens; it also ends at a line end
 OWN_MAX_NEW_TOKENS = own.MAX_NEW_TOKENS  # length limit of an answer to your own prompts, in tokens
-GENERAL_TEXT = "general_text.txt"  # file whose perplexity is reported: a path or one in pipeline/testing/; empty: none
+GENERAL_TEXT = "general_text.txt"  # text file to report the perplexity of; empty: none
 SERVER = ""  # OpenAI-compatible server to ask, http(s)://host/v1; empty: the model is loaded here
 SERVER_MODEL = ""  # name of the model on the server; empty: the only one that the server has
 SERVER_API = "auto"  # endpoint: completions, chat; auto: chat if there is a chat template or no completions endpoint
 SERVER_CONCURRENCY = 8  # number of parallel requests
-SERVER_TIMEOUT = 120.0  # timeout of a request in seconds, multiplied by the number of parallel requests
+SERVER_TIMEOUT = 120.0  # seconds to wait for each of the parallel requests: this number times SERVER_CONCURRENCY
 SERVER_THOUGHT_TOKENS = 0  # additional tokens for the thoughts of a reasoning model; 0 = none
 SERVER_MAX_EXAMPLES = 0  # number of rows per task to send to the server, which may cost money; 0 = all
 SERVER_INPUT_PRICE = 0.0  # price of a million tokens that the server reads, in any currency; 0 = no price is shown

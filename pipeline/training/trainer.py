@@ -297,7 +297,7 @@ def catch_signals(trainer):
         trainer.stop_signal = number
         signal.signal(number, signal.SIG_DFL)
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        say(f"{name}: stopping after this step, with a checkpoint; once more stops at once, without one")
+        say(f"{name}: stopping after this step, with a checkpoint; a second signal stops at once, without one")
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
