@@ -59,7 +59,7 @@ JUDGE_MODEL = ""  # a model that judges the predictions; empty: none
 JUDGE_URL = "https://api.openai.com/v1"  # any OpenAI-compatible server: OpenAI, vLLM, transformers serve
 JUDGE_MAX_EXAMPLES = 0  # rows per task to judge; required with a judge, because requests cost money
 JUDGE_CONCURRENCY = 8  # number of parallel requests
-JUDGE_TIMEOUT = 60.0  # seconds to wait for each of the parallel requests: this number times JUDGE_CONCURRENCY
+JUDGE_TIMEOUT = 60.0  # a request is given up after this many seconds times JUDGE_CONCURRENCY
 OUTPUT_DIR = "outputs"  # folder that contains the predictions and gets evaluation.json and evaluation.html
 
 # Fixed

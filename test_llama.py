@@ -61,7 +61,7 @@ SERVER = ""  # OpenAI-compatible server to ask, http(s)://host/v1; empty: the mo
 SERVER_MODEL = ""  # name of the model on the server; empty: the only one that the server has
 SERVER_API = "auto"  # endpoint: completions, chat; auto: chat if there is a chat template or no completions endpoint
 SERVER_CONCURRENCY = 8  # number of parallel requests
-SERVER_TIMEOUT = 120.0  # seconds to wait for each of the parallel requests: this number times SERVER_CONCURRENCY
+SERVER_TIMEOUT = 120.0  # a request is given up after this many seconds times SERVER_CONCURRENCY
 SERVER_THOUGHT_TOKENS = 0  # additional tokens for the thoughts of a reasoning model; 0 = none
 SERVER_MAX_EXAMPLES = 0  # number of rows per task to send to the server, which may cost money; 0 = all
 SERVER_INPUT_PRICE = 0.0  # price of a million tokens that the server reads, in any currency; 0 = no price is shown

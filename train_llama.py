@@ -1,6 +1,6 @@
 """Fine-tune a Llama with QLoRA on the data set of build_dataset.py: a 4-bit NF4 base, and a loss on the completions.
 
-Runs on one GPU, on several, or on a CPU, in 4 bits there, too. With the defaults an 8B model fits one GPU of 24 GB;
+Runs on one GPU, on several GPUs, or on a CPU; 4-bit weights work on a CPU, too. With the defaults an 8B model fits one GPU of 24 GB;
 --dry-run estimates the cost of a run without starting it. If a run is interrupted, the same command resumes it. The
 training step, with its loss and validation, is in pipeline/training/trainer.py.
 

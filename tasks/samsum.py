@@ -16,7 +16,7 @@ MAX_NEW_TOKENS = 96  # the longest gold summaries have some 80 tokens
 NORMALISE = normalize_answer  # of exact match and F1
 # as tables show them
 SCORES = ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "exact_match", "length_ratio", "perplexity")
-MAIN_SCORES = ("rougeLsum", "rouge1", "rouge2", "perplexity")  # those tested; the page plots and sorts by the first
+MAIN_SCORES = ("rouge1", "rouge2", "rougeLsum", "perplexity")  # those tested; the page plots and sorts by the first
 JUDGE_SEES = "dialogue"  # what of the prompt the judge gets
 JUDGED_WITH = ("exact_match", "rougeLsum")  # scores shown with the judge's
 RUBRIC = """You judge a summary of a dialogue. You are given a JSON object with the dialogue, reference summaries
