@@ -1,8 +1,8 @@
 """Fine-tune a Llama with QLoRA on the data set of build_dataset.py: a 4-bit NF4 base, and a loss on the completions.
 
-Runs on one GPU, on several GPUs, or on a CPU; 4-bit weights work on a CPU, too. With the defaults an 8B model fits one GPU of 24 GB;
---dry-run estimates the cost of a run without starting it. If a run is interrupted, the same command resumes it. The
-training step, with its loss and validation, is in pipeline/training/trainer.py.
+Runs on one GPU, on several GPUs, or on a CPU; 4-bit weights work on a CPU, too. With the defaults an 8B model fits one
+GPU of 24 GB; --dry-run estimates the cost of a run without starting it. If a run is interrupted, the same command
+resumes it. The training step, with its loss and validation, is in pipeline/training/trainer.py.
 
 Reads:  OUTPUT_DIR/dataset/ (train and validation) and the base model.
 Writes: OUTPUT_DIR/checkpoints/ and OUTPUT_DIR/adapter/ (PEFT adapter, tokenizer, run.json, log.jsonl, loss.png).
