@@ -183,8 +183,9 @@ def test_layers_are_fused_where_lora_alone_is_on_all_seven_linear_layers(monkeyp
 def test_what_needs_fused_layers_is_refused_without_them(dataset, tmp_path):
     shutil.copytree(dataset / "dataset", tmp_path / "dataset")
     arguments = ["--model", FIXTURES / "tiny_llama3", "--lora-dropout", 0.1, "--output-dir", tmp_path]
-    result = run("train_llama.py", *arguments, "--activation-checkpointing", "mlp")
-    assert_refused(result, "--activation-checkpointing mlp needs LoRA on all linear layers, without dropout")
+    for more in ([], ["--dry-run"]):
+        result = run("train_llama.py", *arguments, "--activation-checkpointing", "mlp", *more)
+        assert_refused(result, "--activation-checkpointing mlp needs LoRA on all linear layers, without dropout")
 
 
 def test_trainings_that_keep_less_end_with_the_same_adapter_a_killed_one_too(dataset, tmp_path):

@@ -219,11 +219,14 @@ def room_and_width(args):
     return host_room(), 4
 
 
-def ways_here(shape, width):
-    """Those of WAYS that there are, the fastest first."""
-    if not shape["fusable"]:
-        return "off", "on"
-    return WAYS if width == 2 else WAYS[:3]
+def ways_here(shape, args):
+    """Those of WAYS that there are here, the fastest first; exits 2 where ACTIVATION_CHECKPOINTING needs more."""
+    if shape["fusable"]:
+        return WAYS if room_and_width(args)[1] == 2 else WAYS[:3]
+    if args.activation_checkpointing in ("mlp", "host"):
+        reason = "needs LoRA on all linear layers, without dropout, biases or FSDP"
+        fail(f"--activation-checkpointing {args.activation_checkpointing} {reason}: take on")
+    return "off", "on"
 
 
 def fits(shape, packed, args, batch, way, unpacked=False):
@@ -265,14 +268,11 @@ def choose_kernels(args):
 def settle(shape, packed, args):
     """Put into `args` what "auto" and 0 come to here: fused kernels, what is computed again, rows of a pass."""
     choose_kernels(args)
-    ways = ways_here(shape, room_and_width(args)[1])
+    ways = ways_here(shape, args)
     if args.activation_checkpointing == "auto":
         alone = args.per_device_train_batch_size or 1
         fitting = [way for way in ways if fits(shape, packed, args, alone, way)]
         args.activation_checkpointing = fitting[0] if fitting else ways[-1]
-    if args.activation_checkpointing in ("mlp", "host") and not shape["fusable"]:
-        reason = "needs LoRA on all linear layers, without dropout, biases or FSDP"
-        fail(f"--activation-checkpointing {args.activation_checkpointing} {reason}: take on")
     if not args.per_device_train_batch_size:
         args.per_device_train_batch_size = rows_of_a_pass(shape, packed, args, args.activation_checkpointing)
         args.gradient_accumulation_steps //= args.per_device_train_batch_size  # as many tokens to a step as before
@@ -336,7 +336,7 @@ def dry_run(shape, tokens, packed, args):
         passes = steps * args.gradient_accumulation_steps * (args.per_device_train_batch_size or 1) / len(packed)
     rate = GPUS[args.dry_run_gpu][1] if args.dry_run_gpu in GPUS else matrix_rate() / 2e12
     by_way, needed = {}, {}
-    for way in ways_here(shape, width):
+    for way in ways_here(shape, args):
         batch = rows_of_a_pass(shape, packed, args, way)
         parts = memory(shape, args, *pass_size(packed, batch), way, width)
         needed[way] = parts["estimate"] = sum(parts.values())
