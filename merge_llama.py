@@ -153,7 +153,7 @@ def show(report):
     """The comparison as a table, and what it took."""
     numbers = "{merged_perplexity:.4g} {mean_logit_difference:.3g} {largest_logit_difference:.3g}"
     numbers += " {equal_greedy_tokens:.1%}"
-    rows = [("", "perplexity", "logits off", "at most", "same tokens")]
+    rows = [("", "perplexity", "logit difference", "largest", "same tokens")]
     rows.append((f"{report['merge_base']} base + adapter", f"{report['adapter_perplexity']:.4g}", "", "", ""))
     for dtype, figures in report["comparison"].items():
         written = " (written)" if dtype == report["dtype"] else ""
