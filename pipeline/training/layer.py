@@ -106,10 +106,8 @@ class GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, before, norm, mlp, keep, swiglu, *weights):
         ctx.mlp, ctx.norm, ctx.swiglu, ctx.spent = mlp, norm, swiglu, False
-        first, last = mlp_parts(mlp, x.dtype)
-        (gate, up), inner = first.forward(x[0])
-        (output,), inner_last = last.forward(silu(gate).mul_(up))
-        ctx.save_for_backward(before, *((gate, up, inner, inner_last) if keep else ()))
+        output, kept = mlp_forward(mlp, x[0])
+        ctx.save_for_backward(before, *(kept if keep else ()))
         return output[None]
 
     @staticmethod
@@ -121,6 +119,14 @@ class GatedMLP(torch.autograd.Function):
 
 def mlp_parts(mlp, dtype):
     return LoRALinears([mlp.gate_proj, mlp.up_proj], dtype), LoRALinears([mlp.down_proj], dtype)
+
+
+def mlp_forward(mlp, x):
+    """The output of an MLP, and what its backward pass needs: gate, up and the products of both parts with A."""
+    first, last = mlp_parts(mlp, x.dtype)
+    (gate, up), inner = first.forward(x)
+    (output,), inner_last = last.forward(silu(gate).mul_(up))
+    return output, (gate, up, inner, inner_last)
 
 
 def mlp_back(mlp, swiglu, x, grad, kept=()):
@@ -168,10 +174,7 @@ class FromInput(torch.autograd.Function):
         ctx.layer, ctx.swiglu, ctx.kwargs, ctx.spent = layer, swiglu, kwargs, False
         ctx.save_for_backward(x)
         middle = after_attention(layer, True, x, **kwargs)
-        first, last = mlp_parts(layer.mlp, x.dtype)
-        (gate, up), _ = first.forward(layer.post_attention_layernorm(middle)[0])
-        (output,), _ = last.forward(silu(gate).mul_(up))
-        return middle + output
+        return middle + mlp_forward(layer.mlp, layer.post_attention_layernorm(middle)[0])[0]
 
     @staticmethod
     def backward(ctx, grad):
