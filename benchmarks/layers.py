@@ -5,7 +5,6 @@ CUDA's and Liger's kernels have stand-ins that keep and allocate what they do. B
 
     python benchmarks/layers.py                        8B at 8,192 tokens, 8 % of them labelled
     python benchmarks/layers.py 70B 1024 2048 --liger
-    python benchmarks/layers.py 8B --longest 24        the longest row that a GPU of 24 GB trains
 """
 
 import argparse
