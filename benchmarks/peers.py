@@ -362,7 +362,7 @@ def training(args):
     lora = lora_config(train_llama.parse_args([]))
     shape = model_shape(args.model, models.load_config(str(args.model)), lora)
     lengths, completions = list(map(len, tokens["labels"])), sum(map(labelled, tokens["labels"]))
-    total, flop = sum(lengths), operations(shape, lengths, completions, checkpointing=False)
+    total, flop = sum(lengths), operations(shape, lengths, completions, "off")
     print(f"{len(tokens)} rows, {total:,} tokens, {completions:,} of them with a loss, {flop:.3g} FLOP", flush=True)
     result = {"machine": machine(), "model": args.model.name, "parameters": shape["parameters"], "flop": flop}
     result |= {"rows": len(tokens), "tokens": total, "completion_tokens": completions, "trainers": {}}

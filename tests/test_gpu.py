@@ -170,10 +170,11 @@ def test_every_stage_of_the_gpu_benchmark_runs_on_a_cpu(tmp_path, monkeypatch, d
     monkeypatch.setattr(gpu.Bench, "build", build)
     monkeypatch.setattr(gpu.Bench, "run", forked)  # most of a short command is importing torch
     monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(Popen=popen, DEVNULL=None))
-    monkeypatch.setattr(gpu, "TINY", [*gpu.TINY, "--max-steps", 4, "--eval-steps", 2, "--save-steps", 1])
+    monkeypatch.setattr(gpu, "TINY", [*gpu.TINY, "--max-steps", 4, "--eval-steps", 4, "--save-steps", 1])
     monkeypatch.setattr(gpu, "KILLED_AT", 1)
-    monkeypatch.setattr(gpu, "STEPS", 3)
-    only = ["trl sft packed, 8192 x 1, no checkpointing", "8192 x 1, checkpointing", "PEFT's own LoRA", "8-bit AdamW"]
+    monkeypatch.setattr(gpu, "LAYERS", 2)
+    monkeypatch.setattr(gpu, "STEPS", 2)
+    only = ["trl sft packed", "mlp", "card of 24 GB"]
     where = ["--folder", str(tmp_path), "--results", str(tmp_path / "gpu.json")]
     gpu.main(["--shape", "tiny", *where, "--only", *only])
     text = (tmp_path / "gpu.json").read_text()
@@ -182,7 +183,10 @@ def test_every_stage_of_the_gpu_benchmark_runs_on_a_cpu(tmp_path, monkeypatch, d
     assert found["rates"]["tflops"] > 0
     assert set(found["stage_seconds"]) == set(gpu.STAGES) and len(found["training"]) == len(only)
     assert all(run["tokens_per_second"] > 0 for run in found["training"].values())
-    assert found["profile"]["8192 x 1"]["launches"] > 0
+    assert found["profile"]["8192 x 1, off"]["launches"] > 0
+    passes = {name: run for name, run in found["layers"].items() if "tokens" in run}
+    assert len(passes) == 6 and all(run["gradient_beside_not_fused"] < 1e-5 for run in passes.values())
+    assert all(run["loss"] == pytest.approx(7.6, abs=0.1) for run in found["training"].values())
     assert found["chain"]["killed"] == {
         "went_on": True,
         "largest_difference": 0,
@@ -191,4 +195,7 @@ def test_every_stage_of_the_gpu_benchmark_runs_on_a_cpu(tmp_path, monkeypatch, d
     assert found["chain"]["alone"]["same_predictions"] == 1 and found["chain"]["merge"]["nll_difference"] < 0.05
     assert found["float16"]["eval_loss"] < 10
     assert set(found["commands"]) == {"train", "test tuned", "merge", "test merged"}
-    assert found["exactness"]["float32"]["packed_gradient_beside_alone"] < 1e-4
+    assert len(found["exactness"]) == 4
+    assert all(run["packed_gradient_beside_float32"] < 1e-4 for run in found["exactness"].values())
+    (row,) = found["longest"].values()
+    assert row["of_the_estimate"] == 1 and row["tokens_per_second"] > 0
