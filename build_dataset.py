@@ -83,7 +83,7 @@ def parse_args(argv=None):
     named = [name for name in sources if flag_of(name) in flags or name == "own"]
     if named and "--tasks" not in flags:  # whoever names a source wants that one
         if set(named) != set(args.tasks):
-            say(f"building {' and '.join(named)} alone: for others as well, name them all with --tasks")
+            say(f"building only {' and '.join(named)}; --tasks names more")
         args.tasks = named
     if "--own" in flags and args.own and "own" not in args.tasks:
         fail("--own is given, but own is not among --tasks: add it, or leave out --own")
@@ -183,15 +183,22 @@ def draw_rows(name, files, large, args, counts):
 def take_from_train(name, rows, args, counts):
     """Move a tenth of train's rows, or as many as can be needed, to each split that has no file.
 
-    Rows that are the same go together: where many are, nothing would be left of train.
+    Rows that are the same go together (where many are, nothing would be left of train), and so do rows about one text:
+    what a question asks about a text that was trained on, a model may know from there.
     """
     missing = [split for split in ("test", "validation") if split not in rows]
     if not missing:
         return
     left = random.Random(args.seed).sample(rows["train"], len(rows["train"]))
+    texts = [isinstance(row.source, dict) and row.source.get("context") for row in left]
+    groups = [text or row.key or row.id for text, row in zip(texts, left, strict=True)]
+    if len(set(groups)) <= len(missing):
+        groups = [row.key or row.id for row in left]
+        if any(texts):
+            say(f"{name}: warning: rows about one text are in several splits, so scores will be too good")
     same = defaultdict(list)
-    for row in left:
-        same[row.key or row.id].append(row)
+    for group, row in zip(groups, left, strict=True):
+        same[group].append(row)
     if len(same) <= len(missing):
         unread = "".join(f" ({reason}: {count:,})" for reason, count in counts.items())
         reason = f"{len(same)} different rows in train{unread}, out of which {' and '.join(missing)} are taken, too"
@@ -202,7 +209,7 @@ def take_from_train(name, rows, args, counts):
         rows[split] = [row for key in list(islice(same, size)) for row in same.pop(key)]
         share = len(rows[split]) / len(left)
         say(f"{name}: {len(rows[split]):,} rows for {split} are drawn out of train, {share:.1%}")
-    rows["train"] = [row for row in left if (row.key or row.id) in same]
+    rows["train"] = [row for group, row in zip(groups, left, strict=True) if group in same]
 
 
 def with_spares(limit):
@@ -311,7 +318,10 @@ def build_task(name, files, args):
             counts[split] |= {"usable but not needed": len(usable) - len(kept), "kept": len(kept)}
             if not kept:
                 reasons = ", ".join(f"{reason}: {n}" for reason, n in counts[split].items())
-                fail(f"{name}: no usable row for {split} ({reasons}): check the source and the example counts")
+                near = any(reason.startswith("nearly in") for reason in counts[split])
+                remedy = "split the file yourself, so that texts of one kind are in one split (docs/own_data.md)"
+                remedy = remedy if near else "check the source and the example counts"
+                fail(f"{name}: no usable row for {split} ({reasons}): {remedy}")
             # Spares and rows that were not looked at stay test's own, too: a later test may take more rows.
             others[split] = NearTexts([*usable, *(row.key for row in rows)] if split == "test" else kept, form)
     return result, {"counts": counts} | ({"answer_in_context": rates} if "{context}" in task.PROMPT else {})

@@ -169,6 +169,7 @@ def finish(args, base, run, report, fresh):
         "base_model": Path(base).name if Path(base).is_dir() else base,
         "base_weights": run["weights"],
         "adapter_sha256": run["adapter_sha256"],
+        "tasks": run["tasks"],  # for --ask of test_llama.py
         "dataset": {name: value for name, value in run["run"].items() if name.endswith(" rows")},
         "versions": versions("torch", "transformers", "peft", "bitsandbytes", "safetensors"),
         "git_commit": git_commit(),

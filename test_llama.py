@@ -143,7 +143,7 @@ def answer(args):
         length = f"its prompt has {len(row['prompt_ids']):,} tokens, prompt and answer may have {limit:,}"
         fail(f"--ask is too long: {length}")
     way = ", through the chat template" if tokenizer.chat_template else ""
-    say(f"asked as {task}: {len(row['prompt_ids'])} tokens{way}, answered in at most {new}")
+    say(f"asked as {task}: {len(row['prompt_ids'])} tokens{way}, answered in at most {new} tokens")
     attention, ends, bar = choose_attention("packed"), end_tokens(model, tokenizer), progress(total=1)
     names = {"base": "the base", "tuned": "the fine-tuned model" if folder else "the model"}
     answered_by = predictions.systems({"adapter": folder or "none", "compare_with_base": args.compare_with_base})

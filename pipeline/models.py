@@ -237,7 +237,7 @@ def read_adapter(folder):
     """The base model that a PEFT adapter's folder names; exits 2 where the adapter is missing or broken."""
     config = Path(folder) / "adapter_config.json"
     if not config.is_file():
-        fail(f"no adapter at {folder}: run train_llama.py first")
+        fail(f"no adapter at {folder}: run train_llama.py first, or give --output-dir")
     settings = read_json(config)
     base = settings.get("base_model_name_or_path")
     if not base or not isinstance(base, str):

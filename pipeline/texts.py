@@ -48,7 +48,8 @@ def text_of(value, name):
 def texts_of(row, names):
     """{name: text} of these columns (a set) of a row. Raises BadData where one is missing or no text."""
     if missing := names - row.keys():
-        raise BadData(f"no column {', '.join(sorted(missing))} among {', '.join(map(str, row))}")
+        found = f"no column {', '.join(sorted(missing))} among {', '.join(map(str, row))}"
+        raise BadData(f"{found}: rename yours, or give the file with --own and --own-prompt")
     return {name: text_of(row[name], name) for name in sorted(names)}
 
 

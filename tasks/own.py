@@ -36,17 +36,19 @@ def template(settings):
     return settings.own_prompt
 
 
-def fits(text, page):
+def fits(text, page, template):
     """Whether the text of --ask may be for this task."""
-    return not page
+    return not page or "{context}" in template
 
 
 def asked(text, page, template):
-    """The prompt around a text of --ask; where several columns make a prompt, the text is the whole of it."""
+    """The prompt around a text of --ask and a page for its `context`; of several more columns it is the whole text."""
     parts, text = template_parts(template), clean_lines(text)
-    if len({field for _, field in parts} - {None}) > 1:
+    fields = {field for _, field in parts} - {None}
+    values = {"context": clean_lines(page)} if page else {}
+    if len(fields - values.keys()) > 1:
         return text.rstrip()
-    return "".join(before if field is None else before + text for before, field in parts).rstrip()
+    return "".join(before if field is None else before + values.get(field, text) for before, field in parts).rstrip()
 
 
 def prepare(rows, settings):
@@ -84,7 +86,7 @@ def complete(row, needed):
         return "columns", row
     elif "messages" not in row:
         found = f"no column {', '.join(sorted(needed - row.keys()))} among {', '.join(row)}"
-        known = "mend --own-prompt or --own-completion"
+        known = "correct --own-prompt or --own-completion"
         if needed == {"prompt", "completion"}:
             known = "prompt and completion, instruction and output, or messages are needed"
             known += ", or yours named by --own-prompt and --own-completion"

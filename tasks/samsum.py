@@ -33,7 +33,7 @@ def template(settings):
     return PROMPT
 
 
-def fits(text, page):
+def fits(text, page, template):
     """Whether the text of --ask is for this task: a dialogue has several lines."""
     return not page and "\n" in text
 

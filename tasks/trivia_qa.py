@@ -67,7 +67,7 @@ def template(settings):
     return CLOSED_BOOK if settings.context == "none" else PROMPT
 
 
-def fits(text, page):
+def fits(text, page, template):
     """Whether the text of --ask is for this task: a question is one line."""
     return "\n" not in text
 

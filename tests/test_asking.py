@@ -80,6 +80,9 @@ def test_the_task_is_that_of_the_text_or_the_one_that_is_given(ask, out, monkeyp
     run["tasks"] = {"own": {"prompt": "Q: {question}\nA:", "one_line": True}}
     (out / "adapter" / "run.json").write_text(json.dumps(run))
     assert "asked as own" in ask(DIALOGUE)[1]
+    run["tasks"]["own"]["prompt"] = "{context} Q: {question}"
+    (out / "adapter" / "run.json").write_text(json.dumps(run))
+    assert "asked as own" in ask(QUESTION, *page)[1]
     del run["tasks"]  # an adapter from elsewhere
     (out / "adapter" / "run.json").write_text(json.dumps(run))
     code, _, error = ask(DIALOGUE)
@@ -90,6 +93,7 @@ def test_own_prompts_are_made_of_the_template_or_given_whole():
     own = TASKS["own"].asked
     assert own("3 + 4", "", "Q: {question}\nA:") == "Q: 3 + 4\nA:"
     assert own("as it is", "", "{prompt}") == own("as it is", "", "{a} and {b}") == "as it is"
+    assert own("Who?", "A page.", "{context}\n\nQ: {question}\nA:") == "A page.\n\nQ: Who?\nA:"
     assert (
         TASKS["trivia_qa"].asked("Who?", PAGE, TASKS["trivia_qa"].CLOSED_BOOK).startswith("Answer the question from")
     )

@@ -162,6 +162,17 @@ def test_the_loss_in_chunks_is_that_of_all_logits(labels):
         assert layer.ChunkedLoss.apply(hidden, head, gold).item() == pytest.approx(expected.item() / 0.7, rel=1e-6)
 
 
+def test_in_float16_a_small_gradient_of_the_loss_is_not_rounded_away():
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn(99, 24, generator=generator).half()
+    hidden = (head[[5]] * 1.5).requires_grad_()  # nearly certain of token 5
+    (1000 * layer.ChunkedLoss.apply(hidden, head, torch.tensor([5]))).backward()
+    exact = hidden.detach().double().requires_grad_()
+    (1000 * cross_entropy(exact @ head.T.double(), torch.tensor([5]))).backward()
+    assert 1e-8 < exact.grad.abs().max() / 1000 < 1e-5
+    assert apart(hidden.grad.double(), exact.grad) < 0.1
+
+
 def fusable_with(monkeypatch=None, flags=(), **config):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64, **config))

@@ -137,7 +137,7 @@ def test_one_file_is_split_by_the_seed_and_the_shares_are_printed(tmp_path, caps
     printed = capsys.readouterr().out
     assert "own: 3 rows for test are drawn out of train, 10.0%" in printed
     assert "own: 3 rows for validation are drawn out of train, 10.0%" in printed
-    assert "building own alone" in printed and "own: the scores of 3 test rows will show nothing" in printed
+    assert "building only own" in printed and "own: the scores of 3 test rows will show nothing" in printed
     assert {split: len(rows) for split, rows in first.items()} == {"train": 24, "validation": 3, "test": 3}
     assert build(tmp_path, path) == first
     other = build(tmp_path, path, "--seed", 1)
@@ -391,6 +391,24 @@ def test_trivia_qa_takes_a_single_file_and_leaves_a_short_context_as_it_is(form,
             assert 4 <= len(fields_of(TASKS["trivia_qa"].PROMPT, row["prompt"])["context"].split()) <= 10
 
 
+@pytest.mark.parametrize("contexts", [10, 2])
+def test_questions_about_one_context_stay_in_one_split_or_that_is_said(contexts, tmp_path, capsys):
+    questions = [question for question, _ in exchanges(40)]
+    rows = [
+        {"question": q, "context": f"In wood {i % contexts} every tree is an oak.", "answer": "oak"}
+        for i, q in enumerate(questions)
+    ]
+    path = write_lines(tmp_path / "questions.jsonl", rows)
+    build_dataset.main(["--trivia-qa", str(path), "--output-dir", str(tmp_path / "out")])
+    found = {
+        split: {fields_of(TASKS["trivia_qa"].PROMPT, row["prompt"])["context"] for row in of_split}
+        for split, of_split in rows_of(tmp_path).items()
+    }
+    apart = all(a == b or found[a].isdisjoint(found[b]) for a in found for b in found)
+    said = "rows about one text are in several splits" in capsys.readouterr().out
+    assert (apart, said) == ((True, False) if contexts == 10 else (False, True))
+
+
 def test_a_single_file_that_lacks_a_column_is_one_sentence(tmp_path, capsys):
     path = write_lines(tmp_path / "a.jsonl", [{"question": "x", "context": "y"}] * 9)
     start = f"row 1 of {path}: no column"
@@ -490,7 +508,7 @@ def test_the_tasks_whose_source_is_named_are_built_and_no_other(tmp_path, capsys
     (tmp_path / "q.json").write_text(json.dumps(QUESTIONS))
     rows = write_csv(tmp_path / "rows.csv", exchanges(30))
     code, built, printed, _ = tasks_built(tmp_path, capsys, "--trivia-qa", tmp_path / "q.json")
-    assert code == 0 and built == ["trivia_qa"] and "building trivia_qa alone" in printed
+    assert code == 0 and built == ["trivia_qa"] and "building only trivia_qa" in printed
     code, built, printed, _ = tasks_built(tmp_path, capsys, "--trivia-qa", tmp_path / "q.json", "--own", rows)
     assert code == 0 and built == ["own", "trivia_qa"]
     named = ["--trivia-qa", tmp_path / "q.json", "--own", rows, "--tasks", "trivia_qa"]
@@ -521,4 +539,4 @@ def test_a_csv_of_semicolons_and_a_wrong_column_are_said_as_what_they_are(tmp_pa
     assert code == 2 and "semi.csv are separated by semicolons: save it with commas" in error
     rows = write_csv(tmp_path / "rows.csv", exchanges(30))
     code, _, _, error = tasks_built(tmp_path, capsys, "--own", rows, "--own-prompt", "{promt}")
-    assert code == 2 and error.strip().endswith("mend --own-prompt or --own-completion")
+    assert code == 2 and error.strip().endswith("correct --own-prompt or --own-completion")

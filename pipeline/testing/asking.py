@@ -38,21 +38,25 @@ def prompt_to_ask(args, tasks, adapter):
     """
     text = read_asked("--ask", args.ask)
     page = read_asked("--context", args.context) if args.context else ""
-    noted = models.read_run(adapter)["tasks"] or read_json(Path(args.output_dir, "dataset", "tasks.json"))
+    of_merged = read_json(Path(args.model, "merge.json")).get("tasks")
+    noted = of_merged if isinstance(of_merged, dict) and of_merged else models.read_run(adapter)["tasks"]
+    noted = noted or read_json(Path(args.output_dir, "dataset", "tasks.json"))
     trained_on = [task for task in tasks if task in noted] or list(tasks)
+    all_built = built_tasks(args.output_dir, tasks, noted)
+    prompts = {task: built.get("prompt") if isinstance(built, dict) else "" for task, built in all_built.items()}
     if args.task != "auto":
         fitting = [args.task]
     elif len(trained_on) == 1 and not page:
         fitting = trained_on
     else:
-        fitting = [task for task in trained_on if tasks[task].fits(text, page)]
+        fitting = [task for task in trained_on if tasks[task].fits(text, page, str(prompts[task]))]
     if len(fitting) != 1:
         reason = f"--ask fits {' and '.join(fitting) or 'no task'} of {', '.join(trained_on)}"
         fail(f"{reason}: a dialogue has several lines, a question one, only that has a --context; or give --task")
     [task] = fitting
-    with_context, built = "{context}" in tasks[task].PROMPT, built_tasks(args.output_dir, tasks, noted)[task]
-    built = built if isinstance(built, dict) and isinstance(built.get("prompt"), str) else {"prompt": ""}
-    if page and not with_context:
+    built = all_built[task] if isinstance(prompts[task], str) and prompts[task] else {"prompt": ""}
+    with_context = "{context}" in tasks[task].PROMPT
+    if page and not with_context and "{context}" not in built["prompt"]:
         fail(f"--context is for a question: the prompts of {task} have none")
     if task not in trained_on:
         say(f"{task} is no task that the adapter was trained on")
@@ -64,4 +68,4 @@ def prompt_to_ask(args, tasks, adapter):
         return task, tasks[task].asked(text, page, built["prompt"]), bool(built["one_line"])
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         reason = f"cannot use the prompt of {task} that {adapter}/run.json or the data set names"
-        fail(f"{reason} ({first_line(error)}): mend it, or train again")
+        fail(f"{reason} ({first_line(error)}): correct it, or train again")

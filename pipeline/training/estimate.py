@@ -232,7 +232,7 @@ def ways_here(shape, args):
 def fits(shape, packed, args, batch, way, unpacked=False):
     room, width = room_and_width(args)
     tokens, labels = pass_size(packed, batch)
-    inputs = width * tokens * shape["hidden"] * shape["layers"]
+    inputs = shape["layers"] * 2 ** math.ceil(math.log2(width * tokens * shape["hidden"]))  # as pinned memory is given
     if way == "host" and args.dry_run_gpu == "here" and inputs > USABLE * host_room():
         return False
     return sum(memory(shape, args, tokens, labels, way, width, unpacked).values()) <= USABLE * room

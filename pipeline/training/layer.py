@@ -20,6 +20,8 @@ from torch.nn.functional import silu
 from pipeline.lora import thin_product, weight_of
 from pipeline.training.estimate import LOSS_CHUNK, PIECE
 
+LOSS_SCALE = 1024  # of the gradient made forward: without it float16 would round the small ones to 0
+
 
 class LoRALinears:
     """Linear layers of one input x [tokens, in], each with its LoRA: x W' + scale x A' B', and the way back."""
@@ -147,7 +149,7 @@ def mlp_back(mlp, swiglu, x, grad, kept=()):
     return grad_x, *first.weight_gradients(grads, x, inner, thin), *last_grads
 
 
-def after_attention(layer, fused, x, position_embeddings, attention_mask, kept, past_key_values=None, **kwargs):
+def after_attention(layer, fused, x, position_embeddings, attention_mask=None, kept=None, **rest):
     """x [1, tokens, hidden] with what a layer's attention adds to it; where `kept` is given, of those tokens alone."""
     attention, norm = layer.self_attn, layer.input_layernorm
     modules = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -160,7 +162,7 @@ def after_attention(layer, fused, x, position_embeddings, attention_mask, kept, 
     query, key = modeling.apply_rotary_pos_emb(query, key, *position_embeddings)
     name = attention.config._attn_implementation
     attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(name, modeling.eager_attention_forward)
-    output = attend(attention, query, key, value, attention_mask, scaling=attention.scaling, **kwargs)[0].flatten(2)
+    output = attend(attention, query, key, value, attention_mask, scaling=attention.scaling, **rest)[0].flatten(2)
     if kept is not None:
         x, output = x[:, kept], output[:, kept]
     return x + attention.o_proj(output)
@@ -233,14 +235,15 @@ class ChunkedLoss(torch.autograd.Function):
             sums = logits.exp_().sum(1, keepdim=True)
             total += (sums.log() - gold_logits).sum()
             if ctx.needs_input_grad[0]:
-                grad = logits.div_(sums).scatter_add_(1, token, torch.full_like(sums, -1))
+                grad = logits.div_(sums).scatter_add_(1, token, torch.full_like(sums, -1)).mul_(LOSS_SCALE)
                 grads.append(grad.to(part.dtype) @ head)
         ctx.save_for_backward(torch.cat(grads) if grads else hidden)
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.saved_tensors[0] * grad, None, None
+        (hidden_grad,) = ctx.saved_tensors
+        return (hidden_grad.float() * (grad / LOSS_SCALE)).to(hidden_grad.dtype), None, None
 
 
 def chunked_loss(head, logits, labels, **_):
