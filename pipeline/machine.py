@@ -45,7 +45,7 @@ def warn_of_load():
         return
     taken = psutil.cpu_percent(0.3)  # while this process sleeps; a load average still has the script before it
     if taken > 50:
-        remedy = "with OMP_NUM_THREADS=1 in front, this command is often several times as fast"
+        remedy = "press Ctrl-C and start again with OMP_NUM_THREADS=1 in front, which is often 10 times as fast"
         say(f"warning: other programs take {taken:.0f} % of this machine's processor time: {remedy}")
 
 

@@ -50,6 +50,8 @@ def find_model(model):
         if not (folder / "config.json").is_file():
             fail(f"{model} has no config.json: give a folder laid out like a model's hub repository")
         return os.path.abspath(folder)
+    if (folder.parent / "adapter").is_dir():
+        fail(f"there is no folder {model}: run merge_llama.py first, or check its name")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         fail(f"unknown model {model}: neither one of {', '.join(MODELS)}, nor a hub id (owner/name), nor a folder")
     return model

@@ -88,6 +88,15 @@ def test_a_model_that_is_none(dataset, tmp_path):
     assert_refused(result, "cannot load nobody/nothing", "network")
 
 
+def test_a_merged_model_that_is_not_there_yet_is_no_hub_id(tmp_path, monkeypatch, capsys):
+    (tmp_path / "outputs" / "adapter").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        models.find_model("outputs/merged")
+    assert "there is no folder outputs/merged: run merge_llama.py first" in capsys.readouterr().err
+    assert models.find_model("owner/name") == "owner/name"
+
+
 class Hub(BaseHTTPRequestHandler):
     """Answers as the hub does, by the owner's name: one status for gated and for missing, and a header."""
 

@@ -184,7 +184,7 @@ def test_a_run_that_nobody_watches_saves_by_time_and_its_log_grows(undisturbed, 
     opening = printed.read_text().split("step ")[0]  # before the first step
     assert re.search(r"^training .*tiny_llama2 on \d+ rows, validating on \d+\n", opening)
     assert re.search(r"\n30 optimizer steps over \d+ packed sequences, 4-bit base, on cpu\n", opening)
-    assert re.search(r"\n\d:\d\d:\d\d left at most, by a pass over the longest rows\n", opening)
+    assert re.search(r"\nabout \d:\d\d:\d\d left, or less: the longest rows were timed\n", opening)
     saved = [path for path in log.parent.glob("checkpoint-*") if (path / "whole.json").exists()]
     assert {int(path.name[11:]) for path in saved} <= {entry["step"] for entry in losses(log)}  # none within a span
     assert saved and len(losses(log)) < STEPS

@@ -120,7 +120,10 @@ def test_a_busy_machine_gets_one_line_that_names_the_way_out(taken, threads, war
     monkeypatch.setattr("psutil.cpu_percent", lambda seconds: taken)
     machine.warn_of_load()
     said = capsys.readouterr().out
-    assert ("take 91 % of this machine's processor time: with OMP_NUM_THREADS=1 in front" in said) == warned
+    assert (
+        "take 91 % of this machine's processor time: press Ctrl-C and start again with OMP_NUM_THREADS=1 in front"
+        in said
+    ) == warned
 
 
 @pytest.mark.parametrize("name", NAMES)

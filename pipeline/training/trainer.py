@@ -264,7 +264,7 @@ class Watch(TrainerCallback):
         if args.device.type == "cpu":  # where a step may take minutes; a GPU's first pass is slower than the others
             passes = (state.max_steps - state.global_step) * args.gradient_accumulation_steps
             left = timedelta(seconds=round(passes * seconds))
-            say(f"{left} left at most, by a pass over the longest rows")
+            say(f"about {left} left, or less: the longest rows were timed")
         self.log = Path(args.output_dir) / "log.jsonl"
         if is_main():  # without what a killed run logged after its last checkpoint
             write_whole(self.log, log_lines(state.log_history))
