@@ -275,8 +275,8 @@ def test_operations_are_those_that_torch_counts(tmp_path):
     found = {str(name): flop for name, flop in counter.get_flop_counts()["Global"].items()}
     products = sum(flop for name, flop in found.items() if "scaled_dot_product" not in name)
     attention = 7 * 3 * 512 * 90**2  # the counter does not halve it
-    told = estimate.operations(shape, [90], 30, "off") - attention
-    assert products == pytest.approx(told, rel=0.005)
+    estimated = estimate.operations(shape, [90], 30, "off") - attention
+    assert products == pytest.approx(estimated, rel=0.005)
 
 
 def test_the_peak_is_in_the_loss_where_there_are_few_tokens_and_many_words(tmp_path):
