@@ -2,11 +2,12 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 
 import pytest
-from conftest import copied, test
+from conftest import FIXTURES, copied, test
 from test_testing import ONE, prompts_of, read
 
 from pipeline.files import rows_of
@@ -87,6 +88,17 @@ def test_the_task_is_that_of_the_text_or_the_one_that_is_given(ask, out, monkeyp
     (out / "adapter" / "run.json").write_text(json.dumps(run))
     code, _, error = ask(DIALOGUE)
     assert code == 2 and error.startswith("error: --ask fits samsum and own of samsum, trivia_qa, own")
+
+
+def test_a_merged_model_is_asked_by_the_prompts_that_it_carries(ask, tmp_path):
+    merged = shutil.copytree(FIXTURES / "tiny_llama3", tmp_path / "merged")
+    plain = ask(QUESTION, "--model", merged, "--task", "own")[1]
+    carried = {"tasks": {"own": {"prompt": "A long prompt. Q: {question}\nA:", "one_line": True}}}
+    (merged / "merge.json").write_text(json.dumps(carried))
+    code, printed, _ = ask(QUESTION, "--model", merged)  # of one task alone
+    assert code == 0 and "asked as own" in printed
+    tokens = [int(re.search(r"asked as own: (\d+) tokens", said)[1]) for said in (plain, printed)]
+    assert tokens[1] > tokens[0] + 4
 
 
 def test_own_prompts_are_made_of_the_template_or_given_whole():
