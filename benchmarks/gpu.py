@@ -152,7 +152,7 @@ class Bench:
 
 
 def allow_torch_2_11():
-    """Its varlen_attn takes fewer heads of keys and values without being told, and refuses the word for it."""
+    """Its varlen_attn takes fewer heads of keys and values by itself, and has no parameter for it."""
     from torch.nn.attention import varlen
 
     attend = varlen.varlen_attn

@@ -228,7 +228,7 @@ def main():
     parser.add_argument("--results", type=Path, default=RESULTS / "layers.json")
     options = parser.parse_args()
     lora.dequantize_4bit, torch.autograd.graph.save_on_cpu = unpacked, save_on_cpu
-    result = {"rows": [], "longest": []}
+    result = {"usable": estimate.USABLE, "rows": [], "longest": []}
     for liger in (False, True):
         if liger:
             use_kernels()

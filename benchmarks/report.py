@@ -63,7 +63,7 @@ def main():
         rows = results["layers"]["rows"]
         memory = [row["estimate_gb"] / row["peak_gb"] - 1 for row in rows]
         flop = [row["estimate_tflop"] / row["tflop"] - 1 for row in rows]
-        more["layers_off"] = {"memory": (min(memory), max(memory)), "flop": (min(flop), max(flop)), "usable": 0.88}
+        more["layers_off"] = {"memory": (min(memory), max(memory)), "flop": (min(flop), max(flop))}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
     environment.filters["median"] = statistics.median
     environment.filters["thousands"] = "{:,.0f}".format

@@ -375,6 +375,17 @@ def test_as_much_of_a_step_goes_at_once_as_fits_the_gpu(room, settled, tmp_path,
     assert tuple(getattr(args, name) for name in SETTLED) == ("off", 2, 4)
 
 
+@pytest.mark.parametrize("host, fits", [(4e9, True), (0.62e9, True), (0.6e9, False)])
+def test_layers_inputs_go_to_the_host_only_if_it_has_room_for_them(host, fits, tmp_path, monkeypatch):
+    args = train_llama.parse_args(["--activation-checkpointing", "host"])
+    shape = shape_of(without_weights(tmp_path / "model", META_8B), args)
+    packed = {"labels": [[-100] * 1800 + [1] * 100]}
+    monkeypatch.setattr(estimate, "room_and_width", lambda args: (24e9, 2))
+    monkeypatch.setattr(machine, "host_memory", lambda: host)
+    # 1,900 x 4,096 x 2 bytes are taken as 2 ** 24, 32 times: 0.54 GB, of 88 % of the host's
+    assert estimate.fits(shape, packed, args, 1, "host") == fits
+
+
 @pytest.mark.parametrize("steps, warmup", [(1, 0), (5, 2), (19, 9), (20, 10), (999, 10)])
 def test_the_warm_up_of_a_short_run_is_at_most_half_of_it(steps, warmup, monkeypatch, capsys):
     monkeypatch.setattr(estimate, "fits", lambda *_, **__: True)
