@@ -27,7 +27,6 @@ import contextlib
 import functools
 import gc
 import importlib.util
-import inspect
 import io
 import json
 import os
@@ -149,15 +148,6 @@ class Bench:
             command = [sys.executable, "build_dataset.py", *sources, *BUILD, "--output-dir", output]
             timed(command, self.folder / "build.txt")
         return output
-
-
-def allow_torch_2_11():
-    """Its varlen_attn takes fewer heads of keys and values by itself, and has no parameter for it."""
-    from torch.nn.attention import varlen
-
-    attend = varlen.varlen_attn
-    if "enable_gqa" not in inspect.signature(attend).parameters:
-        varlen.varlen_attn = lambda *args, enable_gqa=True, **options: attend(*args, **options)
 
 
 def seconds_of(work, repeats):
@@ -772,7 +762,6 @@ def main(argv=None):
     from pipeline import models
 
     models.quiet()
-    allow_torch_2_11()
     for stage in args.stages:
         if bench.late():
             bench.note(stage, error="no time left")

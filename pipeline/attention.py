@@ -1,5 +1,7 @@
 """Attention within packed rows, and one pass that reads whole rows."""
 
+import inspect
+
 from pipeline.script import say
 
 MAX_NLL = 700  # nats a token: exp(700) is about the largest that a float holds
@@ -23,8 +25,10 @@ def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_
         # not x[0]: its backward fills a tensor with zeros for each, and the kernels after it copy that
         flat = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
         bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-        out = varlen_attn(*flat, *bounds, scale=scaling, window_size=(-1, 0), enable_gqa=True)
-        return out[None], None
+        options = {"scale": scaling, "window_size": (-1, 0)}
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 takes fewer keys by itself
+            options["enable_gqa"] = True
+        return varlen_attn(*flat, *bounds, **options)[None], None
     lengths = cu_seq_lens_q.diff().tolist()
     rows = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     attend = torch.nn.functional.scaled_dot_product_attention

@@ -1,5 +1,6 @@
 """train_llama.py, the numbers of a step: packed rows are worth what they are alone, the loss is a mean over tokens."""
 
+import inspect
 import json
 import shutil
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from conftest import FIXTURES, run
 from datasets import load_from_disk
 from peft import get_peft_model
 from safetensors.torch import load_file
+from torch.nn.attention import varlen
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import train_llama
@@ -245,3 +247,38 @@ def test_the_best_adapter_is_kept_and_patience_ends_the_run(dataset, tmp_path):
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 12, ["down_proj", "q_proj", "up_proj"])
     for key in ("learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory_gb"):
         assert all(entry[key] >= 0 for entry in steps)
+
+
+class OnGPU(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize("parameter", ["enable_gqa", None], ids=["torch 2.13", "torch 2.11"])
+def test_on_a_gpu_torch_s_kernel_is_called_as_it_documents_and_gives_the_same(parameter, monkeypatch):
+    called = []
+
+    def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, **more):
+        called.append(more)
+        assert (max_q, max_k, window_size) == (5, 5, (-1, 0)) and torch.equal(cu_seq_q, cu_seq_k)
+        rows, starts = [], cu_seq_q.tolist()
+        for start, end in zip(starts, starts[1:], strict=False):
+            q, k, v = (x[start:end].as_subclass(torch.Tensor).double() for x in (query, key, value))
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+            future = torch.ones(end - start, end - start).triu(1).bool()
+            rows.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(future, -torch.inf).softmax(-1), v))
+        return torch.cat(rows).to(query.dtype)
+
+    own = inspect.signature(varlen.varlen_attn)
+    assert {"enable_gqa", "scale", "window_size"} < own.parameters.keys()  # of the torch that is pinned
+    kept = [one for name, one in own.parameters.items() if parameter or name != "enable_gqa"]
+    kernel.__signature__ = own.replace(parameters=kept)
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    query, key, value = (torch.randn(1, heads, 9, 16, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
+    options = {"mask": None, "scaling": 0.3, "cu_seq_lens_q": bounds, "max_length_q": 5}
+    here, _ = packed_attention(None, query.float(), key.float(), value.float(), **options)
+    there, _ = packed_attention(None, *(x.as_subclass(OnGPU) for x in (query, key, value)), **options)
+    assert called == [{"enable_gqa": True} if parameter else {}]
+    assert there.shape == (1, 9, 4, 16) and there.dtype == torch.bfloat16
+    assert torch.allclose(here, there.as_subclass(torch.Tensor).float(), atol=0.02)
