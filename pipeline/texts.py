@@ -53,12 +53,6 @@ def texts_of(row, names):
     return {name: text_of(row[name], name) for name in sorted(names)}
 
 
-@functools.cache  # every metric asks for the same texts
-def normalize_answer(text):
-    """`normalized`, remembered."""
-    return normalized(text)
-
-
 def normalize_or_keep(text):
     """`normalized`, or the lower-case text where that leaves nothing: "A" is an answer, and so is "+"."""
     return normalize_answer(text) or text.strip().lower()
@@ -72,6 +66,9 @@ def normalized(text):  # without a cache, which would keep every context in memo
     """
     text = text.replace("_", " ").lower().translate(PUNCTUATION)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+normalize_answer = functools.cache(normalized)  # every metric asks for the same texts
 
 
 class WordTable(dict):
