@@ -68,11 +68,10 @@ def read_json_rows(text):
 
 
 def read_first(path, columns, texts):
-    """[((path, row group, row), the row's `columns`)] of a parquet file that is too large to be read at once.
+    """((path, row group, row), the row's `columns`) in turn of a parquet file that is too large to be read at once.
 
     texts: the columns that must be there as texts, such as answer.aliases.*, or BadData is raised.
     """
-    rows = []
     with readable(path), ParquetFile(path, buffer_size=1 << 20) as file:
         kinds = {re.sub(r"\.list\.\w+$", ".*", leaf.path): str(leaf.logical_type) for leaf in file.schema}
         for name in texts:
@@ -80,8 +79,7 @@ def read_first(path, columns, texts):
                 raise BadData(f"{path} has no column {name} of texts: give files as the hub has them")
         for group in range(file.num_row_groups):
             for number, row in enumerate(file.read_row_group(group, columns=columns).to_pylist()):
-                rows.append(((path, group, number), row))
-    return rows
+                yield (path, group, number), row
 
 
 def render_places(places, columns, render):
