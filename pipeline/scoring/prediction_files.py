@@ -8,15 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from pipeline.script import fail, say
 from pipeline.texts import BadData
@@ -26,7 +18,6 @@ SWAPPED = "swapped"  # column of test_llama.py --swap-answers, and the task that
 RESERVED = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "seeds")
 RESERVED += ("equal_predictions", "rouge_note", "comparisons", "groups", "per_example", "judge")
 RESERVED += ("bits", "cut_off", "empty")
-ANY_CASE = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
 ONE_OR_MORE = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 
 
@@ -53,16 +44,17 @@ class Example(BaseModel, strict=True):
 class PredictionFile(BaseModel, strict=True):
     """What test_llama.py writes for a task; of another system's file `task` and `examples` are enough."""
 
-    task: Annotated[Any, ANY_CASE]
+    task: str
     examples: list[Example]
     perplexity: dict[str, dict[str, int | float]] = {}
     general_text: dict[str, dict[str, int | float]] = {}
     left_out: list[str] = []  # ids of rows that its server was not asked for, or did not answer
     settings: Any = None
 
-    @field_validator("task")
+    @field_validator("task", mode="before")
     @classmethod
-    def is_known(cls, value, info: ValidationInfo):
+    def is_known(cls, value, info):
+        value = value.lower() if isinstance(value, str) else value
         if value not in list(info.context):
             *others, last = map(repr, info.context)
             raise ValueError(f"Input should be {', '.join(others)} or {last}")
