@@ -36,16 +36,7 @@ import numpy as np
 from pipeline import figures
 from pipeline.files import built_tasks, read_json, refuse_another, sha256, write_whole
 from pipeline.scoring import page, significance
-from pipeline.scoring.prediction_files import (
-    RESERVED,
-    SWAPPED,
-    Rows,
-    aligned,
-    find_files,
-    leave_out,
-    read_file,
-    systems_of,
-)
+from pipeline.scoring.prediction_files import RESERVED, SWAPPED, Rows, find_files, leave_out, read_file, systems_of
 from pipeline.script import fail, say, script, table, versions
 from pipeline.settings import check_url, parse_settings
 from pipeline.texts import BadData
@@ -97,8 +88,8 @@ def read_all(args):
             files += [(name, path, data) for data in read_file(path, templates)]
         except BadData as error:
             fail(f"{error}{remedy}")
-    found = [] if args.predictions else find_files(args.output_dir, templates, [data for _, _, data in files])
-    files += found
+    if not args.predictions:
+        files += find_files(args.output_dir, templates, [data for _, _, data in files])
     leave_out([data for _, _, data in files])
     for name, path, data in files:
         if data.task not in tasks:
@@ -109,10 +100,10 @@ def read_all(args):
                 examples=data.examples,
             )
         rows = tasks[data.task]
-        for system, values in systems_of(name, path, data, aligned(rows, path, data.examples)).items():
+        for system, values in systems_of(name, path, data, rows).items():
             if system in rows.systems:
                 fail(f"{path} is a second file for {data.task}: name both, --predictions a={rows.file} b={path}")
-            values.found = (name, path, data) in found
+            values.found = bool(name) and not args.predictions
             rows.systems[system] = values
         for system, seeds in significance.by_system(rows.systems).items():
             if "" in seeds and len(seeds) > 1:

@@ -173,9 +173,9 @@ def read_file(path, templates):
     raise BadData(f"{path}: {fault}")
 
 
-def systems_of(name, path, data, examples):
+def systems_of(name, path, data, rows):
     """{system: System}: base and tuned of a file of test_llama.py, or one of them: its base if `name` is base."""
-    systems = {}
+    systems, examples = {}, aligned(rows, path, data.examples)
     read = [example for example in examples if not example.too_long]  # the others add nothing to a sum
     prefixes = {"base": "base_", "tuned": ""} if column(examples, "base_prediction") else {"tuned": ""}
     if name:
