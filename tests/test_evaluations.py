@@ -677,6 +677,20 @@ def test_the_table_fits_80_columns_with_large_perplexities_and_long_names(tmp_pa
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 80 and "perplexity" in done.stdout
 
 
+@pytest.mark.parametrize("nats", [200, 400, 699])
+def test_a_model_that_is_beyond_measure_has_numbers_in_the_report_all_the_same(nats, tmp_path):
+    rows = [example(id=str(i), nll=3.0 + i, tokens=3) for i in range(9)]
+    base, paths = prediction_file(tmp_path / "base.json", examples=rows), []
+    for seed in range(2):
+        lost = [row | {"nll": 3.0 * nats - row["nll"] * (seed + 1) / 10} for row in rows]
+        paths.append(f"tuned@{seed}={prediction_file(tmp_path / f'{seed}.json', examples=lost)}")
+    for systems in (paths, [paths[0]]):
+        done = run(tmp_path, "--predictions", f"base={base}", *systems, "--resamples", "200")
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        test = result(tmp_path / "outputs/evaluation.json")["trivia_qa"]["comparisons"]["tuned"]["perplexity"]
+        assert test["difference"] > 1e60
+
+
 def test_rows_too_long_for_the_model_are_wrong_answers_and_stay_out_of_the_perplexity(tmp_path):
     rows = [example(id=str(i), prediction="Paris", references=["Paris"], nll=3.0, tokens=2) for i in range(4)]
     left_out = {"id": "long", "references": ["Paris"], "prediction": "", "too_long": True}
