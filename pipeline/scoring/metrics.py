@@ -143,9 +143,9 @@ def rouge_note(references):
     def unread(reference):
         return 2 * len(re.findall("[a-z0-9]", reference.lower())) < max(1, len(re.findall(r"[^\W_]", reference)))
 
-    count = f"{sum(all(map(unread, refs)) for refs in references):,} of {len(references):,} examples"
-    note = f"ROUGE reads only a to z and 0 to 9: it misses most of the reference in {count}"
-    return "" if count.startswith("0 ") else note
+    missed = sum(all(map(unread, refs)) for refs in references)
+    note = "ROUGE reads only a to z and 0 to 9: it misses most of the reference in"
+    return f"{note} {missed:,} of {len(references):,} examples" if missed else ""
 
 
 def bleu(references, **options):
