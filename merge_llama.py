@@ -207,10 +207,8 @@ def main(argv=None):
         say(f"wrote {target} ({report['merge_base']} base, {report['dtype']})")
         if report["trained_on"] != report["merge_base"]:
             where = "" if args.output_dir == OUTPUT_DIR else f" --output-dir {args.output_dir}"
-            say(
-                f"it is not identical to the adapter on its {report['trained_on']} base that you tested; "
-                f"to test it, too: {command('python')} test_llama.py --model {target} --name merged{where}"
-            )
+            advice = f"to test it, too: {command('python')} test_llama.py --model {target} --name merged{where}"
+            say(f"it is not identical to the adapter on its {report['trained_on']} base that you tested; {advice}")
 
 
 if __name__ == "__main__":
