@@ -105,8 +105,7 @@ def find_files(name, args):
     else:
         root, revision, files = find_in_folder(name, source, path, args)
     hashes = {path.relative_to(root).as_posix(): sha256(path) for paths in files.values() for path in paths}
-    licence = tasks.TASKS[name].LICENCE
-    return files, {"source": source, "revision": revision, "licence": licence, "sha256": hashes}
+    return files, {"source": source, "revision": revision, "licence": tasks.TASKS[name].LICENCE, "sha256": hashes}
 
 
 def find_in_folder(name, source, root, args):

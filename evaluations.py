@@ -182,7 +182,7 @@ def score_task(rows, args):
         tables[name] = metrics.table_of(task, references, system.predictions, swapped_in, system.losses)
     columns, by_sums = metrics.means(task), partial(metrics.corpus_scores, task)
     whole = significance.measure(by_sums, tables, args)
-    differences, systems = whole["differences"], significance.by_system(rows.systems)
+    systems, with_rows = significance.by_system(rows.systems), columns | {"perplexity": -2}
     result = {
         "examples": len(references),
         "ids": rows.column("id"),
@@ -197,9 +197,7 @@ def score_task(rows, args):
         "intervals": whole["intervals"],
         "seeds": whole["seeds"],
         "rouge_note": metrics.rouge_note(references) if set(metrics.ROUGES) & set(task.SCORES) else "",
-        "comparisons": significance.compare(
-            by_sums, tables, columns | {"perplexity": -2}, differences, task.MAIN_SCORES, args
-        ),
+        "comparisons": significance.compare(by_sums, tables, with_rows, whole["differences"], task.MAIN_SCORES, args),
         "groups": measure_groups(by_sums, tables, rows.column("answer_in_context") or [], args),
         "per_example": {},
     }
