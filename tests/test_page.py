@@ -416,6 +416,17 @@ def test_notes_of_other_scripts_that_cannot_be_read_are_left_out(tmp_path, broke
     assert "What was trained" not in (tmp_path / "evaluation.html").read_text()
 
 
+@pytest.mark.parametrize("rows", [{"id": [], "references": []}, {"id": ["x"], "references": [None]}, {"id": ["x"]}])
+def test_a_data_set_that_is_empty_or_not_ours_gives_no_prompts(rows, tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "dataset" / "test")
+    content = {"task": "samsum", "examples": [{"id": "x", "references": ["a"], "prediction": "a"}]}
+    (tmp_path / "samsum_predictions.json").write_text(json.dumps(content))
+    result = run("evaluations.py", "--output-dir", tmp_path, "--resamples", "50")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+
+
 def test_prompts_come_from_the_data_set_where_the_predictions_have_none(dataset, tmp_path):
     from datasets import load_from_disk
 
