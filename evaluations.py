@@ -59,6 +59,7 @@ CHOICES |= dict.fromkeys(("SEED", "JUDGE_MAX_EXAMPLES"), (0, int))
 SCORED = TASKS | {SWAPPED: swapped}
 NAME = re.compile(r"([^\s/@=]+(?:@[^\s/@=]+)?)=(.+)", re.DOTALL)  # --predictions NAME=FILE or NAME@SEED=FILE
 OTHER_ADAPTER = "these scores are of another adapter than adapter/ has now: run test_llama.py --overwrite for its own"
+OTHER_ROWS = "these scores are of other test rows than dataset/ has now: run test_llama.py --overwrite for those"
 SAME_RUN = ("adapter", "weights", "rows", "4_bit")  # what the predictions of two tasks must have in common
 
 
@@ -234,7 +235,7 @@ def read_run(args, tasks):
     training: facts, settings and loss {curve: [[step, loss]]}; data: {task: {split: {reason: rows}}} of the data set
     with the predictions' test rows and, where the training is known, its train rows.
     """
-    folder, tested = Path(args.output_dir), made_from(tasks, "adapter")
+    folder, tested, tested_on = Path(args.output_dir), made_from(tasks, "adapter"), made_from(tasks, "rows")
     weights, training, data = folder / "adapter" / "adapter_model.safetensors", None, None
     adapter = sha256(weights) if weights.is_file() else ""
     run = read_json(folder / "adapter" / "run.json")
@@ -246,10 +247,17 @@ def read_run(args, tasks):
         report = read_json(folder / "dataset_report.json")
         trained_on = run["run"]["train rows"] if training else ""
         train, test = (report["splits"][split]["sha256"] for split in ("train", "test"))
-        if train.startswith(trained_on) and test.startswith(made_from(tasks, "rows")):
+        if train.startswith(trained_on) and test.startswith(tested_on):
             data = {task: part["counts"] for task, part in report["tasks"].items()}
-    stale = adapter and not (args.predictions or adapter.startswith(tested) or tested == "unknown")
-    return {"other_adapter": OTHER_ADAPTER if stale else None, "training": training, "data": data}
+    rows = read_json(folder / "dataset" / "test" / "state.json").get("_fingerprint")
+    other_adapter = adapter and not (args.predictions or adapter.startswith(tested) or tested == "unknown")
+    other_rows = rows and not args.predictions and tested_on not in ("unknown", rows)
+    return {
+        "other_adapter": OTHER_ADAPTER if other_adapter else None,
+        "other_rows": OTHER_ROWS if other_rows else None,
+        "training": training,
+        "data": data,
+    }
 
 
 def score_lines(task, result):
@@ -355,8 +363,8 @@ def main(argv=None):
         say("\np is corrected for the main scores of two systems, intervals are not;")
         say("visible from: the smallest true difference that 4 of 5 such tests would show;")
         say("expl.: an exploratory score, not tested")
-    if report["other_adapter"]:
-        say(f"\nwarning: {OTHER_ADAPTER}")
+    for warning in filter(None, (report["other_adapter"], report["other_rows"])):
+        say(f"\nwarning: {warning}")
     say(f"\nwrote {folder / 'evaluation.html'} and {folder / 'evaluation.json'}")
 
 

@@ -642,6 +642,35 @@ def test_weights_that_were_replaced_are_another_adapter_whatever_the_notes_besid
     assert report["other_adapter"] == evaluations.OTHER_ADAPTER and report["training"] is None
 
 
+@pytest.mark.parametrize("rows", ["c" * 32, "d" * 32])
+def test_predictions_of_rows_that_were_built_anew_are_scored_with_a_warning(tmp_path, rows):
+    state = runs(tmp_path) / "dataset" / "test" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text(json.dumps({"_fingerprint": rows}))
+    done = run(tmp_path, "--resamples", "50")
+    told, page = result(tmp_path / "outputs/evaluation.json"), (tmp_path / "outputs/evaluation.html").read_text()
+    expected = evaluations.OTHER_ROWS if rows != MADE_FROM["rows"] else None
+    assert done.returncode == 0 and told["other_rows"] == expected and told["other_adapter"] is None
+    assert (f"warning: {evaluations.OTHER_ROWS}" in done.stdout) == bool(expected)
+    assert (f"Note: {evaluations.OTHER_ROWS}." in page) == bool(expected)
+    named = run(tmp_path, "--resamples", "50", "--predictions", tmp_path / "outputs/samsum_predictions.json")
+    assert "warning" not in named.stdout
+
+
+@pytest.mark.parametrize("merged_from", [ADAPTER[:16], "d" * 16])
+def test_a_merge_of_another_adapter_is_not_compared_with_this_one(tmp_path, merged_from):
+    outputs = runs(tmp_path)
+    row, settings = {"references": ["a b"], "prediction": "b"}, MADE_FROM | {"adapter": "none", "4_bit": False}
+    path = outputs / "samsum_predictions_merged.json"
+    prediction_file(path, "samsum", examples=[row], settings=settings, merged_from=merged_from)
+    done = run(tmp_path, "--resamples", "50")
+    same = merged_from == MADE_FROM["adapter"]
+    assert ("merged" in result(outputs / "evaluation.json")["samsum"]["files"]) == same
+    assert ("another adapter is merged into its model: run merge_llama.py" in done.stdout) == (not same)
+    named = [f"{name}={outputs}/samsum_predictions{end}.json" for name, end in (("a", ""), ("b", "_merged"))]
+    assert "left out" not in run(tmp_path, "--resamples", "50", "--predictions", *named).stdout
+
+
 @pytest.mark.parametrize("notes", ["{}", json.dumps({"adapter_sha256": "d" * 64})])
 def test_an_adapter_with_another_ones_notes_is_still_the_one_of_the_predictions(tmp_path, notes):
     outputs = runs(tmp_path)

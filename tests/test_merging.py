@@ -799,6 +799,7 @@ def test_the_merged_model_predicts_what_the_adapter_predicts(name, out, tmp_path
         paths = [out / f"{task}_predictions_{name}.json" for name in ("adapter", "merged")]
         one, two = (json.loads(path.read_text()) for path in paths)
         assert [e["prediction"] for e in one["examples"]] == [e["prediction"] for e in two["examples"]]
+        assert one["merged_from"] is None and two["merged_from"] == one["settings"]["adapter"]
         assert one["perplexity"]["tuned"]["nll_sum"] == pytest.approx(two["perplexity"]["tuned"]["nll_sum"], rel=1e-5)
 
 

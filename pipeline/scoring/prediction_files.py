@@ -50,6 +50,7 @@ class PredictionFile(BaseModel, strict=True):
     general_text: dict[str, dict[str, int | float]] = {}
     left_out: list[str] = []  # ids of rows that its server was not asked for, or did not answer
     settings: Any = None
+    merged_from: Any = None  # the adapter, by its hash, that was merged into its model
 
     @field_validator("task", mode="before")
     @classmethod
@@ -257,6 +258,10 @@ def find_files(output_dir, templates, main_files):
                     raise BadData(f"{path}: a system cannot be called {name}, see --predictions")
                 if more or not same_rows(data, main_file):
                     raise BadData(f"{path}: its rows are not those of {task}_predictions.json")
+                adapter = main_file.settings.get("adapter") if isinstance(main_file.settings, dict) else None
+                if data.merged_from and adapter not in (None, "none", data.merged_from):
+                    remedy = "run merge_llama.py, and test merged/ again"
+                    raise BadData(f"{path}: another adapter is merged into its model: {remedy}")
                 found.append((name, str(path), data))
             except BadData as error:
                 say(f"left out: {error}")

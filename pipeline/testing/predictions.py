@@ -134,6 +134,7 @@ def write_predictions(task, rows, folder, path, run, general):
         "task": task,
         "model": run["model"],
         "adapter": folder and str(folder),
+        "merged_from": str(read_json(Path(run["model"], "merge.json")).get("adapter_sha256", ""))[:16] or None,
         "settings": run,
         "perplexity": {name: perplexity(scored, prefix, texts) for name, prefix in systems(run).items()},
         "general_text": general,
