@@ -177,6 +177,7 @@ def finish(args, base, run, report, fresh):
     card = merged_folder.model_card(args.output_dir, base, run, report, TASKS)
     (fresh / "README.md").write_text(card, encoding="utf-8")
     report["sha256"] = {path.name: sha256(path) for path in sorted(fresh.iterdir())}
+    report = json.loads(json.dumps(report), parse_constant=lambda name: None)  # JSON has no NaN, a failed check may
     (fresh / "merge.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

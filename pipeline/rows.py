@@ -42,6 +42,8 @@ def read_csv(file, counts):
     rows, reader = [], csv.DictReader(file, strict=True)  # past a stray quote, nobody knows what is a row
     if len(names := reader.fieldnames or []) == 1 and ";" in names[0]:
         raise BadData(f"the columns of {file.name} are separated by semicolons: save it with commas")
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise BadData(f"{file.name} has two columns called {min(twice)}: rename or remove one")
     for row in reader:
         if None in row or None in row.values():  # more cells than columns, or fewer
             counts["broken CSV line"] += 1

@@ -329,6 +329,7 @@ def assert_unverified(out, capsys, *words):
     assert all(word in error for word in ("failed its check", *words)), error
     assert stands(out)
     marked = out / "merged.unverified"
+    json.loads((marked / "merge.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     assert report(marked)["verified"] is False and words[0] in " ".join(report(marked)["problems"])
     card = (marked / "README.md").read_text()
     assert "UNVERIFIED" in card.split("\n#")[0] and words[0] in card
@@ -1035,6 +1036,7 @@ def test_the_card_of_your_own_data_claims_no_licence_and_shows_your_prompt(revis
     built_by(out, {"own": prompt}, own=own)
     card = card_of(out, "someone/model", TRAINED)
     assert "no licence is recorded" in card and "no licence claimed" in card and "your own" not in card
+    assert "\nlanguage" not in card
     assert ("| https://huggingface.co/datasets/someone/words |" in card) == bool(revision)
     assert "published ones" not in card and "77 words" not in card and "CC BY" not in card and "colon" not in card
     assert 'r"""Put {word} into \\boxed{}"""' in card and "max_new_tokens=256)\n" in card

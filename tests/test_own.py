@@ -258,6 +258,7 @@ WRONG = {  # name of the file, its content, flags, what the sentence says
         "0 different rows in train (broken CSV line: 9), out of which test and validation",
     ),
     "semicolons": ("a.csv", "prompt;completion\nx;y\n", [], "a.csv are separated by semicolons: save it with commas"),
+    "two columns of one name": ("a.csv", "prompt,completion,prompt\na,b,c\n", [], "{} has two columns called prompt"),
     "an object of rows": ("a.json", '{\n"data": []}', [], "line 1 is no JSON: Expecting property name"),
     "a form of a field": ("a.jsonl", PAIR, ["--own-prompt", "{prompt!r:>9}"], "no column prompt!r:>9 among prompt"),
     "stray quotes": ("a.csv", 'prompt,completion\n"a "b" c",d\n', [], "stray quotes"),
