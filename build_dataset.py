@@ -189,6 +189,7 @@ def take_from_train(name, rows, args, counts):
     if not missing:
         return
     left = random.Random(args.seed).sample(rows["train"], len(rows["train"]))
+    left.sort(key=lambda row: isinstance(row.source, dict) and "" in row.source.values())  # those cannot be used
     texts = [isinstance(row.source, dict) and row.source.get("context") for row in left]
     groups = [text or row.key or row.id for text, row in zip(texts, left, strict=True)]
     if len(set(groups)) <= len(missing):

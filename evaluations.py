@@ -66,6 +66,8 @@ SAME_RUN = ("adapter", "weights", "rows", "4_bit")  # what the predictions of tw
 def parse_args(argv=None):
     args = parse_settings(sys.modules[__name__], argv, CHOICES)
     check_url("--judge-url", args.judge_url)
+    if args.resamples > 1_000_000:
+        fail("--resamples can be at most 1000000: memory grows with them, and 10000 give stable intervals")
     if args.judge_model and not args.judge_max_examples:
         fail("a judge costs time or money: say how many examples of each task with --judge-max-examples")
     return args

@@ -21,6 +21,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from shlex import quote
 
 from pipeline import machine, models
 from pipeline.files import load_rows, only_run_in, refuse_another, rows_of, sha256, whole_folder
@@ -207,9 +208,10 @@ def main(argv=None):
                 raise SystemExit(1)
         say(f"wrote {target} ({report['merge_base']} base, {report['dtype']})")
         if report["trained_on"] != report["merge_base"]:
-            where = "" if args.output_dir == OUTPUT_DIR else f" --output-dir {args.output_dir}"
-            advice = f"to test it, too: {command('python')} test_llama.py --model {target} --name merged{where}"
-            say(f"it is not identical to the adapter on its {report['trained_on']} base that you tested; {advice}")
+            where = "" if args.output_dir == OUTPUT_DIR else f" --output-dir {quote(args.output_dir)}"
+            test = f"{command('python')} test_llama.py --model {quote(str(target))} --name merged{where}"
+            bits = report["trained_on"]
+            say(f"it is not identical to the adapter on its {bits} base that you tested; to test it, too: {test}")
 
 
 if __name__ == "__main__":

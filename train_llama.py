@@ -185,7 +185,8 @@ def pack(rows, args):
     from trl import pack_dataset
 
     rows = rows.select_columns(["input_ids", "labels"])
-    return pack_dataset(rows, args.max_length, "bfd") if args.packing else rows
+    length = min(args.max_length, sum(map(len, rows["input_ids"])))  # trl keeps a list as long as that
+    return pack_dataset(rows, length, "bfd") if args.packing else rows
 
 
 def validation_sets(rows, tokenizer, args):
@@ -318,7 +319,7 @@ def train(args, base, rows):
     packed = pack(tokens, args)
     validation = validation_sets(rows["validation"], tokenizer, args)
     model = models.load_model(base, args.load_in_4bit)
-    estimate.settle(shape, packed, args)
+    estimate.settle(shape, packed, args, manifest.get("activation_checkpointing"))
     if estimate.fits_unpacked(shape, packed, args):
         model = models.unpack(model)
     fused = estimate.fuses(shape, args.activation_checkpointing, estimate.room_and_width(args)[1])

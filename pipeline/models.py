@@ -151,7 +151,11 @@ def load_config(model):
             fail(f"{model} is a {content.get('model_type', 'nameless')} model: these scripts train Llamas")
         if content.get("quantization_config") or content.get("compression_config"):
             fail(f"{model} is quantised: take the 16-bit model it was made from")
-        return LlamaConfig(**{name: content[name] for name in names & content.keys()}, name_or_path=model)
+        config = LlamaConfig(**{name: content[name] for name in names & content.keys()}, name_or_path=model)
+        if config.rope_parameters["rope_type"] == "longrope":
+            reason = "its rope_type is longrope, so that tokens depend on the length of what is read beside them"
+            fail(f"cannot use {model} ({reason}): take another model")
+        return config
     except Exception as error:
         load_failed(model, error)
 

@@ -20,7 +20,9 @@ def read_rows(path, counts):
         raise BadData(f"{path} ends in {suffix or 'no suffix'}: give a file that ends in {', '.join(SUFFIXES)}")
     with readable(path):
         if suffix == ".parquet":
-            return ParquetFile(path).read().to_pylist()
+            table = ParquetFile(path).read()
+            refuse_twice(path, table.column_names)
+            return table.to_pylist()
         with path.open(encoding="utf-8-sig", newline="") as file:
             return read_csv(file, counts) if suffix == ".csv" else read_json_rows(file.read())
 
@@ -42,14 +44,20 @@ def read_csv(file, counts):
     rows, reader = [], csv.DictReader(file, strict=True)  # past a stray quote, nobody knows what is a row
     if len(names := reader.fieldnames or []) == 1 and ";" in names[0]:
         raise BadData(f"the columns of {file.name} are separated by semicolons: save it with commas")
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise BadData(f"{file.name} has two columns called {min(twice)}: rename or remove one")
+    if not names:
+        raise BadData(f"{file.name} names no columns: its first line is blank")
+    refuse_twice(file.name, names)
     for row in reader:
         if None in row or None in row.values():  # more cells than columns, or fewer
             counts["broken CSV line"] += 1
         else:
             rows.append(row)
     return rows
+
+
+def refuse_twice(path, names):
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise BadData(f"{path} has two columns called {min(twice)}: rename or remove one")
 
 
 def read_json_rows(text):

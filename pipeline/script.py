@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -49,6 +50,11 @@ def settle_environment(script):
     for name in [name for name in os.environ if name.startswith("ACCELERATE_") or name in found]:
         if not launched or name not in (*found, "ACCELERATE_USE_FSDP"):
             del os.environ[name]  # the scripts choose types and devices, whatever `accelerate config` was given
+
+
+def duration(seconds):
+    """As hours, minutes and seconds; no more than timedelta holds."""
+    return str(timedelta(seconds=round(min(seconds, 1e13))))
 
 
 def is_main():

@@ -282,6 +282,16 @@ def test_settings_that_change_numbers_are_part_of_a_bases_identity_and_others_ar
     assert len({same, *others}) == 4
 
 
+def test_rope_by_which_a_token_depends_on_the_rows_beside_it_is_refused(tmp_path, capsys):
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 64}
+    base = make_base(
+        tmp_path / "base", rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "factor": 16.0} | factors
+    )
+    with pytest.raises(SystemExit):
+        models.load_config(str(base))
+    assert "its rope_type is longrope" in capsys.readouterr().err
+
+
 def test_rope_under_its_older_names_is_the_same_identity(tmp_path):
     bases = [make_base(tmp_path / name, **own) for name, own in (("new", {"rope_parameters": LONGER}), ("old", {}))]
     content = json.loads((bases[1] / "config.json").read_text())

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,15 @@ def test_a_hash_is_named_by_what_it_stands_for_and_going_on_is_offered_only_wher
         with pytest.raises(SystemExit):
             refuse_another("it", old, old | changes, "mend it", "resume it, or ")
         assert capsys.readouterr().err == f"error: it is of another run {said}\n"
+
+
+def test_what_an_earlier_run_left_and_cannot_be_removed_is_said_before_the_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / ".merged.old").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: None)
+    with pytest.raises(SystemExit), whole_folder(tmp_path / "merged"):
+        pytest.fail("the work began")
+    assert ".merged.old, which was left by an earlier run, cannot be removed" in capsys.readouterr().err
 
 
 def refusing(number):

@@ -17,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import train_llama
 from pipeline import lora, machine, models
 from pipeline.attention import choose_attention
-from pipeline.training import layer
+from pipeline.training import estimate, layer
 from pipeline.training.estimate import LOSS_CHUNK, WAYS
-from pipeline.training.trainer import lora_config
+from pipeline.training.trainer import QLoRATrainer, lora_config
 
 LENGTHS = [37, 5, 64, 22]
 
@@ -225,3 +225,30 @@ def test_trainings_that_keep_less_end_with_the_same_adapter_a_killed_one_too(dat
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     largest = max(weight.abs().max() for weight in off.values())
     assert max((off[name] - mlp[name]).abs().max() for name in off) < 0.02 * largest
+
+
+@pytest.mark.parametrize("before, now, taken", [("on", "off mlp on", "on"), ("off", "mlp on", "mlp")])
+def test_a_run_that_resumes_keeps_what_auto_came_to_or_says_that_it_cannot(
+    before, now, taken, dataset, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(dataset / "dataset", tmp_path / "dataset")
+    command = ["--model", FIXTURES / "tiny_llama3", "--max-length", 300, "--max-steps", 2, "--save-steps", 1]
+    command = [*map(str, command), "--output-dir", str(tmp_path)]
+    save = QLoRATrainer._save_checkpoint
+
+    def save_and_end(*arguments):
+        save(*arguments)
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(estimate, "fits", lambda *sizes, **_: sizes[4] == before)
+        patch.setattr(QLoRATrainer, "_save_checkpoint", save_and_end)
+        with pytest.raises(SystemExit):
+            train_llama.main(command)
+    monkeypatch.setattr(estimate, "fits", lambda *sizes, **_: sizes[4] in now.split())
+    capsys.readouterr()
+    train_llama.main(command)
+    said = capsys.readouterr().out
+    assert "resuming from" in said
+    assert json.loads((tmp_path / "adapter/run.json").read_text())["settings"]["activation_checkpointing"] == taken
+    assert (f"--activation-checkpointing {taken} now, {before} before" in said) == (taken != before)

@@ -6,7 +6,7 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import FIXTURES, run
+from conftest import FIXTURES, assert_refused, run
 from datasets import load_from_disk
 
 import build_dataset
@@ -259,6 +259,7 @@ WRONG = {  # name of the file, its content, flags, what the sentence says
     ),
     "semicolons": ("a.csv", "prompt;completion\nx;y\n", [], "a.csv are separated by semicolons: save it with commas"),
     "two columns of one name": ("a.csv", "prompt,completion,prompt\na,b,c\n", [], "{} has two columns called prompt"),
+    "a blank line first": ("a.csv", "\nprompt,completion\na,b\n", [], "{} names no columns: its first line is blank"),
     "an object of rows": ("a.json", '{\n"data": []}', [], "line 1 is no JSON: Expecting property name"),
     "a form of a field": ("a.jsonl", PAIR, ["--own-prompt", "{prompt!r:>9}"], "no column prompt!r:>9 among prompt"),
     "stray quotes": ("a.csv", 'prompt,completion\n"a "b" c",d\n', [], "stray quotes"),
@@ -541,3 +542,21 @@ def test_a_csv_of_semicolons_and_a_wrong_column_are_said_as_what_they_are(tmp_pa
     rows = write_csv(tmp_path / "rows.csv", exchanges(30))
     code, _, _, error = tasks_built(tmp_path, capsys, "--own", rows, "--own-prompt", "{promt}")
     assert code == 2 and error.strip().endswith("correct --own-prompt or --own-completion")
+
+
+def test_two_columns_of_one_name_in_a_parquet_file_are_refused(tmp_path):
+    columns = [pa.array([str(i) for i in range(12)])] * 3
+    pq.write_table(pa.table(columns, names=["prompt", "completion", "completion"]), tmp_path / "rows.parquet")
+    result = run("build_dataset.py", "--own", tmp_path / "rows.parquet", "--output-dir", tmp_path / "out")
+    assert_refused(result, "rows.parquet has two columns called completion")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_without_an_answer_are_not_drawn_for_a_split_of_their_own(seed, tmp_path):
+    rows = [{"prompt": f"What is {i}?", "completion": "" if i < 7 else f"It is {i}."} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["--own", tmp_path / "rows.jsonl", "--seed", seed, "--output-dir", tmp_path / "out"]
+    result = run("build_dataset.py", *command)
+    assert result.returncode == 0, result.stderr
+    counts = json.loads((tmp_path / "out/dataset_report.json").read_text())["tasks"]["own"]["counts"]
+    assert counts["train"]["empty completion"] == 7 and counts["test"]["kept"] == counts["validation"]["kept"] == 2

@@ -3,10 +3,9 @@
 import importlib.util
 import math
 import os
-from datetime import timedelta
 
 from pipeline import machine
-from pipeline.script import fail, say, table
+from pipeline.script import duration, fail, say, table
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, 8-bit scale per 64, float32 scale per 256 of those
 WAYS = ("off", "mlp", "on", "host")  # of ACTIVATION_CHECKPOINTING, the fastest first; layer.py has what they do
@@ -224,7 +223,7 @@ def ways_here(shape, args):
     if shape["fusable"]:
         return WAYS if room_and_width(args)[1] == 2 else WAYS[:3]
     if args.activation_checkpointing in ("mlp", "host"):
-        reason = "needs LoRA on all linear layers, without dropout, biases or FSDP"
+        reason = "needs LoRA on all linear layers, without dropout, biases or FSDP, and silu in the MLP"
         fail(f"--activation-checkpointing {args.activation_checkpointing} {reason}: take on")
     return "off", "on"
 
@@ -265,14 +264,20 @@ def choose_kernels(args):
         args.use_liger_kernel = "on" if found else "off"
 
 
-def settle(shape, packed, args):
-    """Put into `args` what "auto" and 0 come to here: fused kernels, what is computed again, rows of a pass."""
+def settle(shape, packed, args, before=None):
+    """Put into `args` what "auto" and 0 come to here: fused kernels, what is computed again, rows of a pass.
+
+    before: the ACTIVATION_CHECKPOINTING that a run which resumes came to; another one rounds differently.
+    """
     choose_kernels(args)
     ways = ways_here(shape, args)
     if args.activation_checkpointing == "auto":
         alone = args.per_device_train_batch_size or 1
         fitting = [way for way in ways if fits(shape, packed, args, alone, way)]
-        args.activation_checkpointing = fitting[0] if fitting else ways[-1]
+        args.activation_checkpointing = before if before in fitting else [*fitting, ways[-1]][0]
+        if before not in (None, args.activation_checkpointing):
+            change = f"--activation-checkpointing {args.activation_checkpointing} now, {before} before"
+            say(f"warning: there is less memory than before the interruption ({change}): the last digits may differ")
     if not args.per_device_train_batch_size:
         args.per_device_train_batch_size = rows_of_a_pass(shape, packed, args, args.activation_checkpointing)
         args.gradient_accumulation_steps //= args.per_device_train_batch_size  # as many tokens to a step as before
@@ -345,7 +350,7 @@ def dry_run(shape, tokens, packed, args):
         by_way[way] = {"packed rows in a pass": str(batch)}
         by_way[way] |= {name: f"{size / 1e9:.2f}" for name, size in parts.items()}
         by_way[way]["petaflop"] = f"{flop / 1e15:,.3g}"
-        by_way[way][f"time, at least, at {rate:.3g} TFLOP/s"] = str(timedelta(seconds=round(seconds)))
+        by_way[way][f"time, at least, at {rate:.3g} TFLOP/s"] = duration(seconds)
         if args.dry_run_price:
             by_way[way]["price"] = f"{seconds / 3600 * args.dry_run_price:,.2f}"
     say(f"peak memory of a {'GPU' if width == 2 else 'CPU'} in GB, for each value of ACTIVATION_CHECKPOINTING:")

@@ -5,7 +5,6 @@ import logging
 import math
 import signal
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from pipeline import lora, machine
 from pipeline.attention import choose_attention
 from pipeline.files import write_manifest, write_whole
-from pipeline.script import fail, first_line, is_main, out_of_memory, say
+from pipeline.script import duration, fail, first_line, is_main, out_of_memory, say
 from pipeline.training import layer
 from pipeline.training.estimate import SAVERS, labelled
 
@@ -185,7 +184,7 @@ class QLoRATrainer(SFTTrainer):
         """The step that has ended, and the time left by those of this session."""
         step, last = self.state.global_step, self.state.max_steps
         left = (time.time() - self.started) / (step - self._initial_global_step) * (last - step)
-        say(f"step {step:>5}/{last}  {more}{timedelta(seconds=round(left))} left")
+        say(f"step {step:>5}/{last}  {more}{duration(left)} left")
 
     def watch(self, logs):
         """Stop a run that learns nothing."""
@@ -222,7 +221,9 @@ class QLoRATrainer(SFTTrainer):
             Trainer._save_checkpoint(self, model, trial)  # TRL's adds a model card
             self.accelerator.wait_for_everyone()
             if is_main():
-                write_manifest(folder, {"run": self.run, "seconds": self.seconds + started - self.started})
+                content = {"run": self.run, "seconds": self.seconds + started - self.started}
+                content["activation_checkpointing"] = self.settings.activation_checkpointing  # what "auto" came to
+                write_manifest(folder, content)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' for a full disk
             remedy = "make room, then give the same command again; the checkpoints before it are whole"
             fail(f"cannot write {folder} ({first_line(error)}): {remedy}", in_any_process=True)
@@ -263,8 +264,7 @@ class Watch(TrainerCallback):
         self.trainer.started = self.trainer.mark = self.trainer.saved = time.time()
         if args.device.type == "cpu":  # where a step may take minutes; a GPU's first pass is slower than the others
             passes = (state.max_steps - state.global_step) * args.gradient_accumulation_steps
-            left = timedelta(seconds=round(passes * seconds))
-            say(f"about {left} left, or less: the longest rows were timed")
+            say(f"about {duration(passes * seconds)} left, or less: the longest rows were timed")
         self.log = Path(args.output_dir) / "log.jsonl"
         if is_main():  # without what a killed run logged after its last checkpoint
             write_whole(self.log, log_lines(state.log_history))
