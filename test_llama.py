@@ -144,7 +144,7 @@ def answer(args):
         fail(f"--ask is too long: {length}")
     way = ", through the chat template" if tokenizer.chat_template else ""
     say(f"asked as {task}: {len(row['prompt_ids'])} tokens{way}, answered in at most {new} tokens")
-    attention, ends, bar = choose_attention("packed"), end_tokens(model, tokenizer), progress(total=1)
+    attention, ends, bar = choose_attention("packed"), end_tokens(base, tokenizer), progress(total=1)
     names = {"base": "the base", "tuned": "the fine-tuned model" if folder else "the model"}
     answered_by = predictions.systems({"adapter": folder or "none", "compare_with_base": args.compare_with_base})
     for system in sorted(answered_by):  # the base first
@@ -269,7 +269,7 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state,
     state.wait_for_everyone()  # all have read what is done before any adds to it
     undone = [batch for batch in batches if not all(row["place"] in done for row in batch)]
     share = undone[state.process_index :: state.num_processes]
-    ends = end_tokens(model, tokenizer)
+    ends = end_tokens(run["model"], tokenizer)
     started, tokens = time.time(), 0
     systems = predictions.systems(run)
     bar = progress(total=len(systems) * sum(map(len, share)), desc=task, unit=" answers")

@@ -34,10 +34,11 @@ models.quiet()
 output_dir, result, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
 folder = output_dir + "/adapter"
 tokenizer = load_tokenizer(folder)
-model = PeftModel.from_pretrained(models.load_model(models.read_adapter(folder), True), folder).eval()
+base = models.read_adapter(folder)
+model = PeftModel.from_pretrained(models.load_model(base, True), folder).eval()
 rows = load_rows(output_dir, "test")
 new = {"samsum": test_llama.SAMSUM_MAX_NEW_TOKENS, "trivia_qa": test_llama.TRIVIA_QA_MAX_NEW_TOKENS}
-ends = end_tokens(model, tokenizer)
+ends = end_tokens(base, tokenizer)
 line_ends = {i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])}
 ends = {"samsum": ends, "trivia_qa": ends | line_ends}
 ids = encode(tokenizer, rows[:])

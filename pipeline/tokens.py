@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline import models
+from pipeline.files import read_json
 from pipeline.script import fail, first_line, say
 
 END_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "</s>")  # Llama 3 has more than one
@@ -75,9 +76,10 @@ def tokenizer_of(base, folder, chat_template="auto"):
     return tokenizer
 
 
-def end_tokens(model, tokenizer):
+def end_tokens(base, tokenizer):
     """Ids that end a text: a completion's last, EOS, the generation config's that the tokenizer has, the family's."""
-    ends = model.generation_config.eos_token_id
+    generation = read_json(models.fetch(base, weights=False) / "generation_config.json")
+    ends = generation.get("eos_token_id", models.load_config(base).eos_token_id)
     vocabulary = tokenizer.get_vocab()
     own = {end for end in (ends if isinstance(ends, list) else [ends]) if end in vocabulary.values()}
     named = {vocabulary[token] for token in END_TOKENS if token in vocabulary}

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -141,11 +140,12 @@ def test_a_broken_settings_file_of_the_base_is_named_before_any_work(name, conte
 
 
 @pytest.mark.parametrize("ends", [[2037, -1, 10**9, 2048, "x", None, [3]], -1, 10**9, "x", []])
-def test_end_tokens_that_the_tokenizer_does_not_have_are_left_out(ends):
-    model, tokenizer = SimpleNamespace(generation_config=SimpleNamespace()), load_tokenizer(str(TINY))
+def test_end_tokens_that_the_tokenizer_does_not_have_are_left_out(ends, tmp_path):
+    base, tokenizer = make_base(tmp_path / "base"), load_tokenizer(str(TINY))
     found = []
-    for model.generation_config.eos_token_id in (None, ends):
-        found.append(end_tokens(model, tokenizer))
+    for named in (None, ends):
+        (base / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+        found.append(end_tokens(str(base), tokenizer))
     assert found[0] == found[1]
     assert {type(end) for end in found[1]} == {int}
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import openai
 import pytest
@@ -55,8 +54,6 @@ CHATS = {  # the tiny Llama, the template, and by hand what it makes of a prompt
     ),
 }
 
-NO_CONFIG = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
-
 
 def chat_model(folder, name):
     """A tiny Llama's folder with a chat template."""
@@ -75,7 +72,8 @@ def tokens_by_hand(tokenizer, name, prompt, completion):
 
 @pytest.mark.parametrize("name", CHATS)
 def test_a_row_is_the_users_and_the_assistants_turn_as_a_chat_endpoint_reads_them(name, dataset, tmp_path):
-    tokenizer = load_tokenizer(str(chat_model(tmp_path / "base", name)))
+    base = str(chat_model(tmp_path / "base", name))
+    tokenizer = load_tokenizer(base)
     rows = load_from_disk(str(dataset / "dataset"))["train"]
     ids = encode(tokenizer, rows.to_dict())
     for row, prompt, completion in zip(rows, ids["prompt_ids"], ids["completion_ids"], strict=True):
@@ -83,7 +81,7 @@ def test_a_row_is_the_users_and_the_assistants_turn_as_a_chat_endpoint_reads_the
         messages = [{"role": "user", "content": row["prompt"]}]
         assert prompt == tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
         assert (prompt + completion).count(tokenizer.bos_token_id) == (name != "lines")
-        assert completion[-1] in end_tokens(NO_CONFIG, tokenizer)
+        assert completion[-1] in end_tokens(base, tokenizer)
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -175,7 +173,7 @@ def read_modelfile(path):
 def test_the_modelfile_asks_and_stops_as_in_training(name, dataset, tmp_path):
     base = chat_model(tmp_path / "base", name) if name in CHATS else FIXTURES / name
     tokenizer = load_tokenizer(str(base))
-    ends = end_tokens(NO_CONFIG, tokenizer)
+    ends = end_tokens(str(base), tokenizer)
     text = merged_folder.modelfile(tokenizer, sorted(ends))
     found = read_modelfile(text)
     assert found["FROM"] == ["."] and found["temperature"] == ["0"] and found["repeat_penalty"] == ["1"]

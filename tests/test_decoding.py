@@ -311,8 +311,7 @@ def test_batches_hold_every_row_once_and_no_more_than_their_budget(monkeypatch):
 @ONE
 def test_an_answer_ends_at_the_line_and_keeps_what_shares_its_last_token(chain, out, monkeypatch):
     tokenizer = load_tokenizer(str(chain / "adapter"))
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=1))
-    ends = end_tokens(model, tokenizer)
+    ends = end_tokens(base_of(chain), tokenizer)
     assert {tokenizer.convert_tokens_to_ids(t) for t in ("<|end_of_text|>", "<|eot_id|>")} <= ends
     last = next(i for i in range(len(tokenizer)) if tokenizer.decode([i]).startswith(".\n"))
     name, more = tokenizer([" Lydbrook", " more"], add_special_tokens=False).input_ids

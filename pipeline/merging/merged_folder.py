@@ -33,7 +33,7 @@ def write_small_files(base, model, tokenizer, target, dtype, size):
         index["metadata"] = {"total_size": size}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (target / "config.json").write_text(json.dumps(config_of(model, dtype), indent=2) + "\n", encoding="utf-8")
-    ends = sorted(end_tokens(model, tokenizer))
+    ends = sorted(end_tokens(base, tokenizer))
     # of the base's settings the limits alone: no samplers' settings, no repetition penalty
     kept = {name: getattr(model.generation_config, name) for name in ("max_length", "max_new_tokens")}
     tokens = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}

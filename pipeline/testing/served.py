@@ -6,11 +6,9 @@ import shlex
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import openai
 
-from pipeline import models
 from pipeline.attention import MAX_NLL
 from pipeline.files import only_run_in, read_json, rows_of
 from pipeline.script import command, fail, say
@@ -192,17 +190,6 @@ class Tested(Server):
         return {"nll": -math.fsum(values)}
 
 
-def ends_of(base, tokenizer):
-    """The ids that end a text in the local test, too."""
-    from transformers import GenerationConfig
-
-    try:
-        config = GenerationConfig.from_pretrained(base)
-    except OSError:  # an older folder has none
-        config = GenerationConfig.from_model_config(models.load_config(base))
-    return sorted(end_tokens(SimpleNamespace(generation_config=config), tokenizer))
-
-
 def ask_rows(served, ask, key, task, rows, path, run):
     """Ask for what is not known under `key` of a task's rows, appending each answer to its work file; the errors."""
     done = predictions.examples_done(path, run)
@@ -278,7 +265,7 @@ def test_server(args, tasks, base, tokenizer, rows):
 
     tasks: {task: {"one_line", "new"}} of those with rows.
     """
-    served = Tested(args, tokenizer, ends_of(base, tokenizer))
+    served = Tested(args, tokenizer, sorted(end_tokens(base, tokenizer)))
     run = {"server": True, "model": served.model, "adapter": "none", "rows": rows._fingerprint}
     run["chat_template"] = predictions.template_of(tokenizer)
     for setting, value in vars(args).items():
