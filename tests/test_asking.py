@@ -128,13 +128,13 @@ def test_what_cannot_be_asked_is_one_sentence(ask, tmp_path):
         ([""], "--ask has no text"),
         ([tmp_path / "empty.txt"], "--ask has no text"),
         ([tmp_path / "latin.txt"], f"cannot read --ask {tmp_path / 'latin.txt'} ("),
-        (["dialogue.txt"], "cannot read --ask dialogue.txt (no such file)"),
-        ([QUESTION, "--context", "page"], "cannot read --context page (no such file)"),
+        (["dialogue.txt"], "cannot read --ask dialogue.txt ([Errno 2] No such file"),
+        ([QUESTION, "--context", "page"], "cannot read --context page ([Errno 2] No such file"),
         ([QUESTION, "--context", tmp_path / "empty.txt"], "--context has no text"),
         ([QUESTION, "--shots", 2, "--adapter", "none"], "--ask is for a model that is loaded here"),
         ([QUESTION, "--server", "http://127.0.0.1:9/v1"], "--ask is for a model that is loaded here"),
         (["word " * 9000], "--ask is too long: its prompt has"),
-        ([tmp_path], f"cannot read --ask {tmp_path} (it is a folder)"),
+        ([tmp_path], f"cannot read --ask {tmp_path} ([Errno 21] Is a directory"),
         (["-", "--context", "-"], "--ask and --context cannot both be read from standard input"),
     ):
         code, _, error = ask(*arguments)

@@ -16,12 +16,8 @@ def read_asked(flag, value):
     try:
         if value == "-":
             text = sys.stdin.buffer.read().decode("utf-8-sig")
-        elif os.path.isdir(value):
-            raise IsADirectoryError("it is a folder")
-        elif os.path.exists(value):
+        elif flag == "--context" or os.path.exists(value) or re.fullmatch(r"\S+\.(txt|md|json|csv)", value):
             text = Path(value).read_text(encoding="utf-8-sig")
-        elif flag == "--context" or re.fullmatch(r"\S+\.(txt|md|json|csv)", value):
-            raise FileNotFoundError("no such file")
         else:
             text = value
     except (OSError, ValueError, AttributeError) as error:  # the last one where standard input is closed
