@@ -156,7 +156,7 @@ class Server:
         # a server that answers one after the other works on all the others of a request before it
         self.client = open_client(name, url, self.key, openai.Timeout(timeout * concurrency, connect=CONNECT))
         self.places, self.lock = threading.Semaphore(concurrency), threading.Lock()
-        self.requests, self.prompt_tokens, self.completion_tokens = 0, 0, 0
+        self.counts = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}  # of all that was sent
         self.refused, self.accepted = set(), set()  # options, by what the server has said so far
         self.answered, self.answered_at, self.timeout = 0, time.monotonic(), timeout
         self.kept = 0  # answers that count, those of earlier runs among them
@@ -187,8 +187,8 @@ class Server:
             self.refused |= dropped - self.accepted  # what it took once it only refused in one row
             self.answered += 1
             self.answered_at = time.monotonic()
-            self.prompt_tokens += answer.read or 0
-            self.completion_tokens += answer.written or 0
+            self.counts["prompt_tokens"] += answer.read or 0
+            self.counts["completion_tokens"] += answer.written or 0
         return answer
 
     def wait(self, error, most, tries):
@@ -221,7 +221,7 @@ class Server:
                 if self.stopping.wait(left):
                     raise NoAnswer("the run was stopped while it waited")
             with self.lock:
-                self.requests += 1
+                self.counts["requests"] += 1
             return self.client.post(path, body=body, cast_to=object)
         except openai.APIError as error:
             with self.lock:
@@ -285,10 +285,6 @@ class Server:
         """Why requests got no answer, in a line: the most frequent reasons, with how many requests had each."""
         often = Counter(map(self.why, errors)).most_common(3)
         return "; ".join(f"{reason} ({count} times)" if len(errors) > count else reason for reason, count in often)
-
-    def counts(self):
-        """{"requests", "prompt_tokens", "completion_tokens"} of all that was sent."""
-        return {name: getattr(self, name) for name in ("requests", "prompt_tokens", "completion_tokens")}
 
     def hide(self, text):
         """Text of the server without the key, should it repeat it; a short one, or a word, is a placeholder."""

@@ -134,7 +134,7 @@ def judge(tasks, results, args):
     cached = judge.kept = len(messages) - len(new)
     say(f"judge {args.judge_model}: {len(new)} predictions to ask about, {cached} answers in {judge.path}")
     answers, errors = judge.judgements(shuffled)
-    counts = judge.counts() | {"cached": cached, "unanswered": len(errors)}
+    counts = judge.counts | {"cached": cached, "unanswered": len(errors)}
     say(", ".join(f"{value} {name.replace('_', ' ')}" for name, value in counts.items()))
     if errors:
         reason = judge.reasons(errors)

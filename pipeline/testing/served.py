@@ -286,10 +286,9 @@ def test_server(args, tasks, base, tokenizer, rows):
                 asked[task] = [row | tasks[task] for row in first_rows]
         if asked:
             errors = ask_tasks(served, asked, parts, paths, run)
-            counts = served.counts()
-            say(", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()))
-            price = counts["prompt_tokens"] * args.server_input_price
-            price += counts["completion_tokens"] * args.server_output_price
+            say(", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in served.counts.items()))
+            price = served.counts["prompt_tokens"] * args.server_input_price
+            price += served.counts["completion_tokens"] * args.server_output_price
             if price:
                 say(f"price: {price / 1e6:,.4g}")
     written = {task: path for task, path in paths.items() if read_json(path).get("settings") == run}
