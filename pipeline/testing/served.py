@@ -25,7 +25,6 @@ CAUSES = {  # why a server reads so many tokens more than the run
     -1: "probably no BOS; serve the folder's own tokenizer, or let the server put one in front",
     "more": "another chat template, or a system prompt; serve the folder's own chat_template.jinja",
 }
-WAYS = {"text": "text", "chat": "chat", "ids": "token ids"}  # a prompt goes
 FIRST_TOKENS = 32  # that the first requests ask for: some models refuse fewer than 16
 FEWEST = 1 / 2  # of the tokens expected of another tokenizer: with fewer, the server has cut the prompt
 # Other tokenizers cut digits, capitals, accents and brackets otherwise
@@ -62,7 +61,7 @@ class Tested(Server):
         messages = [{"role": "user", "content": row["prompt"]}]
         if self.form == "chat":
             return "/chat/completions", {"messages": messages}
-        if self.form == "ids":
+        if self.form == "token ids":
             return "/completions", {"prompt": row["prompt_ids"]}
         text = row["prompt"]
         if self.tokenizer.chat_template:
@@ -105,11 +104,11 @@ class Tested(Server):
             self.share = min(1, 1 + (self.more or 0) / len(measured["prompt_ids"]))
             say(self.reading(len(measured["prompt_ids"])))
             if self.form == "text" and self.same_tokens:  # ids are never read as another text, but must mean the same
-                self.more = self.take_form(("ids", "text"), probe) or 0
+                self.more = self.take_form(("token ids", "text"), probe) or 0
         except ERRORS as error:
             flags = "--server, --server-model, --server-api and, for a reasoning model, --server-thought-tokens"
             fail(f"{self.name} gives no answers ({self.why(error)}): check {flags}")
-        say(f"{self.name} is asked by {WAYS[self.form]}")
+        say(f"{self.name} is asked by {self.form}")
 
     def reading(self, tokens):
         """A sentence on what the server reads of a prompt that has so many tokens for the run."""
