@@ -273,8 +273,7 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state,
     started, tokens = time.time(), 0
     systems = predictions.systems(run)
     bar = progress(total=len(systems) * sum(map(len, share)), desc=task, unit=" answers")
-    part = path.with_name(f".{path.stem}.part{state.process_index}.jsonl")
-    with part.open("a") as file, bar, torch.inference_mode():
+    with bar, torch.inference_mode():
         for batch in share:
             examples = {row["place"]: {"tokens": len(row["completion_ids"])} for row in batch}
             for prefix in systems.values():
@@ -283,7 +282,7 @@ def test_task(args, task, rows, tokenizer, model, adapter_off, path, run, state,
                 for row, result in zip(batch, results, strict=True):
                     examples[row["place"]] |= {prefix + key: value for key, value in result.items()}
                     tokens += len(row["prompt_ids"]) + len(row["completion_ids"]) + result["new_tokens"]
-            predictions.append_work(file, run, list(examples.items()))
+            predictions.append_work(path, run, list(examples.items()), state.process_index)
     took = f"{time.time() - started:.1f} s" + (" (first process)" if state.num_processes > 1 else "")
     say(f"{task}: {len(rows)} rows, {tokens:,} tokens in {took}")
 

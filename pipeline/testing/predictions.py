@@ -72,10 +72,10 @@ def examples_done(path, run):
     return done
 
 
-def append_work(file, run, examples):
-    """Add a line to a work file: [(place, what is known of it)]."""
-    file.write("\n" + json.dumps({"settings": run, "examples": examples}))  # apart from what a kill cut off
-    file.flush()
+def append_work(path, run, examples, process=0):
+    """Add a line to the work file of a process: [(place, what is known of it)]."""
+    with path.with_name(f".{path.stem}.part{process}.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"settings": run, "examples": examples}))  # apart from what a kill cut off
 
 
 def remove_work(path):

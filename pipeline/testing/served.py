@@ -196,12 +196,11 @@ def ask_rows(served, ask, key, task, rows, path, run):
     # what got no answer is not scored
     wanted = rows if key == "prediction" else [row for row in rows if row["place"] in done]
     undone = [row for row in wanted if key not in done.get(row["place"], {})]
-    with path.with_name(f".{path.stem}.part0.jsonl").open("a") as file:
 
-        def keep(row, known):
-            predictions.append_work(file, run, [(row["place"], {"tokens": len(row["completion_ids"])} | known)])
+    def keep(row, known):
+        predictions.append_work(path, run, [(row["place"], {"tokens": len(row["completion_ids"])} | known)])
 
-        return served.ask_all(undone, ask, keep, f"{task} {key}")
+    return served.ask_all(undone, ask, keep, f"{task} {key}")
 
 
 def ask_for_losses(served, shortest, asked, paths, run):
