@@ -239,7 +239,7 @@ class Server:
 
         The very first goes alone: a wrong key or address costs one request. Exits 2 where no more answers come.
         """
-        errors = []
+        errors, pool = [], ThreadPoolExecutor(self.at_once)
         failures_in_a_row = 0
         give_up_after = 2 * self.at_once
         sent_alone = 0 if self.answered else 1
@@ -254,31 +254,28 @@ class Server:
                 keep(item, answer)
                 self.kept += 1
 
-        def outcomes(pool):
+        def outcomes():
             yield from map(outcome, items[:sent_alone])
             for job in as_completed([pool.submit(outcome, item) for item in items[sent_alone:]]):
                 yield job.result()
 
-        with ThreadPoolExecutor(self.at_once) as pool:
-            bar = progress(outcomes(pool), title, len(items))
-            try:
-                for number, error in enumerate(bar, 1):
-                    # refusals of one request each end a run only where there was never anything else
-                    of_one = isinstance(error, NoAnswer) or getattr(error, "status_code", 0) in OF_ONE_REQUEST
-                    if not error or (of_one and self.kept):
-                        failures_in_a_row = 0
-                    else:
-                        failures_in_a_row += 1
-                    if error:
-                        errors.append(error)
-                    too_many = failures_in_a_row > (max(give_up_after, REFUSED_AT_FIRST) if of_one else give_up_after)
-                    if too_many or (error and not of_one and number <= sent_alone):
-                        reason = f"{self.name} gives no answers ({self.why(error)})"
-                        fail(f"{reason}; run again to go on from those that it gave")
-            finally:
-                self.stopping.set()
-                pool.shutdown(cancel_futures=True)
-                self.stopping.clear()
+        try:
+            for number, error in enumerate(progress(outcomes(), title, len(items)), 1):
+                if not error:
+                    failures_in_a_row = 0
+                    continue
+                errors.append(error)
+                # refusals of one request each end a run only where there was never anything else
+                of_one = isinstance(error, NoAnswer) or getattr(error, "status_code", 0) in OF_ONE_REQUEST
+                failures_in_a_row = 0 if of_one and self.kept else failures_in_a_row + 1
+                most = max(give_up_after, REFUSED_AT_FIRST) if of_one else give_up_after
+                if failures_in_a_row > most or (not of_one and number <= sent_alone):
+                    reason = f"{self.name} gives no answers ({self.why(error)})"
+                    fail(f"{reason}; run again to go on from those that it gave")
+        finally:
+            self.stopping.set()
+            pool.shutdown(cancel_futures=True)
+            self.stopping.clear()
         return errors
 
     def reasons(self, errors):
