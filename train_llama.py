@@ -321,7 +321,7 @@ def train(args, base, rows):
     model = models.load_model(base, args.load_in_4bit)
     estimate.settle(shape, packed, args, manifest.get("activation_checkpointing"))
     if estimate.fits_unpacked(shape, packed, args):
-        model = models.unpack(model)
+        model = model.dequantize()  # once instead of at every use: the same numbers, in more memory
     fused = estimate.fuses(shape, args.activation_checkpointing, estimate.room_and_width(args)[1])
     trainer = QLoRATrainer(args, model, tokenizer, packed, validation, fused, run, manifest.get("seconds", 0.0))
     if not checkpoint and is_main():

@@ -210,7 +210,7 @@ def trainer_of(bench, model, packed=None, fused=None, shipped=False, **changes):
     estimate.settle(shape, packed, args)
     unpacked = shipped and estimate.fits_unpacked(shape, packed, args)
     if unpacked and hasattr(model.model.layers[0].mlp.up_proj.weight, "quant_state"):
-        model = models.unpack(model)
+        model = model.dequantize()
     if fused is None:
         fused = estimate.fuses(shape, args.activation_checkpointing, estimate.room_and_width(args)[1])
     made = trainer.QLoRATrainer(args, model, tokenizer, packed, {}, fused)

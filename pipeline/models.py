@@ -40,6 +40,7 @@ def quiet():
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|bitsandbytes")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says that its optional CPU kernels are not installed
+    logging.getLogger("transformers.integrations.bitsandbytes").setLevel(logging.ERROR)  # says that it dequantizes
 
 
 def find_model(model):
@@ -227,16 +228,6 @@ def load_model(model, load_in_4bit, **options):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return loaded
-
-
-def unpack(model):
-    """The model with its 4-bit weights unpacked once instead of at every use: the same numbers, in more memory."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # it reports what it does
-    model = model.dequantize()
-    logging.set_verbosity_warning()
-    return model
 
 
 def read_adapter(folder):

@@ -8,6 +8,7 @@ import torch
 from conftest import FIXTURES, assert_refused, run, snapshot
 from datasets import load_from_disk
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 import train_llama
 from pipeline import models
@@ -44,8 +45,8 @@ def test_an_evaluation_in_between_does_not_change_the_gradients():
 @pytest.mark.parametrize("chain", ["tiny_llama3"], indirect=True)
 def test_weights_that_are_unpacked_once_give_the_very_adapter_that_packed_ones_give(chain, tmp_path, monkeypatch):
     noted = json.loads((chain / "adapter" / "run.json").read_text())
-    unpacked, unpack = [], models.unpack
-    monkeypatch.setattr(models, "unpack", lambda model: unpacked.append(model.dtype) or unpack(model))
+    unpacked, unpack = [], LlamaForCausalLM.dequantize
+    monkeypatch.setattr(LlamaForCausalLM, "dequantize", lambda model: unpacked.append(model.dtype) or unpack(model))
     trained = []
     for room in (True, False):
         out = tmp_path / str(room)

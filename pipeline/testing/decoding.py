@@ -33,7 +33,7 @@ def load_system(base, folder, in_4bit, compare):
     """
     model = models.load_model(base, in_4bit).eval()
     if in_4bit and has_room(model):
-        model = models.unpack(model)
+        model = model.dequantize()
     few_rows_first(model)
     model.greedy_decoder = Decoder(model)
     if not folder:
