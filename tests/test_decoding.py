@@ -20,7 +20,7 @@ from pipeline import machine, models
 from pipeline.attention import choose_attention
 from pipeline.files import rows_of
 from pipeline.testing import decoding, predictions
-from pipeline.testing.decoder import Decoder, side_stream
+from pipeline.testing.decoder import Decoder
 from pipeline.tokens import end_tokens, load_tokenizer
 
 TASKS = ("samsum", "trivia_qa")
@@ -158,8 +158,13 @@ def captures(chain, monkeypatch):
     decoder, tapes = model.greedy_decoder, []
     decoder.captures = True
 
+    def graph(tape, pool, capture_error_mode):
+        context = capturing(tape)
+        context.capture_stream = stream
+        return context
+
     @contextlib.contextmanager
-    def graph(tape, pool, stream, capture_error_mode):
+    def capturing(tape):
         kept = [(tensor, tensor.clone()) for tensor in (decoder.place, *decoder.inputs.values())]
         try:
             with tape:
@@ -175,12 +180,10 @@ def captures(chain, monkeypatch):
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     fakes = {"CUDAGraph": Tape, "graph": graph, "stream": contextlib.nullcontext, "graph_pool_handle": lambda: "pool"}
-    fakes |= {"Stream": lambda: stream, "current_stream": lambda: stream, "current_device": lambda: 0}
+    fakes |= {"current_stream": lambda: stream, "current_device": lambda: 0}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    side_stream.cache_clear()
     yield model, adapter_off, tapes
-    side_stream.cache_clear()
 
 
 def some_prompts(chain):

@@ -1,7 +1,6 @@
 """One new token for every row of a batch: keys and values that stay in place, and on CUDA a captured step."""
 
 import contextlib
-import functools
 import math
 
 import torch
@@ -111,11 +110,14 @@ class Decoder:
 
 def capture(step, graphs):
     """Do a step, and return it as a CUDA graph that shares its memory with `graphs`; None where that is impossible."""
-    with on_side_stream() as side:
+    graph, pool = torch.cuda.CUDAGraph(), graphs[0].pool() if graphs else torch.cuda.graph_pool_handle()
+    capturing = torch.cuda.graph(graph, pool, capture_error_mode="thread_local")  # whatever other threads do
+    side = capturing.capture_stream  # torch's own, the same for all captures
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # also around the capture: one that fails does not put the stream back
         step()  # what a first call sets up cannot be captured
-        graph, pool = torch.cuda.CUDAGraph(), graphs[0].pool() if graphs else torch.cuda.graph_pool_handle()
         try:  # a step's temporary tensors are all that is in the pool: graphs that take turns can share it
-            with torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):  # whatever other threads do
+            with capturing:  # waits for the GPU
                 step()
             return graph
         except RuntimeError as error:
@@ -126,18 +128,3 @@ def capture(step, graphs):
             if out_of_memory(error):
                 raise error
             say(f"a step cannot be captured as a CUDA graph, so decoding takes longer ({first_line(error)})")
-
-
-@contextlib.contextmanager
-def on_side_stream():
-    """One stream for all captures: each stream that multiplies gets a workspace of its own, for good."""
-    side, current = side_stream(), torch.cuda.current_stream()
-    side.wait_stream(current)
-    try:
-        with torch.cuda.stream(side):
-            yield side
-    finally:
-        current.wait_stream(side)
-
-
-side_stream = functools.cache(lambda: torch.cuda.Stream())
