@@ -121,18 +121,17 @@ def encode_chats(tokenizer, rows, shots=()):
     examples are earlier turns. Special tokens are those that the template writes; in a dialogue they are text.
     ValueError where the template is to blame.
     """
-    examples = [turn for prompt, completion in shots for turn in (user_turn(prompt), assistant_turn(completion))]
-    chats = [[*examples, user_turn(prompt)] for prompt in rows["prompt"]]
-    answers = [[assistant_turn(completion)] for completion in rows["completion"]]
+    examples = [turn for shot in shots for turn in turns(*shot)]
+    chats = [examples + turns(*row) for row in zip(rows["prompt"], rows["completion"], strict=True)]
     options = {"return_dict": False, "sanitize_control_tokens": True}
     try:
-        prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, **options)
-        wholes = tokenizer.apply_chat_template([c + a for c, a in zip(chats, answers, strict=True)], **options)
-        first = chats[0] + answers[0]
-        shown = tokenizer.apply_chat_template(first, tokenize=False)
+        unanswered = [chat[:-1] for chat in chats]
+        prompts = tokenizer.apply_chat_template(unanswered, add_generation_prompt=True, **options)
+        wholes = tokenizer.apply_chat_template(chats, **options)
+        shown = tokenizer.apply_chat_template(chats[0], tokenize=False)
     except Exception as error:  # a template is a program
         raise ValueError(f"its chat template fails ({first_line(error)}): {PLAIN_PROMPTS}") from error
-    if not all(turn["content"].strip() in shown for turn in first):
+    if not all(turn["content"].strip() in shown for turn in chats[0]):
         raise ValueError(f"its chat template does not write the whole text it is given: {PLAIN_PROMPTS}")
     ends = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
     for prompt, whole in zip(prompts, wholes, strict=True):
@@ -141,9 +140,5 @@ def encode_chats(tokenizer, rows, shots=()):
     return prompts, wholes
 
 
-def user_turn(prompt):
-    return {"role": "user", "content": prompt}
-
-
-def assistant_turn(completion):
-    return {"role": "assistant", "content": completion.strip()}
+def turns(prompt, completion):
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion.strip()}]
