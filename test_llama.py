@@ -337,9 +337,9 @@ def main(argv=None):
         answer(args)
         return
     rows = load_rows(args.output_dir, "test")
-    tasks = tasks_of(args, rows)
     if args.swap_answers:
         rows, args.swap_answers = swap_answers(args, rows)  # how many, for the settings in the file
+    tasks = tasks_of(args, rows)
     base, folder, in_4bit, source = choose_system(args)
     if args.shots and folder:
         fail("--shots is for a model without an adapter: give --adapter none, and a --name")

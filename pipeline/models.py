@@ -129,7 +129,7 @@ def weights_identity(model):
 
 
 def load_failed(model, error):
-    if out_of_memory(error):  # common.script reports it
+    if out_of_memory(error):  # script() reports it
         raise error
     where = "in " if Path(model).is_dir() else ""
     fail(f"cannot load the model {where}{model} ({first_line(error)}): a file of it is missing or broken")
