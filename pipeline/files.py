@@ -206,4 +206,9 @@ def built_tasks(output_dir, tasks, noted=None):
     """
     written = noted or read_json(Path(output_dir) / "dataset" / "tasks.json")
     now = {name: {"prompt": task.PROMPT, "one_line": task.ONE_LINE} for name, task in tasks.items()}
-    return {name: written.get(name, now[name]) for name in tasks}
+    built = {name: written.get(name, now[name]) for name in tasks}
+    for name, how in built.items():
+        if not isinstance(how, dict) or not (type(how.get("prompt")) is str and type(how.get("one_line")) is bool):
+            remedy = "run build_dataset.py again, and train_llama.py where an adapter names it"
+            fail(f"cannot use the prompt of {name} that the data set or the adapter names: {remedy}")
+    return built

@@ -328,7 +328,9 @@ def test_an_answer_ends_at_the_line_and_keeps_what_shares_its_last_token(chain, 
 
 
 @ONE
-def test_where_an_answer_ends_is_read_as_the_rows_were_built_whatever_todays_task_says(chain, out, monkeypatch):
+def test_where_an_answer_ends_is_read_as_the_rows_were_built_whatever_todays_task_says(
+    chain, out, monkeypatch, refused
+):
     tokenizer = load_tokenizer(str(chain / "adapter"))
     ids = tokenizer("Paris\nand on", add_special_tokens=False).input_ids
     monkeypatch.setattr(decoding, "test_rows", lambda model, prompts, *rest: [(1.0, ids) for _ in prompts])
@@ -340,6 +342,8 @@ def test_where_an_answer_ends_is_read_as_the_rows_were_built_whatever_todays_tas
         for task, one_line in ends.items():
             assert set(column(out, task, "prediction")) == {"Paris" if one_line else "Paris\nand on"}
             assert set(column(out, task, "hit_max_new_tokens")) == {not one_line}
+    path.write_text('{"samsum": {"prompt": ""}}')
+    assert "cannot use the prompt of samsum" in refused(out, *limits, "--overwrite")
     path.unlink()  # an older data set: as the tasks are today
     assert test(out, *limits, "--overwrite") == 0
     assert set(column(out, "trivia_qa", "prediction")) == {"Paris"}

@@ -38,30 +38,28 @@ def prompt_to_ask(args, tasks, adapter):
     noted = of_merged if isinstance(of_merged, dict) and of_merged else models.read_run(adapter)["tasks"]
     noted = noted or read_json(Path(args.output_dir, "dataset", "tasks.json"))
     trained_on = [task for task in tasks if task in noted] or list(tasks)
-    all_built = built_tasks(args.output_dir, tasks, noted)
-    prompts = {task: built.get("prompt") if isinstance(built, dict) else "" for task, built in all_built.items()}
+    built = built_tasks(args.output_dir, tasks, noted)
     if args.task != "auto":
         fitting = [args.task]
     elif len(trained_on) == 1 and not page:
         fitting = trained_on
     else:
-        fitting = [task for task in trained_on if tasks[task].fits(text, page, str(prompts[task]))]
+        fitting = [task for task in trained_on if tasks[task].fits(text, page, built[task]["prompt"])]
     if len(fitting) != 1:
         reason = f"--ask fits {' and '.join(fitting) or 'no task'} of {', '.join(trained_on)}"
         fail(f"{reason}: a dialogue has several lines, a question one, only that has a --context; or give --task")
     [task] = fitting
-    built = all_built[task] if isinstance(prompts[task], str) and prompts[task] else {"prompt": ""}
-    with_context = "{context}" in tasks[task].PROMPT
-    if page and not with_context and "{context}" not in built["prompt"]:
+    template, with_context = built[task]["prompt"], "{context}" in tasks[task].PROMPT
+    if page and not with_context and "{context}" not in template:
         fail(f"--context is for a question: the prompts of {task} have none")
     if task not in trained_on:
         say(f"{task} is no task that the adapter was trained on")
-    elif with_context and bool(page) != ("{context}" in built["prompt"]):
+    elif with_context and bool(page) != ("{context}" in template):
         say(f"{task}: unlike in training, it is asked {'with' if page else 'without'} a context")
     try:
-        if not any(field for _, field in template_parts(built["prompt"])):
+        if not any(field for _, field in template_parts(template)):
             raise ValueError("it has no place for a text")
-        return task, tasks[task].asked(text, page, built["prompt"]), bool(built["one_line"])
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        return task, tasks[task].asked(text, page, template), built[task]["one_line"]
+    except (AttributeError, LookupError, ValueError) as error:
         reason = f"cannot use the prompt of {task} that {adapter}/run.json or the data set names"
         fail(f"{reason} ({first_line(error)}): correct it, or train again")
