@@ -73,8 +73,7 @@ OVERWRITE = False  # replace finished predictions, or those of another run; an i
 OUTPUT_DIR = "outputs"  # folder that contains dataset/ and adapter/ and gets the predictions
 
 # Fixed
-CHOICES = {"CHAT_TEMPLATE": CHAT_TEMPLATES, "SERVER_API": ("auto", "completions", "chat")}
-CHOICES |= {"TASK": ("auto", *TASKS)}
+CHOICES = {"CHAT_TEMPLATE": CHAT_TEMPLATES, "SERVER_API": ("auto", "completions", "chat"), "TASK": ("auto", *TASKS)}
 CHOICES |= {"LOAD_IN_4BIT": (bool, None), "SERVER_CONCURRENCY": (int,), "SERVER_TIMEOUT": (float,)}
 CHOICES |= dict.fromkeys(("COMPARE_WITH_BASE", "SWAP_ANSWERS", "OVERWRITE"), (bool,))
 CHOICES |= dict.fromkeys(("SAMSUM_MAX_NEW_TOKENS", "TRIVIA_QA_MAX_NEW_TOKENS", "OWN_MAX_NEW_TOKENS"), (int,))
@@ -82,16 +81,13 @@ CHOICES |= dict.fromkeys(("SHOTS", "MAX_BATCH_TOKENS", "SERVER_MAX_EXAMPLES", "S
 CHOICES |= dict.fromkeys(("SERVER_INPUT_PRICE", "SERVER_OUTPUT_PRICE"), (0, float))
 # Settings that are resolved, or without an influence
 UNBOUND = ("adapter", "model", "chat_template", "load_in_4bit", "general_text", "name", "overwrite", "output_dir")
-UNBOUND += ("ask", "context", "task")
-UNBOUND += ("shots",)  # noted where there are any: files without stay finished
+UNBOUND += ("ask", "context", "task", "shots")  # shots are noted where there are any: files without stay finished
 
 
 def parse_args(argv=None):
     args = parse_settings(sys.modules[__name__], argv, CHOICES)
-    if not re.fullmatch(r"[\w-]*", args.name):
-        fail("--name must be made of letters, digits, dashes and underscores")
-    if re.fullmatch(r"(.*_)?swapped", args.name.lower()):
-        fail("--name must be another one: files whose names end in swapped are those that swap answers")
+    if not re.fullmatch(r"[\w-]*", args.name) or re.fullmatch(r"(.*_)?swapped", args.name.lower()):
+        fail("--name must be made of letters, digits, - and _, and not end in swapped (files that swap answers do)")
     if args.server:
         check_url("--server", args.server)
         if args.shots:
