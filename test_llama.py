@@ -37,9 +37,10 @@ from pathlib import Path
 from pipeline import machine, models
 from pipeline.attention import choose_attention
 from pipeline.files import built_tasks, load_rows, only_run_in, read_json, refuse_another, rows_of, sha256
-from pipeline.script import fail, first_line, is_main, progress, say, script
+from pipeline.script import fail, is_main, progress, say, script
 from pipeline.settings import check_url, parse_settings
 from pipeline.testing import predictions
+from pipeline.testing.asking import prompt_to_ask, read_text
 from pipeline.tokens import CHAT_TEMPLATES, end_tokens, tokenizer_identity, tokenizer_of
 from tasks import TASKS, own, samsum, swapped, trivia_qa
 
@@ -119,8 +120,6 @@ def swap_answers(args, rows):
 
 def answer(args):
     """Print what the base and the fine-tuned model, or a model alone, answer to ASK."""
-    from pipeline.testing.asking import prompt_to_ask
-
     base, folder, in_4bit, source = choose_system(args)
     task, prompt, one_line = prompt_to_ask(args, TASKS, source or Path(args.output_dir, "adapter"))
     import torch
@@ -176,14 +175,7 @@ def read_general_text(args):
     if not args.general_text:
         return ""
     here, beside = Path(args.general_text), Path(__file__).parent / "pipeline" / "testing" / args.general_text
-    try:
-        text = (here if here.is_file() else beside).read_text(encoding="utf-8").strip()
-        if not text:
-            raise ValueError("it is empty")
-    except (OSError, ValueError) as error:
-        reason = f"cannot read --general-text {args.general_text} ({first_line(error)})"
-        fail(f'{reason}: give a text file in UTF-8, or --general-text "" for none')
-    return text
+    return read_text("--general-text", str(here if here.is_file() else beside))
 
 
 def tasks_of(args, rows):

@@ -279,11 +279,13 @@ def test_the_general_text_is_whatever_file_is_given_or_none(chain, tmp_path, ref
     out = copied(chain, tmp_path, predictions=True)
     (tmp_path / "own.txt").write_text("A text of nobody's, shorter than a window.\n", encoding="utf-8")
     assert "general text" in refused(out, *SHORT, "--general-text", tmp_path / "own.txt")  # of another run
-    for name, content in {"missing.txt": None, "empty.txt": b" \n", "latin.txt": b"caf\xe9"}.items():
-        if content:
-            (tmp_path / name).write_bytes(content)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.txt").write_bytes(b" \n")
+    for name in ("missing.txt", "latin.txt"):
         error = refused(out, *SHORT, "--general-text", tmp_path / name, "--name", "x")
         assert f"cannot read --general-text {tmp_path / name}" in error and "UTF-8" in error
+    empty = refused(out, *SHORT, "--general-text", tmp_path / "empty.txt", "--name", "x")
+    assert "--general-text has no text" in empty
     monkeypatch.chdir(tmp_path)  # the default is found beside the script all the same
     assert test(out, *SHORT) == 0
     output = capsys.readouterr().out

@@ -11,19 +11,19 @@ from pipeline.script import fail, first_line, say
 from pipeline.texts import clean, template_parts
 
 
-def read_asked(flag, value):
-    """The text that is asked: of standard input (-), of a file, or the value itself; exits 2 where there is none."""
+def read_text(flag, value):
+    """The text of standard input (-), of a file, or with --ask the value itself; exits 2 where there is none."""
     try:
         if value == "-":
             text = sys.stdin.buffer.read().decode("utf-8-sig")
-        elif flag == "--context" or os.path.exists(value) or re.fullmatch(r"\S+\.(txt|md|json|csv)", value):
+        elif flag != "--ask" or os.path.exists(value) or re.fullmatch(r"\S+\.(txt|md|json|csv)", value):
             text = Path(value).read_text(encoding="utf-8-sig")
         else:
             text = value
     except (OSError, ValueError, AttributeError) as error:  # the last one where standard input is closed
         fail(f"cannot read {flag} {value} ({first_line(error)}): give a text file in UTF-8")
     if not clean(text):
-        fail(f"{flag} has no text: give a file that has some, or the text itself to --ask")
+        fail(f"{flag} has no text: give a file that has some{', or the text itself' if flag == '--ask' else ''}")
     return text.strip()
 
 
@@ -32,8 +32,8 @@ def prompt_to_ask(args, tasks, adapter):
 
     tasks: {name: module}. adapter: the folder whose run.json has the prompts that it was trained on.
     """
-    text = read_asked("--ask", args.ask)
-    page = read_asked("--context", args.context) if args.context else ""
+    text = read_text("--ask", args.ask)
+    page = read_text("--context", args.context) if args.context else ""
     of_merged = read_json(Path(args.model, "merge.json")).get("tasks")
     noted = of_merged if isinstance(of_merged, dict) and of_merged else models.read_run(adapter)["tasks"]
     noted = noted or read_json(Path(args.output_dir, "dataset", "tasks.json"))
