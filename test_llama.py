@@ -25,7 +25,6 @@ Writes: OUTPUT_DIR/samsum_predictions.json, trivia_qa_predictions.json, own_pred
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -36,7 +35,7 @@ from pathlib import Path
 
 from pipeline import machine, models
 from pipeline.attention import choose_attention
-from pipeline.files import built_tasks, load_rows, only_run_in, read_json, refuse_another, rows_of, sha256
+from pipeline.files import built_tasks, digest, load_rows, only_run_in, read_json, refuse_another, rows_of, sha256
 from pipeline.script import fail, is_main, progress, say, script
 from pipeline.settings import check_url, parse_settings
 from pipeline.testing import predictions
@@ -204,13 +203,13 @@ def run_identity(args, base, folder, in_4bit, rows, tokenizer, text):
         "model": base,
         "weights": models.weights_identity(base),
         "adapter": sha256(folder / "adapter_model.safetensors")[:16] if folder else "none",
-        "adapter_config": hashlib.sha256(json.dumps(lora, sort_keys=True).encode()).hexdigest()[:16],
+        "adapter_config": digest(json.dumps(lora, sort_keys=True)),
         "4_bit": in_4bit,
-        "chat_template": predictions.template_of(tokenizer),
+        "chat_template": digest(tokenizer.chat_template),
         "tokenizer": tokenizer_identity(tokenizer),
         "rows": rows._fingerprint,
         "examples": len(rows),
-        "general_text": hashlib.sha256(text.encode()).hexdigest()[:16] if text else "none",
+        "general_text": digest(text),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
     for name, value in vars(args).items():

@@ -31,6 +31,11 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest(text):
+    """The first digits of a text's SHA-256, or "none" where there is no text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if text else "none"
+
+
 def read_json(path):
     """The JSON object in a file; {} where there is none, or a broken one."""
     try:

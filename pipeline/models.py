@@ -1,6 +1,5 @@
 """Llamas: finding, checking, loading, and the adapter on one."""
 
-import hashlib
 import json
 import logging
 import os
@@ -9,7 +8,7 @@ import warnings
 from pathlib import Path
 
 from pipeline import machine
-from pipeline.files import MANIFEST, read_json, sha256
+from pipeline.files import MANIFEST, digest, read_json, sha256
 from pipeline.script import command, fail, first_line, out_of_memory, say, why_no_download
 
 MODELS = {
@@ -121,11 +120,11 @@ def weights_identity(model):
     """What a model computes, by content: the first digits of the SHA-256 of each file and of its settings, by +."""
     files = [path.resolve() for path in weight_files(model)]
     # the hub's cache names a file by its SHA-256
-    digests = [path.name if re.search("/blobs/[0-9a-f]{64}$", str(path)) else sha256(path) for path in files]
+    parts = [path.name if re.search("/blobs/[0-9a-f]{64}$", str(path)) else sha256(path) for path in files]
     config = load_config(model)
     settings = {name: getattr(config, name) for name in type(config).__annotations__ if name not in NO_NUMBERS}
-    digests.append(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest())
-    return "+".join(digest[:16] for digest in digests)
+    parts.append(digest(json.dumps(settings, sort_keys=True)))
+    return "+".join(part[:16] for part in parts)
 
 
 def load_failed(model, error):

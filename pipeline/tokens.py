@@ -1,11 +1,10 @@
 """Tokenizers, chat templates, and the token ids of a row."""
 
-import hashlib
 from contextlib import suppress
 from pathlib import Path
 
 from pipeline import models
-from pipeline.files import read_json
+from pipeline.files import digest, read_json
 from pipeline.script import fail, first_line, say
 
 END_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "</s>")  # Llama 3 has more than one
@@ -55,8 +54,7 @@ def load_tokenizer(model, chat_template="auto"):
 
 def tokenizer_identity(tokenizer):
     """What makes ids of a row, by content: the tokenizer, its chat template and its end token."""
-    content = tokenizer.backend_tokenizer.to_str() + (tokenizer.chat_template or "") + tokenizer.eos_token
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return digest(tokenizer.backend_tokenizer.to_str() + (tokenizer.chat_template or "") + tokenizer.eos_token)
 
 
 def tokenizer_of(base, folder, chat_template="auto"):

@@ -1,7 +1,6 @@
 """Prediction files: the unfinished work beside them, their figures, what is shown of them at the end."""
 
 import contextlib
-import hashlib
 import json
 import math
 import textwrap
@@ -28,12 +27,6 @@ def encoded(tokenizer, rows, shots=()):
     for place, row in enumerate(rows):
         dicts.append(row | {"place": place} | {name: values[place] for name, values in ids.items()})
     return dicts
-
-
-def template_of(tokenizer):
-    """What a prompt goes through, by content."""
-    template = tokenizer.chat_template
-    return hashlib.sha256(template.encode()).hexdigest()[:16] if template else "none"
 
 
 def paths_of(tasks, output_dir, name="", swapped=False):

@@ -10,7 +10,7 @@ from pathlib import Path
 import openai
 
 from pipeline.attention import MAX_NLL
-from pipeline.files import only_run_in, read_json, rows_of
+from pipeline.files import digest, only_run_in, read_json, rows_of
 from pipeline.script import command, fail, say
 from pipeline.server import ERRORS, HALF_A_CHARACTER, NO_ROOM, NoAnswer, Server, as_dict
 from pipeline.testing import predictions
@@ -265,7 +265,7 @@ def test_server(args, tasks, base, tokenizer, rows):
     """
     served = Tested(args, tokenizer, sorted(end_tokens(base, tokenizer)))
     run = {"server": True, "model": served.model, "adapter": "none", "rows": rows._fingerprint}
-    run["chat_template"] = predictions.template_of(tokenizer)
+    run["chat_template"] = digest(tokenizer.chat_template)
     for setting, value in vars(args).items():
         if setting in OF_SERVER or setting.endswith("_max_new_tokens"):
             run[setting] = value
