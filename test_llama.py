@@ -67,7 +67,7 @@ SERVER_MAX_EXAMPLES = 0  # number of rows per task to send to the server, which 
 SERVER_INPUT_PRICE = 0.0  # price of a million tokens that the server reads, in any currency; 0 = no price is shown
 SERVER_OUTPUT_PRICE = 0.0  # price of a million tokens that the server writes; 0 = no price is shown
 ASK = ""  # text to answer instead of a test: a question, a file with a dialogue, or - for standard input
-CONTEXT = ""  # text file that contains the answer to ASK; the 300 words nearest to the question are used
+CONTEXT = ""  # text file that contains the answer to ASK; trivia_qa takes the 300 words nearest to the question
 TASK = "auto"  # task whose prompt ASK gets: samsum, trivia_qa, own; auto: the one that fits the text
 OVERWRITE = False  # replace finished predictions, or those of another run; an interrupted run still resumes
 OUTPUT_DIR = "outputs"  # folder that contains dataset/ and adapter/ and gets the predictions
@@ -134,8 +134,9 @@ def answer(args):
     new, limit = vars(args)[f"{task}_max_new_tokens"], model.config.max_position_embeddings
     [row] = predictions.encoded(tokenizer, rows)
     if len(row["prompt_ids"]) + new > limit:
-        length = f"its prompt has {len(row['prompt_ids']):,} tokens, prompt and answer may have {limit:,}"
-        fail(f"--ask is too long: {length}")
+        tokens = f"{len(row['prompt_ids']):,} tokens{' with its context' if args.context else ''}"
+        length = f"its prompt has {tokens}, its answer up to {new:,}, and the model can read {limit:,}"
+        fail(f"--ask is too long ({length}): shorten it, or lower --{task.replace('_', '-')}-max-new-tokens")
     way = ", through the chat template" if tokenizer.chat_template else ""
     say(f"asked as {task}: {len(row['prompt_ids'])} tokens{way}, answered in at most {new} tokens")
     attention, ends, bar = choose_attention("packed"), end_tokens(base, tokenizer), progress(total=1)
@@ -153,7 +154,9 @@ def choose_system(args):
     given = args.model != "auto"
     alone = args.adapter == "none" or (args.adapter == "auto" and given)
     if alone and given:
-        return models.find_model(args.model), None, bool(args.load_in_4bit), None
+        base = models.find_model(args.model)
+        warn_of_another_merge(args, base)
+        return base, None, bool(args.load_in_4bit), None
     folder = Path(args.output_dir, "adapter") if args.adapter in ("auto", "none") else Path(args.adapter)
     named = models.read_adapter(folder)
     base = models.find_model(args.model if given else named)
@@ -169,12 +172,21 @@ def choose_system(args):
     return base, None if alone else folder, in_4bit, folder  # the base alone gets the adapter's prompts
 
 
+def warn_of_another_merge(args, base):
+    """Say so where not the adapter of OUTPUT_DIR was merged into a model beside it."""
+    weights = Path(args.output_dir, "adapter", "adapter_model.safetensors").absolute()
+    merged = read_json(Path(base, "merge.json")).get("adapter_sha256")
+    beside = weights.parents[1] == Path(base).parent and weights.is_file()
+    if merged and beside and merged != sha256(weights):
+        say(f"warning: {args.model} was merged from another adapter than is there now: run merge_llama.py for it")
+
+
 def read_general_text(args):
     """The text of GENERAL_TEXT, empty where none is asked for; exits 2 where it cannot be read."""
     if not args.general_text:
         return ""
     here, beside = Path(args.general_text), Path(__file__).parent / "pipeline" / "testing" / args.general_text
-    return read_text("--general-text", str(here if here.is_file() else beside))
+    return read_text("--general-text", str(here if here.is_file() else beside)).strip()
 
 
 def tasks_of(args, rows):

@@ -1,5 +1,6 @@
 """Llamas: finding, checking, loading, and the adapter on one."""
 
+import functools
 import json
 import logging
 import os
@@ -69,12 +70,10 @@ def try_to_fetch(model, weights):
     """(the local folder with a model's files, "") or (None, a sentence that says why there is none)."""
     if Path(model).is_dir():
         return Path(model), ""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        patterns = (*SMALL_FILES, "*.safetensors") if weights else SMALL_FILES
-        return Path(snapshot_download(model, allow_patterns=patterns)), ""
+        return download(model, (*SMALL_FILES, "*.safetensors") if weights else SMALL_FILES), ""
     except GatedRepoError:  # before the next one: it is one of its kind
         remedy = f"accept its licence at https://huggingface.co/{model}, then run: {command('hf')} auth login"
         return None, f"{model} is gated: {remedy}"
@@ -84,6 +83,13 @@ def try_to_fetch(model, weights):
     except Exception as error:  # a dozen kinds, from a hub that cannot be reached to a full disk
         remedy = "check the name and the network, or give a local folder"
         return None, f"cannot load {model} ({why_no_download(error)}): {remedy}"
+
+
+@functools.cache  # asked once in a run: the repository may change meanwhile
+def download(model, patterns):
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, allow_patterns=patterns))
 
 
 def weight_files(model):

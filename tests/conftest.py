@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import test_llama
+from pipeline import models
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and other tests run beside
@@ -82,6 +83,12 @@ def assert_refused(result, *words):
 def snapshot(folder):
     """Every file below the folder with its bytes."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(autouse=True)
+def hub_forgotten():
+    """Each test has another hub's cache."""
+    models.download.cache_clear()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from conftest import FIXTURES, copied, test
 from test_testing import ONE, prompts_of, read
 
-from pipeline.files import rows_of
+from pipeline.files import rows_of, sha256
 from pipeline.texts import fields_of
 from tasks import TASKS
 
@@ -112,6 +112,38 @@ def test_own_prompts_are_made_of_the_template_or_given_whole():
 
 
 @ONE
+def test_blanks_in_front_of_the_first_line_are_read_as_in_training(ask, out, tmp_path):
+    run = json.loads((out / "adapter" / "run.json").read_text())
+    run["tasks"] = {"own": {"prompt": "{code}", "one_line": True}}
+    (out / "adapter" / "run.json").write_text(json.dumps(run))
+    (tmp_path / "code.txt").write_text("\n        x = 4\n")
+    rows = [ask(text)[1] for text in ("        x = 4", tmp_path / "code.txt", "x = 4")]
+    indented, of_file, plain = (int(re.search(r"asked as own: (\d+) tokens", said)[1]) for said in rows)
+    assert indented == of_file > plain
+
+
+@ONE
+def test_a_text_for_a_prompt_of_several_texts_is_asked_as_it_is_and_that_is_said(ask, out):
+    run = json.loads((out / "adapter" / "run.json").read_text())
+    run["tasks"] = {"own": {"prompt": "Text: {text}\nQ: {question}\nA:", "one_line": True}}
+    (out / "adapter" / "run.json").write_text(json.dumps(run))
+    said = "own: the text is asked as it is, because a prompt has several texts: question, text\n"
+    assert said in ask("Text: a\nQ: b\nA:")[1]
+    run["tasks"]["own"]["prompt"] = "Q: {question}\nA:"
+    (out / "adapter" / "run.json").write_text(json.dumps(run))
+    assert "as it is" not in ask("b")[1]
+
+
+def test_a_merge_of_the_adapter_before_gets_a_warning(ask, out):
+    merged, adapter = shutil.copytree(FIXTURES / "tiny_llama3", out / "merged"), out / "adapter"
+    digest = sha256(adapter / "adapter_model.safetensors")
+    for noted, warned in ((digest, False), ("f" * 64, True)):
+        (merged / "merge.json").write_text(json.dumps({"adapter_sha256": noted}))
+        code, printed, _ = ask(DIALOGUE, "--model", merged, "--task", "samsum")
+        assert code == 0 and ("was merged from another adapter than is there now" in printed) == warned
+
+
+@ONE
 def test_a_long_page_is_cut_to_the_sentences_nearest_to_the_question(ask, tmp_path):
     filler = " ".join(f"Sentence {number} is about something else." for number in range(400))
     (tmp_path / "page.txt").write_text(f"{filler} {PAGE} {filler}")
@@ -128,13 +160,14 @@ def test_what_cannot_be_asked_is_one_sentence(ask, tmp_path):
         ([""], "--ask has no text"),
         ([tmp_path / "empty.txt"], "--ask has no text"),
         ([tmp_path / "latin.txt"], f"cannot read --ask {tmp_path / 'latin.txt'} ("),
-        (["dialogue.txt"], "cannot read --ask dialogue.txt ([Errno 2] No such file"),
-        ([QUESTION, "--context", "page"], "cannot read --context page ([Errno 2] No such file"),
+        (["dialogue.txt"], "cannot read --ask dialogue.txt (No such file or directory)"),
+        ([QUESTION, "--context", "page"], "cannot read --context page (No such file"),
         ([QUESTION, "--context", tmp_path / "empty.txt"], "--context has no text"),
         ([QUESTION, "--shots", 2, "--adapter", "none"], "--ask is for a model that is loaded here"),
         ([QUESTION, "--server", "http://127.0.0.1:9/v1"], "--ask is for a model that is loaded here"),
-        (["word " * 9000], "--ask is too long: its prompt has"),
-        ([tmp_path], f"cannot read --ask {tmp_path} ([Errno 21] Is a directory"),
+        (["word " * 9000], "--ask is too long (its prompt has "),
+        ([QUESTION, "--trivia-qa-max-new-tokens", 2040], "--ask is too long (its prompt has "),
+        ([tmp_path], f"cannot read --ask {tmp_path} (Is a directory)"),
         (["-", "--context", "-"], "--ask and --context cannot both be read from standard input"),
     ):
         code, _, error = ask(*arguments)

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline import models
 from pipeline.files import built_tasks, read_json
 from pipeline.script import fail, first_line, say
-from pipeline.texts import clean, template_parts
+from pipeline.texts import clean, clean_lines, template_parts
 
 
 def read_text(flag, value):
@@ -21,10 +21,11 @@ def read_text(flag, value):
         else:
             text = value
     except (OSError, ValueError, AttributeError) as error:  # the last one where standard input is closed
-        fail(f"cannot read {flag} {value} ({first_line(error)}): give a text file in UTF-8")
+        reason = getattr(error, "strerror", None) or first_line(error)
+        fail(f"cannot read {flag} {value} ({reason}): give a text file in UTF-8")
     if not clean(text):
         fail(f"{flag} has no text: give a file that has some{', or the text itself' if flag == '--ask' else ''}")
-    return text.strip()
+    return text.rstrip().lstrip("\r\n")  # blanks in front of a line may matter
 
 
 def prompt_to_ask(args, tasks, adapter):
@@ -57,9 +58,13 @@ def prompt_to_ask(args, tasks, adapter):
     elif with_context and bool(page) != ("{context}" in template):
         say(f"{task}: unlike in training, it is asked {'with' if page else 'without'} a context")
     try:
-        if not any(field for _, field in template_parts(template)):
+        fields = {field for _, field in template_parts(template) if field}
+        if not fields:
             raise ValueError("it has no place for a text")
-        return task, tasks[task].asked(text, page, template), built[task]["one_line"]
+        prompt = tasks[task].asked(text, page, template)
+        if len(fields) > 1 and prompt == clean_lines(text):
+            say(f"{task}: the text is asked as it is, because a prompt has several texts: {', '.join(sorted(fields))}")
+        return task, prompt, built[task]["one_line"]
     except (AttributeError, LookupError, ValueError) as error:
         reason = f"cannot use the prompt of {task} that {adapter}/run.json or the data set names"
         fail(f"{reason} ({first_line(error)}): correct it, or train again")
