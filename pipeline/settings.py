@@ -94,7 +94,7 @@ def checked(value, allowed):
     else:
         number = float(value)
         value = int(number) if int in allowed and number.is_integer() else number
-        below = 2**31 if int in allowed else 1e12
+        below = 2**31 if int in allowed else 1e100
         good = type(value) in allowed and 0 <= value < below and (value or 0 in allowed)
     if not good:
         raise ValueError

@@ -12,7 +12,6 @@ from datasets import DatasetDict, load_from_disk
 
 import test_llama
 import train_llama
-from pipeline import models
 from pipeline.training import trainer
 
 SECOND = {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -74,7 +73,7 @@ class Begun(Exception):
 def decided(dataset, output, monkeypatch, capability, environment):
     """train_llama.main() where two GPUs are pretended: the trainer, the own GPU, what from_pretrained was told."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedModel
 
     own, told, load = [], {}, AutoModelForCausalLM.from_pretrained
     gpu = SimpleNamespace(major=capability[0], minor=capability[1], total_memory=16e9)
@@ -103,7 +102,7 @@ def decided(dataset, output, monkeypatch, capability, environment):
         raise Begun(trainer)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(models, "unpack", lambda model: model)  # there is room, but no GPU to do it on
+    monkeypatch.setattr(PreTrainedModel, "dequantize", lambda model: model)  # there is room, but no GPU to do it on
     monkeypatch.setattr(trainer.QLoRATrainer, "train", train)
     monkeypatch.setattr(trainer, "catch_signals", lambda trainer: None)  # they are the tests' own
     shutil.copytree(dataset / "dataset", output / "dataset")
