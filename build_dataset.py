@@ -324,7 +324,8 @@ def build_task(name, files, args):
                 fail(f"{name}: no usable row for {split} ({reasons}): {remedy}")
             # Spares and rows that were not looked at stay test's own, too: a later test may take more rows.
             others[split] = NearTexts([*usable, *(row.key for row in rows)] if split == "test" else kept, form)
-    return result, {"counts": counts} | ({"answer_in_context": rates} if "{context}" in task.template(args) else {})
+    looked_up = "{context}" in task.PROMPT and args.context != "none"
+    return result, {"counts": counts} | ({"answer_in_context": rates} if looked_up else {})
 
 
 def save(built, seed, folder):

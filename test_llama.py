@@ -136,7 +136,8 @@ def answer(args):
     if len(row["prompt_ids"]) + new > limit:
         tokens = f"{len(row['prompt_ids']):,} tokens{' with its context' if args.context else ''}"
         length = f"its prompt has {tokens}, its answer up to {new:,}, and the model can read {limit:,}"
-        fail(f"--ask is too long ({length}): shorten it, or lower --{task.replace('_', '-')}-max-new-tokens")
+        less = "" if len(row["prompt_ids"]) > limit else f", or lower --{task.replace('_', '-')}-max-new-tokens"
+        fail(f"--ask is too long ({length}): shorten it{less}")
     way = ", through the chat template" if tokenizer.chat_template else ""
     say(f"asked as {task}: {len(row['prompt_ids'])} tokens{way}, answered in at most {new} tokens")
     attention, ends, bar = choose_attention("packed"), end_tokens(base, tokenizer), progress(total=1)
@@ -174,7 +175,7 @@ def choose_system(args):
 
 def warn_of_another_merge(args, base):
     """Say so where not the adapter of OUTPUT_DIR was merged into a model beside it."""
-    weights = Path(args.output_dir, "adapter", "adapter_model.safetensors").absolute()
+    weights = Path(os.path.abspath(args.output_dir), "adapter", "adapter_model.safetensors")
     merged = read_json(Path(base, "merge.json")).get("adapter_sha256")
     beside = weights.parents[1] == Path(base).parent and weights.is_file()
     if merged and beside and merged != sha256(weights):
@@ -186,7 +187,7 @@ def read_general_text(args):
     if not args.general_text:
         return ""
     here, beside = Path(args.general_text), Path(__file__).parent / "pipeline" / "testing" / args.general_text
-    return read_text("--general-text", str(here if here.is_file() else beside)).strip()
+    return read_text("--general-text", args.general_text, here if here.is_file() else beside).strip()
 
 
 def tasks_of(args, rows):

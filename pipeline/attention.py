@@ -1,5 +1,6 @@
 """Attention within packed rows, and one pass that reads whole rows."""
 
+import functools
 import inspect
 
 from pipeline.script import say
@@ -25,15 +26,19 @@ def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_
         # not x[0]: its backward fills a tensor with zeros for each, and the kernels after it copy that
         flat = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
         bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-        options = {"scale": scaling, "window_size": (-1, 0)}
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 takes fewer keys by itself
-            options["enable_gqa"] = True
+        options = {"scale": scaling, "window_size": (-1, 0)} | fewer_keys(varlen_attn)
         return varlen_attn(*flat, *bounds, **options)[None], None
     lengths = cu_seq_lens_q.diff().tolist()
     rows = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     attend = torch.nn.functional.scaled_dot_product_attention
     out = [attend(q, k, v, is_causal=True, scale=scaling, enable_gqa=True) for q, k, v in rows]
     return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+@functools.cache
+def fewer_keys(kernel):
+    """How varlen_attn is told of fewer heads of keys than of queries: torch 2.11 sees it by itself."""
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(kernel).parameters else {}
 
 
 def choose_attention(name):

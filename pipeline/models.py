@@ -40,7 +40,8 @@ def quiet():
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|bitsandbytes")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says that its optional CPU kernels are not installed
-    logging.getLogger("transformers.integrations.bitsandbytes").setLevel(logging.ERROR)  # says that it dequantizes
+    unpacking = logging.getLogger("transformers.integrations.bitsandbytes")
+    unpacking.addFilter(lambda record: "are dequantized in" not in record.msg)  # the type was chosen
 
 
 def find_model(model):
@@ -73,7 +74,9 @@ def try_to_fetch(model, weights):
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return download(model, (*SMALL_FILES, "*.safetensors") if weights else SMALL_FILES), ""
+        folder = download(model, SMALL_FILES)
+        # of the same commit, by which the cache names a folder
+        return download(model, (*SMALL_FILES, "*.safetensors"), folder.name) if weights else folder, ""
     except GatedRepoError:  # before the next one: it is one of its kind
         remedy = f"accept its licence at https://huggingface.co/{model}, then run: {command('hf')} auth login"
         return None, f"{model} is gated: {remedy}"
@@ -86,10 +89,10 @@ def try_to_fetch(model, weights):
 
 
 @functools.cache  # asked once in a run: the repository may change meanwhile
-def download(model, patterns):
+def download(model, patterns, revision=None):
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model, allow_patterns=patterns))
+    return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
 
 
 def weight_files(model):

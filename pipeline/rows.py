@@ -21,8 +21,7 @@ def read_rows(path, counts):
     with readable(path):
         if suffix == ".parquet":
             table = ParquetFile(path).read()
-            refuse_twice(path, table.column_names)
-            return table.to_pylist()
+            return table.rename_columns(told_apart(table.column_names)).to_pylist()
         with path.open(encoding="utf-8-sig", newline="") as file:
             return read_csv(file, counts) if suffix == ".csv" else read_json_rows(file.read())
 
@@ -45,8 +44,8 @@ def read_csv(file, counts):
     if len(names := reader.fieldnames or []) == 1 and ";" in names[0]:
         raise BadData(f"the columns of {file.name} are separated by semicolons: save it with commas")
     if not names:
-        raise BadData(f"{file.name} names no columns: its first line is blank")
-    refuse_twice(file.name, names)
+        raise BadData(f"{file.name} names no columns: it is empty, or its first line is blank")
+    reader.fieldnames = told_apart(names)
     for row in reader:
         if None in row or None in row.values():  # more cells than columns, or fewer
             counts["broken CSV line"] += 1
@@ -55,9 +54,12 @@ def read_csv(file, counts):
     return rows
 
 
-def refuse_twice(path, names):
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise BadData(f"{path} has two columns called {min(twice)}: rename or remove one")
+def told_apart(names):
+    """The names of columns; those that are there twice get a number, so that none is taken for the other."""
+    numbered = []
+    for place, name in enumerate(names):
+        numbered.append(f"{name} ({names[:place].count(name) + 1})" if names.count(name) > 1 else name)
+    return numbered
 
 
 def read_json_rows(text):

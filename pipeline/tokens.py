@@ -77,7 +77,7 @@ def tokenizer_of(base, folder, chat_template="auto"):
 def end_tokens(base, tokenizer):
     """Ids that end a text: a completion's last, EOS, the generation config's that the tokenizer has, the family's."""
     generation = read_json(models.fetch(base, weights=False) / "generation_config.json")
-    ends = generation.get("eos_token_id", models.load_config(base).eos_token_id)
+    ends = generation.get("eos_token_id") if generation else models.load_config(base).eos_token_id
     vocabulary = tokenizer.get_vocab()
     own = {end for end in (ends if isinstance(ends, list) else [ends]) if end in vocabulary.values()}
     named = {vocabulary[token] for token in END_TOKENS if token in vocabulary}

@@ -70,6 +70,7 @@ def test_the_task_is_that_of_the_text_or_the_one_that_is_given(ask, out, monkeyp
     assert "asked as samsum" in ask("Nora: Coming?", "--task", "samsum")[1]
     code, printed, _ = ask(QUESTION)
     assert code == 0 and "trivia_qa: unlike in training, it is asked without a context" in printed
+    assert "asked as trivia_qa" in ask(f" \n\n  \n{QUESTION}\n \n")[1]
     code, printed, _ = ask(DIALOGUE, "--task", "own")
     assert code == 0 and "own is no task that the adapter was trained on" in printed
     page = ["--context", tmp_path / "page.txt"]
@@ -179,7 +180,8 @@ def test_what_cannot_be_asked_is_one_sentence(ask, tmp_path):
     {"samsum": "x"}, {"samsum": {"prompt": None}}, {"samsum": {"prompt": "S {dialogue.x}", "one_line": False}},
     {"samsum": {"prompt": "S {0}", "one_line": False}}, {"samsum": {"prompt": "S {dialogue", "one_line": False}},
     {"samsum": {"prompt": "S {unknown}", "one_line": False}}, {"samsum": {"prompt": "no place", "one_line": False}},
-    {"samsum": {"prompt": "S {dialogue}"}}, {"own": {"prompt": "S {a", "one_line": False}},
+    {"samsum": {"prompt": "S {dialogue}"}}, {"samsum": {"prompt": "S {dialogue[a]}", "one_line": False}},
+    {"own": {"prompt": "S {a", "one_line": False}},
 ])  # fmt: skip
 def test_a_damaged_prompt_in_the_adapter_is_one_sentence(tasks, ask, out):
     run = json.loads((out / "adapter" / "run.json").read_text())

@@ -329,7 +329,7 @@ def test_a_pickle_in_the_cache_is_refused_only_where_the_hub_has_nothing_else(sa
     shutil.copytree(TINY, tmp_path / "cache", ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "cache" / "pytorch_model.bin").write_bytes(b"a pickle")  # an older tool fetched it
 
-    def fetched(model, allow_patterns):
+    def fetched(model, revision, allow_patterns):
         if safe and "*.safetensors" in allow_patterns:
             shutil.copy(TINY / "model.safetensors", tmp_path / "cache")
         return str(tmp_path / "cache")

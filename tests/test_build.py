@@ -295,6 +295,9 @@ def test_the_question_finds_the_answer_more_often_than_the_first_words_do(tmp_pa
 
 
 def test_closed_book_shows_no_page_and_keeps_the_rows(tmp_path):
+    (tmp_path / "own.jsonl").write_text("".join(f'{{"context": "{i}", "completion": "{i}"}}\n' for i in range(20)))
+    done = build(tmp_path / "own", "--tasks", "own", "--own", tmp_path / "own.jsonl", "--own-prompt", "Of {context}:")
+    assert done.returncode == 0 and "answer in context" not in done.stdout, done.stderr
     done = build(tmp_path, "--tasks", "trivia_qa", "--context", "none")
     assert done.returncode == 0 and "answer in context" not in done.stdout
     for rows in rows_of(tmp_path).values():

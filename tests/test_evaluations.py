@@ -661,9 +661,12 @@ def test_predictions_of_rows_that_were_built_anew_are_scored_with_a_warning(tmp_
 def test_a_merge_of_another_adapter_is_not_compared_with_this_one(tmp_path, merged_from):
     outputs = runs(tmp_path)
     row, settings = {"references": ["a b"], "prediction": "b"}, MADE_FROM | {"adapter": "none", "4_bit": False}
-    path = outputs / "samsum_predictions_merged.json"
+    path, settings = outputs / "samsum_predictions_merged.json", settings | {"model": str(outputs / "merged")}
     prediction_file(path, "samsum", examples=[row], settings=settings, merged_from=merged_from)
+    elsewhere = {"examples": [row], "settings": settings | {"model": "/other/merged"}, "merged_from": "e" * 16}
+    prediction_file(outputs / "samsum_predictions_theirs.json", "samsum", **elsewhere)  # tested on purpose
     done = run(tmp_path, "--resamples", "50")
+    assert "theirs" in result(outputs / "evaluation.json")["samsum"]["files"]
     same = merged_from == MADE_FROM["adapter"]
     assert ("merged" in result(outputs / "evaluation.json")["samsum"]["files"]) == same
     assert ("another adapter is merged into its model: run merge_llama.py" in done.stdout) == (not same)
@@ -717,7 +720,9 @@ def test_a_model_that_is_beyond_measure_has_numbers_in_the_report_all_the_same(n
         done = run(tmp_path, "--predictions", f"base={base}", *systems, "--resamples", "200")
         assert done.returncode == 0 and done.stderr == "", done.stderr
         test = result(tmp_path / "outputs/evaluation.json")["trivia_qa"]["comparisons"]["tuned"]["perplexity"]
-        assert test["difference"] > 1e60
+        low, high = test["interval"]
+        assert test["difference"] > 1e60 and low < test["difference"] < high and test["losses"] == 9
+        assert test["p_value"] < 0.01 or len(systems) > 1
 
 
 def test_rows_too_long_for_the_model_are_wrong_answers_and_stay_out_of_the_perplexity(tmp_path):

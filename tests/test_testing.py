@@ -284,6 +284,8 @@ def test_the_general_text_is_whatever_file_is_given_or_none(chain, tmp_path, ref
     for name in ("missing.txt", "latin.txt"):
         error = refused(out, *SHORT, "--general-text", tmp_path / name, "--name", "x")
         assert f"cannot read --general-text {tmp_path / name}" in error and "UTF-8" in error
+    error = refused(out, *SHORT, "--general-text", "no.txt", "--name", "x")
+    assert error.startswith("error: cannot read --general-text no.txt (No such file") and 'or "" for none' in error
     empty = refused(out, *SHORT, "--general-text", tmp_path / "empty.txt", "--name", "x")
     assert "--general-text has no text" in empty
     monkeypatch.chdir(tmp_path)  # the default is found beside the script all the same

@@ -9,7 +9,7 @@ from conftest import FIXTURES, assert_refused, copied, run, test
 from datasets import load_from_disk
 
 import train_llama
-from pipeline.tokens import encode, load_tokenizer
+from pipeline.tokens import END_TOKENS, encode, end_tokens, load_tokenizer
 
 BOTH = pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
 ONE = pytest.mark.parametrize("chain", ["tiny_llama3"], indirect=True)
@@ -113,3 +113,26 @@ def test_a_tokenizer_without_bos_is_taken_as_it_is_and_two_are_refused(dataset, 
     tokenizer = load_tokenizer(str(tmp_path / "none"))
     for row in train_llama.tokenize(rows, tokenizer, 4096, "train"):
         assert tokenizer.bos_token_id not in row["input_ids"] and row["labels"][-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("generation, config, expected", [
+    ({"eos_token_id": 77}, [66], [77]),
+    ({"eos_token_id": [77, 78]}, [66], [77, 78]),
+    ({"eos_token_id": None}, [66], []),
+    ({"do_sample": False}, [66], []),  # config.json's do not count, nor what LlamaConfig would fill in
+    ({"do_sample": False}, None, []),
+    (None, [66, 67], [66, 67]),
+])  # fmt: skip
+def test_the_ends_are_those_of_the_generation_config_or_without_one_of_the_config(
+    generation, config, expected, tmp_path
+):
+    base = shutil.copytree(FIXTURES / "tiny_llama3", tmp_path / "base")
+    content = json.loads((base / "config.json").read_text())
+    content.pop("eos_token_id")
+    (base / "config.json").write_text(json.dumps(content | ({"eos_token_id": config} if config else {})))
+    (base / "generation_config.json").unlink(missing_ok=True)
+    if generation:
+        (base / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = load_tokenizer(str(base))
+    named = {tokenizer.convert_tokens_to_ids(token) for token in END_TOKENS} - {None, tokenizer.unk_token_id}
+    assert end_tokens(str(base), tokenizer) == named | {tokenizer.eos_token_id, *expected}

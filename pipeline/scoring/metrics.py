@@ -82,7 +82,8 @@ def corpus_scores(task, sums, examples):
         elif name in EFFECTIVE_ORDER:
             scores[name] = bleu_of(counts, EFFECTIVE_ORDER[name])
         elif np.all(tokens > 0):
-            scores[name] = np.exp(np.minimum(nll / tokens, 150))  # 150: a variance squared still fits a float
+            # 700: the largest that a float holds; variances of it, and their squares, fit a long double
+            scores[name] = np.exp(np.minimum(nll / tokens, 700), dtype=np.longdouble)
     return scores
 
 

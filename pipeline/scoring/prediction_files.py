@@ -243,6 +243,14 @@ def same_rows(data, other):
     return data.task == other.task and rows == others
 
 
+def of_another_adapter(data, main_file, output_dir):
+    """Whether a PredictionFile is of a model in OUTPUT_DIR into which another adapter was merged than is tested."""
+    if not data.merged_from or not isinstance(data.settings, dict) or not isinstance(main_file.settings, dict):
+        return False
+    beside = Path(str(data.settings.get("model"))).parent == Path(output_dir).absolute()
+    return beside and main_file.settings.get("adapter") not in (None, "none", data.merged_from)
+
+
 def find_files(output_dir, templates, main_files):
     """[(NAME, path, PredictionFile)] of each TASK_predictions_NAME.json of the same rows; others are left out."""
     found, mains = [], {data.task: data for data in main_files}
@@ -258,8 +266,7 @@ def find_files(output_dir, templates, main_files):
                     raise BadData(f"{path}: a system cannot be called {name}, see --predictions")
                 if more or not same_rows(data, main_file):
                     raise BadData(f"{path}: its rows are not those of {task}_predictions.json")
-                adapter = main_file.settings.get("adapter") if isinstance(main_file.settings, dict) else None
-                if data.merged_from and adapter not in (None, "none", data.merged_from):
+                if of_another_adapter(data, main_file, output_dir):
                     remedy = "run merge_llama.py, and test merged/ again"
                     raise BadData(f"{path}: another adapter is merged into its model: {remedy}")
                 found.append((name, str(path), data))

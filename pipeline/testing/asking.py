@@ -10,22 +10,24 @@ from pipeline.files import built_tasks, read_json
 from pipeline.script import fail, first_line, say
 from pipeline.texts import clean, clean_lines, template_parts
 
+OR_ELSE = {"--ask": ", or the text itself", "--general-text": ', or "" for none'}
 
-def read_text(flag, value):
-    """The text of standard input (-), of a file, or with --ask the value itself; exits 2 where there is none."""
+
+def read_text(flag, value, path=None):
+    """The text of a file (at `path`), of standard input (-), or with --ask the value itself; exits 2 without one."""
     try:
         if value == "-":
             text = sys.stdin.buffer.read().decode("utf-8-sig")
         elif flag != "--ask" or os.path.exists(value) or re.fullmatch(r"\S+\.(txt|md|json|csv)", value):
-            text = Path(value).read_text(encoding="utf-8-sig")
+            text = Path(path or value).read_text(encoding="utf-8-sig")
         else:
             text = value
     except (OSError, ValueError, AttributeError) as error:  # the last one where standard input is closed
         reason = getattr(error, "strerror", None) or first_line(error)
-        fail(f"cannot read {flag} {value} ({reason}): give a text file in UTF-8")
+        fail(f"cannot read {flag} {value} ({reason}): give a text file in UTF-8{OR_ELSE.get(flag, '')}")
     if not clean(text):
-        fail(f"{flag} has no text: give a file that has some{', or the text itself' if flag == '--ask' else ''}")
-    return text.rstrip().lstrip("\r\n")  # blanks in front of a line may matter
+        fail(f"{flag} has no text: give a file that has some{OR_ELSE.get(flag, '')}")
+    return re.sub(r"\A\s*\n", "", text.rstrip())  # without blank lines; blanks in front of a line may matter
 
 
 def prompt_to_ask(args, tasks, adapter):
@@ -65,6 +67,6 @@ def prompt_to_ask(args, tasks, adapter):
         if len(fields) > 1 and prompt == clean_lines(text):
             say(f"{task}: the text is asked as it is, because a prompt has several texts: {', '.join(sorted(fields))}")
         return task, prompt, built[task]["one_line"]
-    except (AttributeError, LookupError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         reason = f"cannot use the prompt of {task} that {adapter}/run.json or the data set names"
         fail(f"{reason} ({first_line(error)}): correct it, or train again")

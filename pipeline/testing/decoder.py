@@ -112,19 +112,22 @@ def capture(step, graphs):
     """Do a step, and return it as a CUDA graph that shares its memory with `graphs`; None where that is impossible."""
     graph, pool = torch.cuda.CUDAGraph(), graphs[0].pool() if graphs else torch.cuda.graph_pool_handle()
     capturing = torch.cuda.graph(graph, pool, capture_error_mode="thread_local")  # whatever other threads do
-    side = capturing.capture_stream  # torch's own, the same for all captures
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # also around the capture: one that fails does not put the stream back
-        step()  # what a first call sets up cannot be captured
-        try:  # a step's temporary tensors are all that is in the pool: graphs that take turns can share it
-            with capturing:  # waits for the GPU
-                step()
-            return graph
-        except RuntimeError as error:
-            # a capture that cannot be ended would leave empty_cache() failing in torch 2.13
-            with contextlib.suppress(RuntimeError, AttributeError):
-                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-            error = error.__context__ or error  # else that the capture has failed
-            if out_of_memory(error):
-                raise error
-            say(f"a step cannot be captured as a CUDA graph, so decoding takes longer ({first_line(error)})")
+    side, current = capturing.capture_stream, torch.cuda.current_stream()  # torch's own, the same for all captures
+    side.wait_stream(current)
+    try:
+        with torch.cuda.stream(side):  # also around the capture: one that fails does not put the stream back
+            step()  # what a first call sets up cannot be captured
+            try:  # a step's temporary tensors are all that is in the pool: graphs that take turns can share it
+                with capturing:  # waits for the GPU
+                    step()
+                return graph
+            except RuntimeError as error:
+                # a capture that cannot be ended would leave empty_cache() failing in torch 2.13
+                with contextlib.suppress(RuntimeError, AttributeError):
+                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+                error = error.__context__ or error  # else that the capture has failed
+                if out_of_memory(error):
+                    raise error
+                say(f"a step cannot be captured as a CUDA graph, so decoding takes longer ({first_line(error)})")
+    finally:
+        current.wait_stream(side)

@@ -127,7 +127,7 @@ def write_predictions(task, rows, folder, path, run, general):
         "task": task,
         "model": run["model"],
         "adapter": folder and str(folder),
-        "merged_from": str(read_json(Path(run["model"], "merge.json")).get("adapter_sha256", ""))[:16] or None,
+        "merged_from": None if folder or "server" in run else merged_from(run["model"]),
         "settings": run,
         "perplexity": {name: perplexity(scored, prefix, texts) for name, prefix in systems(run).items()},
         "general_text": general,
@@ -136,6 +136,11 @@ def write_predictions(task, rows, folder, path, run, general):
         "examples": examples,
     }
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def merged_from(model):
+    """The adapter, by the first digits of its hash, that merge_llama.py merged into a model; None of another model."""
+    return str(read_json(Path(model, "merge.json")).get("adapter_sha256", ""))[:16] or None
 
 
 def show(paths, rows):

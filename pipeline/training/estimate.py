@@ -275,7 +275,7 @@ def settle(shape, packed, args, before=None):
         alone = args.per_device_train_batch_size or 1
         fitting = [way for way in ways if fits(shape, packed, args, alone, way)]
         args.activation_checkpointing = before if before in fitting else [*fitting, ways[-1]][0]
-        if before not in (None, args.activation_checkpointing):
+        if before in ways and before != args.activation_checkpointing:
             change = f"--activation-checkpointing {args.activation_checkpointing} now, {before} before"
             say(f"warning: there is less memory than before the interruption ({change}): the last digits may differ")
     if not args.per_device_train_batch_size:
