@@ -99,7 +99,7 @@ def find_files(name, args):
     source, revision = getattr(args, name), None
     if not source:
         fail(f"--tasks names {name}, but {flag_of(name)} is empty: give a file, a folder or a hub id with it")
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # also of a user that there is not
     if path.is_file():
         root, files = path.parent, {"train": [path]}
     else:
@@ -135,7 +135,7 @@ def find_in_folder(name, source, root, args):
     files, faults = {}, []
     for split, of_split in patterns.items():
         found = sorted(path for pattern in of_split for path in root.glob(pattern) if path.suffix.lower() in SUFFIXES)
-        parts = {int(number) for path in found for number in re.findall(r"-of-(\d+)\.", path.name)} or {1}
+        parts = {int(number) for path in found for number in re.findall(r"-of-(\d+)[-.]", path.name)} or {1}
         if found:
             files[split] = found
         elif split in needed:

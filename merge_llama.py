@@ -24,7 +24,7 @@ from pathlib import Path
 from shlex import quote
 
 from pipeline import machine, models
-from pipeline.files import load_rows, only_run_in, refuse_another, rows_of, sha256, whole_folder
+from pipeline.files import load_rows, only_run_in, read_json, refuse_another, rows_of, sha256, whole_folder
 from pipeline.merging import merged_folder
 from pipeline.script import command, fail, first_line, git_commit, out_of_memory, say, script, table, versions
 from pipeline.settings import parse_settings
@@ -182,6 +182,14 @@ def finish(args, base, run, report, fresh):
     (fresh / "merge.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
+def refuse_to_replace_others(target):
+    """Exit 2 where the folder to be replaced has files that no merge has put there."""
+    ours = {"merge.json", *(read_json(target / "merge.json").get("sha256") or ())}
+    others = sorted(path.name for path in target.glob("*") if path.name not in ours)
+    if others:
+        fail(f"{target} has files that are not of a merge ({', '.join(others[:3])}): move them away")
+
+
 @script
 def main(argv=None):
     args = parse_args(argv)
@@ -195,6 +203,7 @@ def main(argv=None):
         tensors.refuse_more_than_lora(folder)
         run = read_run(folder, base)
         say(f"merging {folder} into {base}")
+        refuse_to_replace_others(target)
         with whole_folder(target) as fresh:
             report = merge_and_check(args, base, run, fresh)
             finish(args, base, run, report, fresh)

@@ -108,7 +108,8 @@ def fail(message, in_any_process=False):
     if out_of_memory(error) and "memory" not in message:  # the caller took it for something else
         raise error
     if in_any_process or is_main():
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(f"error: {message}", file=sys.stderr, flush=True)
     else:  # a launcher ends all processes with the first that ends: let the main one speak before
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
         time.sleep(5)
@@ -143,6 +144,7 @@ def script(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        sys.stderr = sys.stderr or io.StringIO()  # closed
         for stream in (sys.stdout, sys.stderr):
             with suppress(AttributeError, ValueError):  # a stream that a test or a notebook put there
                 stream.reconfigure(errors="replace", line_buffering=True)  # a terminal that is not UTF-8

@@ -3,6 +3,7 @@
 Nothing is sent again that the server may still be working on. The key is OPENAI_API_KEY's, in no file or message.
 """
 
+import functools
 import os
 import re
 import threading
@@ -13,6 +14,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+import httpx2
 import openai
 
 from pipeline.script import fail, first_line, progress, say
@@ -124,11 +126,32 @@ def without_thoughts(text):
     return (text[ends[-1].end() :] if ends else ""), True
 
 
+class Until(httpx2.SyncByteStream):
+    """The pieces of an answer up to a time: httpx2's own limit is for each of them."""
+
+    def __init__(self, stream, end):
+        self.stream, self.end = stream, end
+
+    def __iter__(self):
+        for piece in self.stream:
+            if time.monotonic() > self.end:
+                raise httpx2.ReadTimeout("its answer comes in pieces, and too slowly")
+            yield piece
+
+    def close(self):
+        self.stream.close()
+
+
+def end_after(seconds, response):
+    response.stream = Until(response.stream, time.monotonic() + seconds)
+
+
 def open_client(name, url, key, limit):
     """The openai.OpenAI; exits 2, naming the variable, where the environment has what it cannot use."""
     try:
         # the client's own retries would also send again what timed out
-        client = openai.OpenAI(api_key=key or "none", base_url=url, timeout=limit, max_retries=0)
+        http = openai.DefaultHttpxClient(event_hooks={"response": [functools.partial(end_after, limit.read)]})
+        client = openai.OpenAI(api_key=key or "none", base_url=url, timeout=limit, max_retries=0, http_client=http)
         str(client.default_headers).encode("ascii")  # the only letters that can be sent
         return client
     except Exception as error:  # the libraries have a kind for each variable
@@ -272,9 +295,15 @@ class Server:
                 if failures_in_a_row > most or (not of_one and number <= sent_alone):
                     reason = f"{self.name} gives no answers ({self.why(error)})"
                     fail(f"{reason}; run again to go on from those that it gave")
+        except KeyboardInterrupt:
+            say("\nwaiting for the answers that are under way, to keep them; Ctrl-C again ends at once")
+            raise
         finally:
             self.stopping.set()
-            pool.shutdown(cancel_futures=True)
+            try:
+                pool.shutdown(cancel_futures=True)
+            except KeyboardInterrupt:
+                os._exit(130)  # what was kept is on the disk
             self.stopping.clear()
         return errors
 

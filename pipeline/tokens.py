@@ -126,11 +126,13 @@ def encode_chats(tokenizer, rows, shots=()):
         unanswered = [chat[:-1] for chat in chats]
         prompts = tokenizer.apply_chat_template(unanswered, add_generation_prompt=True, **options)
         wholes = tokenizer.apply_chat_template(chats, **options)
-        shown = tokenizer.apply_chat_template(chats[0], tokenize=False)
+        shown = tokenizer.apply_chat_template(chats, tokenize=False)
     except Exception as error:  # a template is a program
         raise ValueError(f"its chat template fails ({first_line(error)}): {PLAIN_PROMPTS}") from error
-    if not all(turn["content"].strip() in shown for turn in chats[0]):
-        raise ValueError(f"its chat template does not write the whole text it is given: {PLAIN_PROMPTS}")
+    for place, (chat, text) in enumerate(zip(chats, shown, strict=True)):  # some leave out what stands for thoughts
+        if not all(turn["content"].strip() in text for turn in chat):
+            row = f"the whole text of row {rows['id'][place]}"
+            raise ValueError(f"its chat template does not write {row}: {PLAIN_PROMPTS}")
     ends = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
     for prompt, whole in zip(prompts, wholes, strict=True):
         end = next((i + 1 for i in range(len(prompt), len(whole)) if whole[i] in ends), 0)

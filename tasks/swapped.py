@@ -54,7 +54,8 @@ def swap_row(row, template, answer, others):
             new_context = replace(context, names, other)
             prompt = template.format(context=new_context, question=question)
             changes = {"prompt": prompt, "completion": f" {other}", "swapped": other}
-            return "in another form" if holds(new_context, names) else row | changes
+            found = holds(new_context, [words]) and not holds(new_context, names)  # beside letters it may not be
+            return row | changes if found else "in another form"
     return "without another of their kind"
 
 

@@ -339,8 +339,22 @@ def test_a_template_that_drops_or_cuts_the_text_is_refused(template, tmp_path):
     tokenizer = load_tokenizer(str(chat_model(tmp_path / "model", "llama3")))
     tokenizer.chat_template = template
     row = {"id": ["x"], "prompt": ["Summarise this dialogue, please: A: hi. B: ho."], "completion": [" They greet."]}
-    with pytest.raises(ValueError, match="does not write the whole text"):
+    with pytest.raises(ValueError, match="does not write the whole text of row x"):
         encode(tokenizer, row)
+
+
+def test_a_template_that_drops_what_stands_for_thoughts_in_any_row_is_refused(tmp_path):
+    tokenizer = load_tokenizer(str(chat_model(tmp_path / "model", "llama3")))
+    assert "message['content']" in LLAMA3
+    tokenizer.chat_template = LLAMA3.replace("message['content']", "message['content'].split('</think>')[-1]")
+    plain, thought = (
+        {"prompt": "2 + 2?", "completion": " 4"},
+        {"prompt": "3 + 3?", "completion": " <think>2 x 3</think>6"},
+    )
+    rows = {"id": ["a", "b"], **{key: [plain[key]] * 2 for key in plain}}
+    encode(tokenizer, rows)
+    with pytest.raises(ValueError, match="does not write the whole text of row b"):
+        encode(tokenizer, rows | {key: [plain[key], thought[key]] for key in plain})
 
 
 def test_a_template_that_drops_the_examples_is_refused(tmp_path):

@@ -371,7 +371,7 @@ def test_a_system_may_have_any_name_that_is_not_a_key_of_the_report(tmp_path):
     assert run(tmp_path, "--predictions", *(f"{name}={path}" for name in names)).returncode == 0
     report = result(tmp_path / "outputs/evaluation.json")["trivia_qa"]
     assert report["ids"] == ["0"] and report["per_example"].keys() == report["files"].keys() == set(names)
-    assert report.keys() - set(names) == set(evaluations.RESERVED) - {"judge"}
+    assert report.keys() - set(names) == set(evaluations.RESERVED) - {"judge", "reference"}
 
 
 def test_any_number_of_systems_is_compared_with_the_first_row_by_row_whatever_their_order(tmp_path):
@@ -846,3 +846,19 @@ def test_answers_cut_off_or_empty_are_counted_for_each_system_and_many_of_them_n
     done = run(tmp_path, "--resamples", "50")
     assert "cut off" not in done.stdout and "empty" not in done.stdout
     assert "<th>cut off" not in (tmp_path / "outputs/evaluation.html").read_text()
+
+
+ODD = {
+    "a model that is a list": ({"settings": {"model": ["a"]}}, 0, ""),
+    "a text without a perplexity": ({"general_text": {"tuned": {"loss": 2}}}, 0, ""),
+    "a huge perplexity": ({"perplexity": {"tuned": {"perplexity": 10**400}}}, 2, "perplexity.tuned.perplexity"),
+    "huge tokens": ({"examples": [example(nll=1.0, tokens=10**400)]}, 2, "examples.0.tokens"),
+    "a huge loss": ({"examples": [example(nll=1e308, tokens=1)]}, 2, "examples.0.nll"),
+}
+
+
+@pytest.mark.parametrize("changes, code, words", ODD.values(), ids=ODD.keys())
+def test_odd_values_in_a_file_are_left_out_or_named(changes, code, words, tmp_path):
+    path = prediction_file(tmp_path / "odd.json", **changes)
+    done = run(tmp_path, "--predictions", path, "--resamples", "50")
+    assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -270,6 +270,11 @@ def test_a_rerun_asks_only_for_what_got_no_answer_and_an_interrupted_run_for_wha
     cache.write_text("\n".join(lines[:-2]) + "\n" + lines[-2][:30])  # cut off in the middle of a line
     third = judge(server.url)[2]["trivia_qa"]
     assert third["per_example"] == first["per_example"] and third["judge"]["cached"] == 11
+    entry = json.loads(lines[-3])
+    odd = [entry | change for change in ({"score": 5}, {"score": None}, {"score": "0.75"}, {"reason": 3})]
+    cache.write_text("\n".join([*lines[:-3], *map(json.dumps, odd), *lines[-2:]]))  # edited: asked again
+    assert judge(server.url)[2]["trivia_qa"]["judge"]["cached"] == 12
+    cache.write_text("\n".join(lines))
     server.script = points  # what could not be read was not kept as an answer
     fourth = judge(server.url)[2]["trivia_qa"]["judge"]
     assert fourth["requests"] == 1 and fourth["failed"]["base"] == 0

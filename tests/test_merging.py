@@ -64,11 +64,15 @@ def make_adapter(folder, base, trained_in_4bit=False, run=(), **options):
     (folder / "run.json").write_text(json.dumps(content))
 
 
+OLD = {"old": b"still here", "merge.json": b'{"sha256": {"old": "of no matter"}}'}
+
+
 @pytest.fixture
 def out(dataset, tmp_path):
     """An output dir with a data set, a sharded float32 copy of tiny_llama2 as base, and an old merged folder."""
     (tmp_path / "out" / "merged").mkdir(parents=True)
-    (tmp_path / "out" / "merged" / "old").write_text("still here")
+    for name, content in OLD.items():
+        (tmp_path / "out" / "merged" / name).write_bytes(content)
     (tmp_path / "out" / "dataset").symlink_to(dataset / "dataset")
     make_base(tmp_path / "base", "tiny_llama2", shard="300KB")
     return tmp_path / "out"
@@ -76,7 +80,7 @@ def out(dataset, tmp_path):
 
 def stands(out):
     """Whether the old merged folder is still there, alone."""
-    return snapshot(out / "merged") == {"old": b"still here"} and not (out / ".merged.new").exists()
+    return snapshot(out / "merged") == OLD and not (out / ".merged.new").exists()
 
 
 def tensors_of(folder):
@@ -754,7 +758,7 @@ def test_killed_at_any_moment_nothing_looks_finished_and_the_rerun_succeeds(out,
         process.start()
         process.join(60)
         assert process.exitcode == -signal.SIGKILL, moment
-        assert (out / ".merged.new").is_dir() and snapshot(out / "merged") == {"old": b"still here"}
+        assert (out / ".merged.new").is_dir() and snapshot(out / "merged") == OLD
         processes.append((out / ".merged.new" / "merge.json").exists())
     assert processes == [False] * 3 + [True]  # the last died before the folder got its name
     (out / "merged").rename(out / ".merged.old")  # killed between the two renames: a failing rerun brings it back
@@ -1110,3 +1114,13 @@ def test_scores_of_another_adapter_base_or_data_set_are_not_the_cards(out):
     for unknown in ({"trivia_qa": part}, {"trivia_qa": part | {"made_from": {"tuned": None}}}, {"trivia_qa": None}):
         (out / "evaluation.json").write_text(json.dumps(unknown))
         assert "Not measured" in card_of(out, "someone/model", run)
+
+
+def test_files_of_yours_in_merged_are_not_lost(out, tmp_path, capsys):
+    make_adapter(out / "adapter", tmp_path / "base")
+    (out / "merged" / "thesis.txt").write_text("mine")
+    assert merge(out) == 2 and "merged has files that are not of a merge (thesis.txt): move" in capsys.readouterr().err
+    (out / "merged" / "thesis.txt").rename(tmp_path / "thesis.txt")
+    assert merge(out) == 0 and merge(out) == 0
+    (out / "merged" / "tuned.gguf").write_text("made of it")
+    assert merge(out) == 2 and "(tuned.gguf)" in capsys.readouterr().err and (out / "merged/tuned.gguf").exists()

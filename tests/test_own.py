@@ -574,3 +574,27 @@ def test_rows_without_an_answer_are_not_drawn_for_a_split_of_their_own(seed, tmp
     assert result.returncode == 0, result.stderr
     counts = json.loads((tmp_path / "out/dataset_report.json").read_text())["tasks"]["own"]["counts"]
     assert counts["train"]["empty completion"] == 7 and counts["test"]["kept"] == counts["validation"]["kept"] == 2
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_shards_named_by_their_hash_are_a_whole_set_or_none(missing, tmp_path):
+    rows = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(40)]
+    (tmp_path / "rows" / "data").mkdir(parents=True)
+    for shard in range(1 if missing else 2):
+        path = tmp_path / "rows" / "data" / f"train-0000{shard}-of-00002-4c9f1b8b2d5ea.parquet"
+        pq.write_table(pa.Table.from_pylist(rows[shard::2]), path)
+    result = run("build_dataset.py", "--own", tmp_path / "rows", "--output-dir", tmp_path / "out")
+    if missing:
+        assert result.returncode == 2 and "1 files train.* where there should be 2" in result.stderr
+    else:
+        assert result.returncode == 0 and "32" in result.stdout, result.stderr
+
+
+def test_numbers_of_32_bits_have_the_digits_that_they_have_as_text(tmp_path):
+    values = [37.4, 0.1, float("nan"), *range(3, 20)]
+    columns = {"prompt": [f"How much is {i}?" for i in range(20)], "completion": pa.array(values, pa.float32())}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    rows = build(tmp_path, tmp_path / "rows.parquet")
+    found = {row["prompt"]: row["completion"] for split in rows.values() for row in split}
+    assert (found["How much is 0?"], found["How much is 1?"], found["How much is 3?"]) == (" 37.4", " 0.1", " 3")
+    assert "How much is 2?" not in found and len(found) == 19

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL, SOURCES, assert_refused, run
 
 import build_dataset
 import evaluations
@@ -266,3 +267,13 @@ def test_a_terminal_that_is_not_utf8_and_a_reader_that_goes_away():
     result = subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True)
     os.unlink(environment["FILE"])
     assert result.stdout == "line\ndone" and result.stderr == ""
+
+
+def test_a_closed_stderr_and_a_user_that_there_is_not_are_no_tracebacks(tmp_path):
+    command = f"{shlex.quote(sys.executable)} build_dataset.py {shlex.join([*SOURCES, *SMALL])} --num-proc 1 2>&-"
+    result = subprocess.run(
+        ["bash", "-c", f"{command} --output-dir {tmp_path}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0 and (tmp_path / "dataset").is_dir()
+    result = run("train_llama.py", "--model", "~nobody-of-this-name/llama", "--output-dir", tmp_path, "--dry-run")
+    assert_refused(result, "unknown model ~nobody-of-this-name/llama")

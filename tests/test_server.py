@@ -1,5 +1,6 @@
 """test_llama.py --server: what a server answers is written down as it came, once; what it reads otherwise is said."""
 
+import contextlib
 import json
 import math
 import re
@@ -41,6 +42,7 @@ class Fake(ThreadingHTTPServer):
         self.finish, self.fastapi = "stop", False
         self.reads, self.thoughts, self.front, self.silent = None, "", "", False
         self.last, self.odd, self.cut = lambda asked: "", {}, ()
+        self.written, self.drips = 5, lambda body: False
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -80,7 +82,7 @@ class Fake(ThreadingHTTPServer):
                     value = self.odd[json.dumps(ids)]
                     values[len(ids) - 1] = {str(ids[-1]): {"logprob": value}} if self.logprobs == "vllm" else value
         read = 1 if json.dumps(ids) in self.cut and limit(body) == 96 else min(len(ids), self.reads or len(ids))
-        usage = {"prompt_tokens": read, "completion_tokens": 5, "total_tokens": 0}
+        usage = {"prompt_tokens": read, "completion_tokens": self.written, "total_tokens": 0}
         return 200, {"choices": [choice], "usage": usage}
 
 
@@ -102,6 +104,13 @@ class Handler(BaseHTTPRequestHandler):
             fake.at_once -= 1
         if trouble == "close":
             self.connection.shutdown(socket.SHUT_RDWR)
+        elif fake.drips(body):  # a blank now and then, as some servers keep a connection open
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(80):
+                    self.wfile.write(b" ")
+                    time.sleep(0.1)
         elif trouble:
             self.reply(trouble[0], {"error": {"message": trouble[1]}}, *trouble[2:])
         else:
@@ -733,6 +742,24 @@ def test_after_a_time_out_fewer_go_at_once_and_the_row_is_not_sent_again(fake, a
     assert code == 1 and "1 requests got no answer (APITimeoutError" in output
     assert answers_asked(fake).count(stuck) == 1 and len(answers_asked(fake)) == ROWS
     assert fake.most == 2  # with the one that the server still works on
+
+
+def test_an_answer_that_comes_in_drops_is_given_up_after_the_time_out(fake, ask, rows, tmp_path):
+    stuck = [json.dumps(prompt) for i, (_, prompt, _) in rows.items() if i.startswith("samsum")][1]
+    fake.drips = lambda body: is_for_an_answer(body) and json.dumps(body["prompt"]) == stuck
+    started = time.time()
+    code, output = ask(fake.url, "--server-concurrency", 2, "--server-timeout", 0.5)
+    assert code == 1 and "1 requests got no answer (APITimeoutError" in output
+    assert time.time() - started < 7 and answers_asked(fake).count(stuck) == 1
+
+
+def test_an_answer_beyond_the_limit_is_cut_where_a_server_keeps_none(fake, ask, rows, tmp_path):
+    fake.last, fake.written = (lambda asked: " word" * 300), 300
+    assert ask(fake.url)[0] == 0
+    tokenizer = fake.tokenizer
+    for example in read(tmp_path, "samsum")["examples"]:
+        tokens = len(tokenizer(example["prediction"], add_special_tokens=False).input_ids)
+        assert example["hit_max_new_tokens"] and 90 <= tokens <= 96 and example["new_tokens"] == 300
 
 
 def test_no_more_examples_than_asked_for(fake, ask, rows, tmp_path):

@@ -66,6 +66,11 @@ SWAPS = {  # context, answer and aliases, the answer that is lent, what the cont
 }
 
 
+def test_a_word_that_would_stand_beside_letters_is_not_put_in():
+    rows, counts = swapped(row(1, "aกรุงเทพ", "กรุงเทพ"), *other("ünï"))
+    assert not rows and counts["in another form"] == 1
+
+
 @pytest.mark.parametrize(("context", "answers", "lent", "expected"), SWAPS.values(), ids=SWAPS.keys())
 def test_every_form_of_the_answer_is_swapped_as_whole_words_and_nothing_else(context, answers, lent, expected):
     rows, _ = swapped(row(1, context, *answers), *other(lent))

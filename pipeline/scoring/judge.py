@@ -54,7 +54,7 @@ def judge_messages(rows, i, prediction):
 
 def parse_judgement(text):
     """{"reason": str, "score": 0 to 1}, or None where `text` is not, fence or no fence, the JSON object asked for."""
-    text = re.sub(r"\A\s*```(?:json)?\n(.*)\n```\s*\Z", r"\1", text, flags=re.DOTALL)
+    text = re.sub(r"\A\s*```(?:json)?\r?\n(.*)\n```\s*\Z", r"\1", text, flags=re.DOTALL | re.IGNORECASE)
     try:
         pairs = json.loads(text, object_pairs_hook=tuple)  # a dict would hide a second score
         (reason, why), (score, points) = pairs
@@ -73,7 +73,9 @@ def read_cache(path):
         for line in lines:
             with suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
-                judgements[entry["hash"]] = {name: entry[name] for name in ("reason", "score")}
+                reason, points = HALF_A_CHARACTER.sub("\ufffd", entry["reason"]), 4 * entry["score"]
+                if points in range(5):  # else somebody edited it: it is asked again
+                    judgements[entry["hash"]] = {"reason": reason, "score": entry["score"]}
     return judgements
 
 

@@ -157,7 +157,8 @@ def page(report, tasks):
     return environment.get_template("evaluation.html.jinja").render(
         report=report,
         tasks=parts,
-        models=list(dict.fromkeys(public_name(made["model"]) for made in made_from if "model" in made)),
+        models=list(dict.fromkeys(str(public_name(made["model"])) for made in made_from if "model" in made)),
+        systems=list(dict.fromkeys(name for part in parts for name in part["systems"])),
         figures=drawn,
         labels={metric: label(metric) for part in parts for metric in (*part["metrics"], "judge")},
         lower_is_better=significance.LOWER_IS_BETTER,

@@ -17,7 +17,9 @@ SWAPPED = "swapped"  # column of test_llama.py --swap-answers, and the task that
 # Keys of evaluation.json beside a task's systems: no system's name
 RESERVED = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "seeds")
 RESERVED += ("equal_predictions", "rouge_note", "comparisons", "groups", "per_example", "judge")
-RESERVED += ("bits", "cut_off", "empty")
+RESERVED += ("bits", "cut_off", "empty", "reference")  # the last on the page
+NUMBER = Annotated[int | float, Field(ge=-1e15, le=1e15)]  # sums of which a float holds
+FIGURE = Annotated[int | float, Field(ge=-1e305, le=1e305)]
 ONE_OR_MORE = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 
 
@@ -31,9 +33,9 @@ class Example(BaseModel, strict=True):
     prompt: str | None = None
     answer_in_context: bool | None = None
     swapped: str | None = None  # what the context says in the place of the answer
-    nll: float | None = None
-    base_nll: float | None = None
-    tokens: int | None = None
+    nll: NUMBER | None = None
+    base_nll: NUMBER | None = None
+    tokens: Annotated[int, Field(ge=0, le=10**9)] | None = None
     new_tokens: int | None = None
     base_new_tokens: int | None = None
     hit_max_new_tokens: bool | None = None
@@ -46,8 +48,8 @@ class PredictionFile(BaseModel, strict=True):
 
     task: str
     examples: list[Example]
-    perplexity: dict[str, dict[str, int | float]] = {}
-    general_text: dict[str, dict[str, int | float]] = {}
+    perplexity: dict[str, dict[str, FIGURE]] = {}
+    general_text: dict[str, dict[str, FIGURE]] = {}
     left_out: list[str] = []  # ids of rows that its server was not asked for, or did not answer
     settings: Any = None
     merged_from: Any = None  # the adapter, by its hash, that was merged into its model
@@ -185,7 +187,7 @@ def systems_of(name, path, data, rows):
         side = "base" if prefix else "tuned"
         known = column(read, f"{prefix}nll") and min(column(read, "tokens") or [0]) > 0
         losses = [(getattr(example, f"{prefix}nll") or 0.0, example.tokens or 0) for example in examples]
-        perplexity = data.perplexity.get(side, {})
+        perplexity, general_text = data.perplexity.get(side, {}), data.general_text.get(side, {})
         cut_off = [getattr(example, f"{prefix}hit_max_new_tokens") for example in examples]
         predictions = column(examples, f"{prefix}prediction")
         systems[system] = System(
@@ -193,7 +195,7 @@ def systems_of(name, path, data, rows):
             predictions=predictions,
             losses=losses if known else None,
             perplexity=perplexity if "perplexity" in perplexity else None,
-            general_text=data.general_text.get(side),
+            general_text=general_text if "perplexity" in general_text else None,
             made_from=data.settings if isinstance(data.settings, dict) else None,
             too_long=len(examples) - len(read),
             new_tokens=[getattr(example, f"{prefix}new_tokens") for example in examples],

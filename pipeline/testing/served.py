@@ -131,7 +131,7 @@ class Tested(Server):
         if stop and not answer.text.strip():  # a line's end in front has stopped it: an answer may be behind
             answer = self.answer_to(row, options)
         text, cut_off = answer.text.strip(), answer.cut_off
-        if self.thought_tokens:  # an answer may not have their room
+        if self.thought_tokens or (answer.written or 0) > row["new"]:  # no room for them, or no limit was kept
             ends = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
             if len(ends) > row["new"]:
                 text, cut_off = text[: ends[row["new"] - 1][1]], True
