@@ -135,7 +135,7 @@ def find_in_folder(name, source, root, args):
     files, faults = {}, []
     for split, of_split in patterns.items():
         found = sorted(path for pattern in of_split for path in root.glob(pattern) if path.suffix.lower() in SUFFIXES)
-        parts = {int(number) for path in found for number in re.findall(r"-of-(\d+)[-.]", path.name)} or {1}
+        parts = {int(number) for path in found for number in re.findall(r"-\d+-of-(\d+)[-.]", path.name)} or {1}
         if found:
             files[split] = found
         elif split in needed:

@@ -5,7 +5,7 @@ compared with PEFT's merge. On validation rows, the outputs of the merged model 
 with its adapter: in float32 the two must agree; the cost of rounding to the stored type is reported, and is no reason
 to fail. The check needs 4 bytes per parameter, on the GPU or, without one, in RAM; with less memory it compares in 16
 bits. Only a merge that passes replaces OUTPUT_DIR/merged; one that fails is left in merged.unverified/, and its model
-card says so.
+card says so. A merged/ with other files than a merge writes is not replaced: move them away first.
 
 Reads:  OUTPUT_DIR/adapter/, its base model and the validation rows of OUTPUT_DIR/dataset/. For the model card also
         dataset_report.json and evaluation.json, if they belong to this adapter.
@@ -184,8 +184,9 @@ def finish(args, base, run, report, fresh):
 
 def refuse_to_replace_others(target):
     """Exit 2 where the folder to be replaced has files that no merge has put there."""
-    ours = {"merge.json", *(read_json(target / "merge.json").get("sha256") or ())}
-    others = sorted(path.name for path in target.glob("*") if path.name not in ours)
+    known = read_json(target / "merge.json").get("sha256")
+    ours = {"merge.json", *(known if isinstance(known, dict) else ())}
+    others = sorted(path.name for path in target.glob("[!.]*") if path.name not in ours)
     if others:
         fail(f"{target} has files that are not of a merge ({', '.join(others[:3])}): move them away")
 
@@ -201,9 +202,9 @@ def main(argv=None):
         from pipeline.merging import tensors
 
         tensors.refuse_more_than_lora(folder)
+        refuse_to_replace_others(target)
         run = read_run(folder, base)
         say(f"merging {folder} into {base}")
-        refuse_to_replace_others(target)
         with whole_folder(target) as fresh:
             report = merge_and_check(args, base, run, fresh)
             finish(args, base, run, report, fresh)

@@ -6,7 +6,6 @@ import re
 from contextlib import contextmanager
 
 import pyarrow
-import pyarrow.compute as pc
 from pyarrow.parquet import ParquetFile
 
 from pipeline.script import first_line
@@ -24,9 +23,11 @@ def read_rows(path, counts):
         if suffix == ".parquet":
             table = ParquetFile(path).read()
             for place, column in enumerate(table.columns):
-                if column.type in (pyarrow.float16(), pyarrow.float32()):  # Python's floats would have more digits
-                    numbers = pc.if_else(pc.is_nan(column), None, column)
-                    table = table.set_column(place, table.column_names[place], numbers.cast(pyarrow.string()))
+                if column.type in (pyarrow.float16(), pyarrow.float32()):  # Python's float has more digits than 37.4
+                    numbers = [None if number != number else float(str(number)) for number in column.to_numpy()]
+                    table = table.set_column(
+                        place, table.column_names[place], pyarrow.array(numbers, pyarrow.float64())
+                    )
             return table.rename_columns(told_apart(table.column_names)).to_pylist()
         with path.open(encoding="utf-8-sig", newline="") as file:
             return read_csv(file, counts) if suffix == ".csv" else read_json_rows(file.read())

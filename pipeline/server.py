@@ -296,7 +296,8 @@ class Server:
                     reason = f"{self.name} gives no answers ({self.why(error)})"
                     fail(f"{reason}; run again to go on from those that it gave")
         except KeyboardInterrupt:
-            say("\nwaiting for the answers that are under way, to keep them; Ctrl-C again ends at once")
+            if self.answered:  # the first request goes without the pool
+                say("\nwaiting for the answers that are under way, to keep them; Ctrl-C again ends at once")
             raise
         finally:
             self.stopping.set()

@@ -130,9 +130,10 @@ def encode_chats(tokenizer, rows, shots=()):
     except Exception as error:  # a template is a program
         raise ValueError(f"its chat template fails ({first_line(error)}): {PLAIN_PROMPTS}") from error
     for place, (chat, text) in enumerate(zip(chats, shown, strict=True)):  # some leave out what stands for thoughts
-        if not all(turn["content"].strip() in text for turn in chat):
-            row = f"the whole text of row {rows['id'][place]}"
-            raise ValueError(f"its chat template does not write {row}: {PLAIN_PROMPTS}")
+        dropped = [turn["content"].strip() not in text for turn in chat]
+        if any(dropped):
+            what = "a solved example" if any(dropped[:-2]) else f"row {rows['id'][place]}"
+            raise ValueError(f"its chat template does not write the whole text of {what}: {PLAIN_PROMPTS}")
     ends = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
     for prompt, whole in zip(prompts, wholes, strict=True):
         end = next((i + 1 for i in range(len(prompt), len(whole)) if whole[i] in ends), 0)

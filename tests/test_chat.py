@@ -362,7 +362,7 @@ def test_a_template_that_drops_the_examples_is_refused(tmp_path):
     tokenizer.chat_template = LLAMA3.replace("in messages", "in messages[-2:]")
     row = {"id": ["x"], "prompt": ["Name the capital of Peru."], "completion": [" Lima"]}
     encode(tokenizer, row)
-    with pytest.raises(ValueError, match="does not write the whole text"):
+    with pytest.raises(ValueError, match="does not write the whole text of a solved example"):
         encode(tokenizer, row, [("Name the capital of Cuba.", " Havana")])
 
 

@@ -371,7 +371,7 @@ def test_a_system_may_have_any_name_that_is_not_a_key_of_the_report(tmp_path):
     assert run(tmp_path, "--predictions", *(f"{name}={path}" for name in names)).returncode == 0
     report = result(tmp_path / "outputs/evaluation.json")["trivia_qa"]
     assert report["ids"] == ["0"] and report["per_example"].keys() == report["files"].keys() == set(names)
-    assert report.keys() - set(names) == set(evaluations.RESERVED) - {"judge", "reference"}
+    assert report.keys() - set(names) == set(evaluations.RESERVED) - {"judge"}
 
 
 def test_any_number_of_systems_is_compared_with_the_first_row_by_row_whatever_their_order(tmp_path):
@@ -853,6 +853,12 @@ ODD = {
     "a text without a perplexity": ({"general_text": {"tuned": {"loss": 2}}}, 0, ""),
     "a huge perplexity": ({"perplexity": {"tuned": {"perplexity": 10**400}}}, 2, "perplexity.tuned.perplexity"),
     "huge tokens": ({"examples": [example(nll=1.0, tokens=10**400)]}, 2, "examples.0.tokens"),
+    "a loss that is none": (
+        {"examples": [example(nll="x", tokens=1)]},
+        2,
+        "examples.0.nll: Input should be a valid number",
+    ),
+    "tokens unknown": ({"examples": [example(nll=1.0, tokens=-1)]}, 0, ""),
     "a huge loss": ({"examples": [example(nll=1e308, tokens=1)]}, 2, "examples.0.nll"),
 }
 

@@ -1122,5 +1122,12 @@ def test_files_of_yours_in_merged_are_not_lost(out, tmp_path, capsys):
     assert merge(out) == 2 and "merged has files that are not of a merge (thesis.txt): move" in capsys.readouterr().err
     (out / "merged" / "thesis.txt").rename(tmp_path / "thesis.txt")
     assert merge(out) == 0 and merge(out) == 0
+    (out / "merged" / ".DS_Store").write_text("nobody's")
+    (out / "merged" / "merge.json").write_text('{"sha256": 5}')
+    assert merge(out) == 2 and "files that are not of a merge (Modelfile, README.md" in capsys.readouterr().err
+    shutil.rmtree(out / "merged")
+    assert merge(out) == 0
+    (out / "merged" / ".DS_Store").write_text("nobody's")
+    assert merge(out) == 0
     (out / "merged" / "tuned.gguf").write_text("made of it")
     assert merge(out) == 2 and "(tuned.gguf)" in capsys.readouterr().err and (out / "merged/tuned.gguf").exists()

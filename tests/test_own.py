@@ -588,6 +588,11 @@ def test_shards_named_by_their_hash_are_a_whole_set_or_none(missing, tmp_path):
         assert result.returncode == 2 and "1 files train.* where there should be 2" in result.stderr
     else:
         assert result.returncode == 0 and "32" in result.stdout, result.stderr
+        path.with_name("train-best-of-100-rows.parquet").write_bytes(path.read_bytes())
+        for shard in path.parent.glob("*-of-00002-*"):
+            shard.unlink()
+        result = run("build_dataset.py", "--own", tmp_path / "rows", "--output-dir", tmp_path / "out")
+        assert result.returncode == 0, result.stderr
 
 
 def test_numbers_of_32_bits_have_the_digits_that_they_have_as_text(tmp_path):
@@ -596,5 +601,5 @@ def test_numbers_of_32_bits_have_the_digits_that_they_have_as_text(tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     rows = build(tmp_path, tmp_path / "rows.parquet")
     found = {row["prompt"]: row["completion"] for split in rows.values() for row in split}
-    assert (found["How much is 0?"], found["How much is 1?"], found["How much is 3?"]) == (" 37.4", " 0.1", " 3")
+    assert (found["How much is 0?"], found["How much is 1?"], found["How much is 3?"]) == (" 37.4", " 0.1", " 3.0")
     assert "How much is 2?" not in found and len(found) == 19

@@ -515,10 +515,9 @@ def test_no_path_of_this_machine_is_on_the_page(folder, tmp_path):
 
 def test_systems_called_by_numbers_keep_their_place(tmp_path):
     rows = [{"id": str(i), "references": ["a b"], "prediction": "a", "prompt": "p"} for i in range(3)]
-    for name in ("base", "7"):
-        content = {"task": "samsum", "examples": rows}
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    named = [f"{name}={tmp_path}/{name}.json" for name in ("base", "7")]
+    names = ("base", "7", "t@1", "t@0", "reference")
+    (tmp_path / "rows.json").write_text(json.dumps({"task": "samsum", "examples": rows}))
+    named = [f"{name}={tmp_path}/rows.json" for name in names]
     result = run("evaluations.py", "--predictions", *named, "--output-dir", tmp_path, "--resamples", "50")
     assert result.returncode == 0, result.stderr
-    assert 'const systems = ["base", "7"], first' in (tmp_path / "evaluation.html").read_text()
+    assert f"const systems = {json.dumps(names)}, first" in (tmp_path / "evaluation.html").read_text()

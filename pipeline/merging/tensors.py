@@ -20,7 +20,6 @@ FOLLOWED = (
     *("base_model_name_or_path", "peft_version", "task_type", "inference_mode", "auto_mapping"),
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
-    "revision",  # of the base, whose weights are compared by content
 )
 
 

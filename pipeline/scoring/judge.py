@@ -71,10 +71,10 @@ def read_cache(path):
     judgements = {}
     with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            with suppress(ValueError, KeyError, TypeError):
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
                 entry = json.loads(line)
                 reason, points = HALF_A_CHARACTER.sub("\ufffd", entry["reason"]), 4 * entry["score"]
-                if points in range(5):  # else somebody edited it: it is asked again
+                if points in range(5) and type(entry["score"]) is not bool:  # else it was edited: it is asked again
                     judgements[entry["hash"]] = {"reason": reason, "score": entry["score"]}
     return judgements
 

@@ -158,7 +158,7 @@ def page(report, tasks):
         report=report,
         tasks=parts,
         models=list(dict.fromkeys(str(public_name(made["model"])) for made in made_from if "model" in made)),
-        systems=list(dict.fromkeys(name for part in parts for name in part["systems"])),
+        systems=list(dict.fromkeys(name for part in parts for name in part["data"]["predictions"])),
         figures=drawn,
         labels={metric: label(metric) for part in parts for metric in (*part["metrics"], "judge")},
         lower_is_better=significance.LOWER_IS_BETTER,
