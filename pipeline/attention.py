@@ -26,7 +26,7 @@ def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_
         # not x[0]: its backward fills a tensor with zeros for each, and the kernels after it copy that
         flat = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
         bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-        options = {"scale": scaling, "window_size": (-1, 0)} | fewer_keys(varlen_attn)
+        options = {"scale": scaling, "window_size": (-1, 0)} | gqa_option(varlen_attn)
         return varlen_attn(*flat, *bounds, **options)[None], None
     lengths = cu_seq_lens_q.diff().tolist()
     rows = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
@@ -36,8 +36,8 @@ def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_
 
 
 @functools.cache
-def fewer_keys(kernel):
-    """How varlen_attn is told of fewer heads of keys than of queries: torch 2.11 sees it by itself."""
+def gqa_option(kernel):
+    """The option of varlen_attn for fewer heads of keys than of queries; torch 2.11 has none, and allows it."""
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(kernel).parameters else {}
 
 

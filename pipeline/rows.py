@@ -28,7 +28,7 @@ def read_rows(path, counts):
                     table = table.set_column(
                         place, table.column_names[place], pyarrow.array(numbers, pyarrow.float64())
                     )
-            return table.rename_columns(told_apart(table.column_names)).to_pylist()
+            return table.rename_columns(distinct_names(table.column_names)).to_pylist()
         with path.open(encoding="utf-8-sig", newline="") as file:
             return read_csv(file, counts) if suffix == ".csv" else read_json_rows(file.read())
 
@@ -52,7 +52,7 @@ def read_csv(file, counts):
         raise BadData(f"the columns of {file.name} are separated by semicolons: save it with commas")
     if not names:
         raise BadData(f"{file.name} names no columns: it is empty, or its first line is blank")
-    reader.fieldnames = told_apart(names)
+    reader.fieldnames = distinct_names(names)
     for row in reader:
         if None in row or None in row.values():  # more cells than columns, or fewer
             counts["broken CSV line"] += 1
@@ -61,8 +61,8 @@ def read_csv(file, counts):
     return rows
 
 
-def told_apart(names):
-    """The names of columns; those that are there twice get a number, so that none is taken for the other."""
+def distinct_names(names):
+    """The names of columns; a name that occurs more than once gets a number behind it in each place."""
     numbered = []
     for place, name in enumerate(names):
         numbered.append(f"{name} ({names[:place].count(name) + 1})" if names.count(name) > 1 else name)

@@ -648,9 +648,9 @@ def test_predictions_of_rows_that_were_built_anew_are_scored_with_a_warning(tmp_
     state.parent.mkdir(parents=True)
     state.write_text(json.dumps({"_fingerprint": rows}))
     done = run(tmp_path, "--resamples", "50")
-    told, page = result(tmp_path / "outputs/evaluation.json"), (tmp_path / "outputs/evaluation.html").read_text()
+    report, page = result(tmp_path / "outputs/evaluation.json"), (tmp_path / "outputs/evaluation.html").read_text()
     expected = evaluations.OTHER_ROWS if rows != MADE_FROM["rows"] else None
-    assert done.returncode == 0 and told["other_rows"] == expected and told["other_adapter"] is None
+    assert done.returncode == 0 and report["other_rows"] == expected and report["other_adapter"] is None
     assert (f"warning: {evaluations.OTHER_ROWS}" in done.stdout) == bool(expected)
     assert (f"Note: {evaluations.OTHER_ROWS}." in page) == bool(expected)
     named = run(tmp_path, "--resamples", "50", "--predictions", tmp_path / "outputs/samsum_predictions.json")
