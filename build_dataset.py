@@ -189,7 +189,8 @@ def take_from_train(name, rows, args, counts):
     if not missing:
         return
     left = random.Random(args.seed).sample(rows["train"], len(rows["train"]))
-    left.sort(key=lambda row: isinstance(row.source, dict) and "" in row.source.values())  # those cannot be used
+    # rows with an empty text go last: they are of no use, and a split of nothing else would be empty
+    left.sort(key=lambda row: isinstance(row.source, dict) and "" in row.source.values())
     texts = [isinstance(row.source, dict) and row.source.get("context") for row in left]
     groups = [text or row.key or row.id for text, row in zip(texts, left, strict=True)]
     if len(set(groups)) <= len(missing):

@@ -178,11 +178,11 @@ def finish(args, base, run, report, fresh):
     card = merged_folder.model_card(args.output_dir, base, run, report, TASKS)
     (fresh / "README.md").write_text(card, encoding="utf-8")
     report["sha256"] = {path.name: sha256(path) for path in sorted(fresh.iterdir())}
-    report = json.loads(json.dumps(report), parse_constant=lambda name: None)  # JSON has no NaN, a failed check may
+    report = json.loads(json.dumps(report), parse_constant=lambda name: None)  # a failed check may have NaN, JSON none
     (fresh / "merge.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def refuse_to_replace_others(target):
+def refuse_foreign_files(target):
     """Exit 2 where the folder to be replaced has files that no merge has put there."""
     known = read_json(target / "merge.json").get("sha256")
     ours = {"merge.json", *(known if isinstance(known, dict) else ())}
@@ -202,7 +202,7 @@ def main(argv=None):
         from pipeline.merging import tensors
 
         tensors.refuse_more_than_lora(folder)
-        refuse_to_replace_others(target)
+        refuse_foreign_files(target)
         run = read_run(folder, base)
         say(f"merging {folder} into {base}")
         with whole_folder(target) as fresh:

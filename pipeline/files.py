@@ -78,7 +78,7 @@ def put_back(path):
     if old.exists() and not path.exists():
         old.rename(path)
     shutil.rmtree(old, ignore_errors=True)
-    if old.exists():  # again, else the rename fails, after the work
+    if old.exists():  # then the rename would fail, after the work
         fail(f"{old}, which was left by an earlier run, cannot be removed: remove it yourself")
     return old
 

@@ -162,7 +162,7 @@ def load_config(model):
             fail(f"{model} is quantised: take the 16-bit model it was made from")
         config = LlamaConfig(**{name: content[name] for name in names & content.keys()}, name_or_path=model)
         if config.rope_parameters["rope_type"] == "longrope":
-            reason = "its rope_type is longrope, so that tokens depend on the length of what is read beside them"
+            reason = "its rope_type is longrope, by which a row depends on the rows that are read with it"
             fail(f"cannot use {model} ({reason}): take another model")
         return config
     except Exception as error:

@@ -21,14 +21,7 @@ def read_rows(path, counts):
         raise BadData(f"{path} ends in {suffix or 'no suffix'}: give a file that ends in {', '.join(SUFFIXES)}")
     with readable(path):
         if suffix == ".parquet":
-            table = ParquetFile(path).read()
-            for place, column in enumerate(table.columns):
-                if column.type in (pyarrow.float16(), pyarrow.float32()):  # Python's float has more digits than 37.4
-                    numbers = [None if number != number else float(str(number)) for number in column.to_numpy()]
-                    table = table.set_column(
-                        place, table.column_names[place], pyarrow.array(numbers, pyarrow.float64())
-                    )
-            return table.rename_columns(distinct_names(table.column_names)).to_pylist()
+            return read_parquet(path)
         with path.open(encoding="utf-8-sig", newline="") as file:
             return read_csv(file, counts) if suffix == ".csv" else read_json_rows(file.read())
 
@@ -43,6 +36,16 @@ def readable(path):
         of_csv = ", has stray quotes or no commas between columns, is not in UTF-8"
         parts = {"csv": of_csv, "parquet": ""}.get(kind, ", is not in UTF-8")
         raise BadData(f"cannot read {path} ({first_line(error)}): it is cut off{parts}, or is no {kind}") from error
+
+
+def read_parquet(path):
+    table = ParquetFile(path).read()
+    for place, name in enumerate(table.column_names):
+        column = table.column(place)
+        if column.type in (pyarrow.float16(), pyarrow.float32()):  # 37.4 would be read as 37.400001525878906
+            numbers = [None if number != number else float(str(number)) for number in column.to_numpy()]
+            table = table.set_column(place, name, pyarrow.array(numbers, pyarrow.float64()))
+    return table.rename_columns(distinct_names(table.column_names)).to_pylist()
 
 
 def read_csv(file, counts):

@@ -126,8 +126,8 @@ def without_thoughts(text):
     return (text[ends[-1].end() :] if ends else ""), True
 
 
-class Until(httpx2.SyncByteStream):
-    """The pieces of an answer up to a time: httpx2's own limit is for each of them."""
+class TimedStream(httpx2.SyncByteStream):
+    """The bytes of an answer until the time `end`; httpx2's own time limit starts again with each piece of it."""
 
     def __init__(self, stream, end):
         self.stream, self.end = stream, end
@@ -135,22 +135,23 @@ class Until(httpx2.SyncByteStream):
     def __iter__(self):
         for piece in self.stream:
             if time.monotonic() > self.end:
-                raise httpx2.ReadTimeout("its answer comes in pieces, and too slowly")
+                raise httpx2.ReadTimeout("its answer arrives too slowly")
             yield piece
 
     def close(self):
         self.stream.close()
 
 
-def end_after(seconds, response):
-    response.stream = Until(response.stream, time.monotonic() + seconds)
+def limit_time(seconds, response):
+    """For httpx2, which calls it with each response before its bytes are read."""
+    response.stream = TimedStream(response.stream, time.monotonic() + seconds)
 
 
 def open_client(name, url, key, limit):
     """The openai.OpenAI; exits 2, naming the variable, where the environment has what it cannot use."""
     try:
         # the client's own retries would also send again what timed out
-        http = openai.DefaultHttpxClient(event_hooks={"response": [functools.partial(end_after, limit.read)]})
+        http = openai.DefaultHttpxClient(event_hooks={"response": [functools.partial(limit_time, limit.read)]})
         client = openai.OpenAI(api_key=key or "none", base_url=url, timeout=limit, max_retries=0, http_client=http)
         str(client.default_headers).encode("ascii")  # the only letters that can be sent
         return client

@@ -129,7 +129,9 @@ def encode_chats(tokenizer, rows, shots=()):
         shown = tokenizer.apply_chat_template(chats, tokenize=False)
     except Exception as error:  # a template is a program
         raise ValueError(f"its chat template fails ({first_line(error)}): {PLAIN_PROMPTS}") from error
-    for place, (chat, text) in enumerate(zip(chats, shown, strict=True)):  # some leave out what stands for thoughts
+    for place, (chat, text) in enumerate(
+        zip(chats, shown, strict=True)
+    ):  # some leave out what is between <think> and </think>
         dropped = [turn["content"].strip() not in text for turn in chat]
         if any(dropped):
             what = "a solved example" if any(dropped[:-2]) else f"row {rows['id'][place]}"

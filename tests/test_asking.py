@@ -128,7 +128,7 @@ def test_a_text_for_a_prompt_of_several_texts_is_asked_as_it_is_and_that_is_said
     run = json.loads((out / "adapter" / "run.json").read_text())
     run["tasks"] = {"own": {"prompt": "Text: {text}\nQ: {question}\nA:", "one_line": True}}
     (out / "adapter" / "run.json").write_text(json.dumps(run))
-    said = "own: the text is asked as it is, because a prompt has several texts: question, text\n"
+    said = "own: the text is asked as it is, because its prompt is made of several texts: question, text\n"
     assert said in ask("Text: a\nQ: b\nA:")[1]
     run["tasks"]["own"]["prompt"] = "Q: {question}\nA:"
     (out / "adapter" / "run.json").write_text(json.dumps(run))
@@ -141,7 +141,7 @@ def test_a_merge_of_the_adapter_before_gets_a_warning(ask, out):
     for noted, warned in ((digest, False), ("f" * 64, True)):
         (merged / "merge.json").write_text(json.dumps({"adapter_sha256": noted}))
         code, printed, _ = ask(DIALOGUE, "--model", merged, "--task", "samsum")
-        assert code == 0 and ("was merged from another adapter than is there now" in printed) == warned
+        assert code == 0 and ("was merged from another adapter than " in printed) == warned
 
 
 @ONE

@@ -1,6 +1,7 @@
 """Prediction files of test_llama.py or of any other system: read, checked once, and put side by side."""
 
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -265,7 +266,7 @@ def of_another_adapter(data, main_file, output_dir):
     """Whether a PredictionFile is of a model in OUTPUT_DIR into which another adapter was merged than is tested."""
     if not data.merged_from or not isinstance(data.settings, dict) or not isinstance(main_file.settings, dict):
         return False
-    beside = Path(str(data.settings.get("model"))).parent == Path(output_dir).absolute()
+    beside = Path(str(data.settings.get("model"))).parent == Path(os.path.abspath(output_dir))
     return beside and main_file.settings.get("adapter") not in (None, "none", data.merged_from)
 
 

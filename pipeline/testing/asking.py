@@ -65,7 +65,8 @@ def prompt_to_ask(args, tasks, adapter):
             raise ValueError("it has no place for a text")
         prompt = tasks[task].asked(text, page, template)
         if len(fields) > 1 and prompt == clean_lines(text):
-            say(f"{task}: the text is asked as it is, because a prompt has several texts: {', '.join(sorted(fields))}")
+            texts = ", ".join(sorted(fields))
+            say(f"{task}: the text is asked as it is, because its prompt is made of several texts: {texts}")
         return task, prompt, built[task]["one_line"]
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         reason = f"cannot use the prompt of {task} that {adapter}/run.json or the data set names"

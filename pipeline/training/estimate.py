@@ -277,7 +277,8 @@ def settle(shape, packed, args, before=None):
         args.activation_checkpointing = before if before in fitting else [*fitting, ways[-1]][0]
         if before in ways and before != args.activation_checkpointing:
             change = f"--activation-checkpointing {args.activation_checkpointing} now, {before} before"
-            say(f"warning: there is less memory than before the interruption ({change}): the last digits may differ")
+            reason = "there is less memory than before the interruption"
+            say(f"warning: {reason} ({change}): the last digits of the adapter may differ")
     if not args.per_device_train_batch_size:
         args.per_device_train_batch_size = rows_of_a_pass(shape, packed, args, args.activation_checkpointing)
         args.gradient_accumulation_steps //= args.per_device_train_batch_size  # as many tokens to a step as before
