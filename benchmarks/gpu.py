@@ -37,6 +37,7 @@ import subprocess
 import sys
 import time
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 
 from peers import FOLDER, MODEL, RESULTS, ROOT, machine, table, timed, write_alpaca
@@ -52,6 +53,7 @@ CARD = 24e9  # bytes of a smaller GPU
 TINY_CARD = 1.73e9  # in which the tiny shape trains a row of some hundred tokens on a CPU, libraries included
 LABELLED = 0.08  # of the longest row's tokens
 PEER_SECONDS = 150  # after which a peer is given up
+FAILURES = (Exception, SystemExit)  # the scripts' own sentences end in the latter
 BUILD = ("--max-context-words", 300, "--test-examples-per-task", 24, "--validation-examples-per-task", 8)
 TINY = ["--model", MODEL, "--learning-rate", 4e-3, "--max-length", 1024, "--gradient-accumulation-steps", 1]
 TINY += ["--max-steps", 40, "--eval-steps", 20, "--save-steps", 10]
@@ -122,8 +124,9 @@ class Bench:
     def run(self, name, command):
         """Seconds of a command that sees the GPU; its output goes to a file; raises where it fails."""
         command, log, started = list(map(str, command)), self.folder / f"{name}.txt", time.time()
+        limit = max(60, self.ends + 120 - started)
         with log.open("w") as file:
-            status = subprocess.run(command, stdout=file, stderr=file, cwd=ROOT).returncode
+            status = subprocess.run(command, stdout=file, stderr=file, cwd=ROOT, timeout=limit).returncode
         if status:
             raise RuntimeError(f"exit code {status} of {' '.join(command)}: {log.read_text()[-1500:]}")
         return time.time() - started, log.read_text()
@@ -254,7 +257,7 @@ def borrowed(model):
             vars(module).update(own.get(module, {}))
         vars(model).pop("_loss_function", None)
         vars(model).pop("peft_config", None)
-        model.disable_input_require_grads()
+        model.get_input_embeddings()._forward_hooks.clear()  # of enable_input_require_grads, which TRL calls twice
         model.gradient_checkpointing_disable()
 
 
@@ -327,7 +330,7 @@ def layers(bench):
                         found, gradient = one_pass(bench, model, fused, settings)
                     truth = gradient if truth is None else truth
                     found["gradient_beside_not_fused"] = apart(gradient, truth)
-                except Exception as error:
+                except FAILURES as error:
                     found = failed(error)
                 bench.note("layers", **{name: found})
 
@@ -345,7 +348,7 @@ def one_pass(bench, model, fused, settings):
         trainer.model.activation_checkpointing_enable({"use_reentrant": False})
     step, size = pass_of(trainer)
     step()
-    gradient = torch.cat([parameter.grad.flatten().double() for parameter in trained])
+    gradient = torch.cat([parameter.grad.flatten().double().cpu() for parameter in trained])
     if bench.cuda:
         torch.cuda.reset_peak_memory_stats()
     seconds, tokens = seconds_of(step, 8), size[0]
@@ -385,7 +388,7 @@ def pieces(bench, model):
         for name, work in works.items():
             try:
                 found = {"milliseconds": seconds_of(work, 10) * 1e3}
-            except Exception as error:
+            except FAILURES as error:
                 found = failed(error)
             bench.note("layers", **{f"{name}, {tokens}": found})
 
@@ -424,7 +427,7 @@ def longest(bench):
                     trainer, args, shape, _ = trainer_of(bench, model, packed, **settings)
                     found = measured(trainer, Speed())
                     found["estimate_gb"] = sum(estimated(trainer, args, shape).values()) / 1e9
-            except Exception as error:
+            except FAILURES as error:
                 found = failed(error)
             seconds = round(time.time() - started, 1)
             bench.note("longest", **{f"{tokens} tokens": {"of_the_estimate": share, "seconds": seconds} | found})
@@ -462,7 +465,7 @@ def training(bench):
             continue
         try:
             found = trl_run(bench, model, TRL[name]) if name in TRL else own_run(bench, model, VARIANTS[name])
-        except Exception as error:
+        except FAILURES as error:
             found = failed(error)
         bench.note("training", **{name: found})
 
@@ -702,7 +705,9 @@ def commands(bench):
         speeds = re.findall(r"^(\w+): .* ([\d,]+) tokens in ([\d.]+) s", said, re.MULTILINE)
         found = {task: int(tokens.replace(",", "")) / max(float(took), 0.05) for task, tokens, took in speeds}
         peak = float(re.search(r"peak memory ([\d.]+) GB", said)[1])
-        bench.note("commands", **{f"test {name}": {"seconds": seconds, "tokens_per_second": found, "peak_gb": peak}})
+        found = {"seconds": seconds, "tokens_per_second": found, "peak_gb": peak}
+        captured = bench.cuda and "cannot be captured" not in said  # the step of decoder.py
+        bench.note("commands", **{f"test {name}": found | {"captured": captured}})
 
     test("tuned", "--no-compare-with-base")
     if not bench.late():
@@ -722,11 +727,14 @@ def peers(bench):
     write_alpaca(rows, tokenizer, data / "alpaca")
     script = ROOT / "benchmarks" / "peers" / "gpu_peer.py"
     for peer, ways in PEERS.items():
-        where = bench.packages.resolve() / peer
+        where = bench.packages.resolve() / peer / "site-packages"  # dill takes modules anywhere else for the user's
         more = {"PYTHONPATH": where, "UNSLOTH_DISABLE_STATISTICS": 1, "UNSLOTH_COMPILE_LOCATION": data / "compiled"}
-        for way in ways if where.is_dir() else ():
-            if bench.late():
-                return
+        for way in ways:
+            name = f"{peer}, {way}"
+            if bench.late() or not where.is_dir():
+                reason = "no time left" if bench.late() else "no packages"
+                bench.note("peers", **{name: bench.result.get("peers", {}).get(name, {"not_run": reason})})
+                continue
             command = [sys.executable, script, peer, way, bench.model(), data, STEPS, 2048, SCORED]
             log = bench.folder / f"peer_{peer}.txt"
             try:
@@ -736,9 +744,9 @@ def peers(bench):
                         cwd=bench.folder, stdout=subprocess.PIPE, stderr=file, timeout=PEER_SECONDS)  # fmt: skip
                 last = [line for line in done.stdout.splitlines() if line.startswith('{"tokens_per_second"')]
                 found = json.loads(last[-1]) if last else {"error": log.read_text()[-1500:]}
-            except Exception as error:  # among them that it takes too long
+            except FAILURES as error:  # among them that it takes too long
                 found = failed(error)
-            bench.note("peers", **{f"{peer}, {way}": found})
+            bench.note("peers", **{name: found})
 
 
 def main(argv=None):
@@ -746,9 +754,7 @@ def main(argv=None):
     parser.add_argument("--shape", choices=list(SHAPES), default="llama3-8B")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--only", nargs="*", help="of training: parts of the names of what to run")
-    parser.add_argument(
-        "--packages", type=Path, help="a folder with unsloth/ and llamafactory/, installed by --target"
-    )
+    parser.add_argument("--packages", type=Path, help="a folder with PEER/site-packages for unsloth and llamafactory")
     parser.add_argument("--folder", type=Path, default=FOLDER / "gpu", help="for models, data and logs")
     parser.add_argument("--results", type=Path, default=RESULTS / "gpu.json")
     parser.add_argument("--minutes", type=float, default=30, help="after which no further stage begins")
@@ -756,6 +762,15 @@ def main(argv=None):
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     args.folder.mkdir(parents=True, exist_ok=True)
+    pins = dict(re.findall(r"^(\w+)==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    for name in (
+        "transformers",
+        "trl",
+        "peft",
+        "bitsandbytes",
+    ):  # of torch another may do: it is told with the numbers
+        if version(name) != pins[name]:
+            sys.exit(f"error: {name} {version(name)} is installed, and requirements.txt asks for {pins[name]}")
     bench = Bench(args)
     if not bench.cuda and args.shape != "tiny":
         sys.exit("error: there is no GPU: give --shape tiny to see that every part works on the CPU")
@@ -772,7 +787,7 @@ def main(argv=None):
         free_memory()
         try:
             globals()[stage](bench)
-        except Exception as error:
+        except FAILURES as error:
             traceback.print_exc()
             bench.note(stage, error=f"{type(error).__name__}: {error}"[:2000])
         bench.note("stage_seconds", **{stage: round(time.time() - started, 1)})

@@ -11,7 +11,7 @@ from peers import RESULTS, ROOT
 
 HERE = ROOT / "benchmarks"
 NAMES = ("training", "training_real", "testing_real", "startup", "scaling", "joint", "scoring", "merging", "gpu")
-NAMES += ("real_model", "served", "gpu_peers", "significance", "layers")
+NAMES += ("gpu_before", "gpu_peers", "real_model", "served", "significance", "layers")
 
 
 def load(name):
@@ -67,6 +67,11 @@ def main():
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
     environment.filters["median"] = statistics.median
     environment.filters["thousands"] = "{:,.0f}".format
+    environment.filters["figure"] = lambda part, name, form: form.format(part[name]) if name in part else ""
+    faults = ("error", "not_run")
+    environment.filters["fault"] = lambda part: "".join(f": {part[key]:.60}" for key in faults if key in part).replace(
+        "\n", " "
+    )
     environment.globals["names"] = {"qlora": "QLoRA", "lora": "LoRA, 16 bit", "plain": "QLoRA, plain prompts"}
     environment.globals["score"] = lambda part: "{:.2f} [{:.2f}, {:.2f}]".format(part["score"], *part["interval"])
     environment.filters["beside"] = lambda part: "{:.1f} ({:+.1f} [{:+.1f}, {:+.1f}])".format(

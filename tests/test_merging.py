@@ -550,6 +550,7 @@ def test_what_is_more_than_lora_is_refused_by_name(out, tmp_path, capsys):
     make_adapter(out / "adapter", tmp_path / "base")
     path = out / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())
+    capsys.readouterr()  # what loading the base printed
     for name, value in REFUSED.items():
         path.write_text(json.dumps(config | {name: value}))
         assert merge(out) == 2
