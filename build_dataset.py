@@ -99,7 +99,7 @@ def find_files(name, args):
     source, revision = getattr(args, name), None
     if not source:
         fail(f"--tasks names {name}, but {flag_of(name)} is empty: give a file, a folder or a hub id with it")
-    path = Path(os.path.expanduser(source))  # also of a user that there is not
+    path = Path(source)
     if path.is_file():
         root, files = path.parent, {"train": [path]}
     else:
@@ -129,12 +129,12 @@ def find_in_folder(name, source, root, args):
         revision = root.name  # the hub's cache names a folder by its commit
         if not reached:
             place, remedy = f"the cache of {source}, and the hub could not be reached", network
-    elif not any(path for of_split in patterns.values() for pattern in of_split for path in root.glob(pattern)):
+    elif not any(in_folder(root, of_split) for of_split in patterns.values()):
         patterns, needed = tasks.own.FILES, tasks.own.NEEDED  # files of your own, named by split
         remedy = f"give a file, a folder with train.csv or .json and so on, or what --help says of {flag_of(name)}"
     files, faults = {}, []
     for split, of_split in patterns.items():
-        found = sorted(path for pattern in of_split for path in root.glob(pattern) if path.suffix.lower() in SUFFIXES)
+        found = in_folder(root, of_split)
         parts = {int(number) for path in found for number in re.findall(r"-\d+-of-(\d+)[-.]", path.name)} or {1}
         if found:
             files[split] = found
@@ -144,7 +144,13 @@ def find_in_folder(name, source, root, args):
             faults.append(f"{len(found)} files {of_split[0]} where there should be {max(parts)}")
     if faults:
         fail(f"{name}: {' and '.join(faults)} in {place}: {remedy}")
+    if not revision and (unread := set(in_folder(root, ["*"])).difference(*files.values())):
+        say(f"{name}: not read, for it is named after no split: {', '.join(sorted(path.name for path in unread)[:5])}")
     return root, revision, files
+
+
+def in_folder(root, patterns):
+    return sorted(path for pattern in patterns for path in root.glob(pattern) if path.suffix.lower() in SUFFIXES)
 
 
 def patterns_of(task, args):
@@ -317,12 +323,14 @@ def build_task(name, files, args):
             rates[split] = {args.context: found / max(1, len(usable) + counts[split]["answer not in context"])}
             counts[split] = {"available": len(drawn[split])} | counts[split]
             counts[split] |= {"usable but not needed": len(usable) - len(kept), "kept": len(kept)}
+            near = sum(n for reason, n in counts[split].items() if reason.startswith("nearly in"))
+            remedy = "split the file yourself, so that texts of one kind are in one split (docs/own_data.md)"
             if not kept:
                 reasons = ", ".join(f"{reason}: {n}" for reason, n in counts[split].items())
-                near = any(reason.startswith("nearly in") for reason in counts[split])
-                remedy = "split the file yourself, so that texts of one kind are in one split (docs/own_data.md)"
                 remedy = remedy if near else "check the source and the example counts"
                 fail(f"{name}: no usable row for {split} ({reasons}): {remedy}")
+            if 2 * near > counts[split]["drawn at random"]:
+                say(f"{name}: warning: {near:,} rows of {split} are dropped, much like rows of other splits: {remedy}")
             # Spares and rows that were not looked at stay test's own, too: a later test may take more rows.
             others[split] = NearTexts([*usable, *(row.key for row in rows)] if split == "test" else kept, form)
     looked_up = "{context}" in task.PROMPT and args.context != "none"

@@ -22,6 +22,7 @@ Writes: OUTPUT_DIR/evaluation.html and evaluation.json, which has every number o
 """
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -85,6 +86,7 @@ def read_all(args):
     for text in paths:
         named = None if Path(text).exists() else NAME.fullmatch(text)
         name, path = named.groups() if named else (None, text)
+        path = os.path.expanduser(path)
         if name and name.partition("@")[0] in RESERVED:
             fail(f"--predictions {text}: a system cannot be called {name}, choose another name")
         try:
@@ -200,6 +202,7 @@ def score_task(rows, args):
         "intervals": whole["intervals"],
         "seeds": whole["seeds"],
         "rouge_note": metrics.rouge_note(references) if set(metrics.ROUGES) & set(task.SCORES) else "",
+        "blanks_note": metrics.blanks_note(references) if "f1" in task.SCORES or "bleu" in task.SCORES else "",
         "comparisons": significance.compare(by_sums, tables, with_rows, whole["differences"], task.MAIN_SCORES, args),
         "groups": measure_groups(by_sums, tables, rows.column("answer_in_context") or [], args),
         "per_example": {},
@@ -262,19 +265,26 @@ def read_run(args, tasks):
     }
 
 
+def shown(systems):
+    """{system: its name as tables show it}: long ones lose their middle, unless two would be the same then."""
+    short = {name: name if len(name) <= 18 else f"{name[:8]}..{name[-8:]}" for name in systems}
+    return short if len(set(short.values())) == len(short) else {name: name for name in systems}
+
+
 def score_lines(task, result):
     """The table of a task's scores, main ones first: one other system is beside the first, several are below it."""
-    scores, (first, *others) = page.scores_of(result), result["intervals"]
-    several = len(others) > 1
-    head = ["", first[:7], "95 % interval"]
+    scores, (first, *others), names = page.scores_of(result), result["intervals"], shown(result["intervals"])
+    several = len(others) > 1 or max(map(len, result["intervals"])) > 7
+    head = ["", names[first], "95 % interval"]
     if others:
-        head = ["", first[:7], "" if several else others[0][:7], "diff.", "95 % interval", "p (Holm)"]
+        head = ["", first if len(first) <= 7 else "first", "" if several else others[0]]
+        head += ["diff.", "95 % interval", "p (Holm)"]
     lines = [head]
 
     def add(label, of_first, cells):
         if several:
             lines.append([label, *of_first])
-            lines.extend([f"  {other[:18]}", "", *cells[other]] for other in cells)
+            lines.extend([f"  {names[other]}", "", *cells[other]] for other in cells)
         else:
             lines.append([label, *of_first, *sum(cells.values(), [])])
 
@@ -293,33 +303,37 @@ def score_lines(task, result):
 
 def compared(task, result, metric, scores, other):
     """A system's score, its difference to the first system's, its interval, p after Holm."""
-    before, after = scores[next(iter(scores))][metric], scores[other][metric]
+    first = next(iter(scores))
+    before, after = scores[first][metric], scores[other][metric]
     test = result["comparisons"][other].get(metric, {})
     p = page.p_value(test["p_holm"]) if "p_holm" in test else "" if metric in task.MAIN_SCORES else "expl."
-    return [short(after), short(after - before, "+"), between(test.get("interval"), "+"), p]
+    counted = result["perplexity"] if metric == "perplexity" else {}
+    tokens = {counted[system].get("tokens") for system in (first, other) if system in counted} - {None}
+    difference = short(after - before, "+") if len(tokens) < 2 else ""  # over other tokens it means nothing
+    return [short(after), difference, between(test.get("interval"), "+"), p]
 
 
 def print_task(name, task, result):
     """The scores of one task, and what there is to say of them."""
-    first, *others = result["intervals"]
+    (first, *others), names = result["intervals"], shown(result["intervals"])
     main = (task.MAIN_SCORES[0], "perplexity")
-    say(f"\n{name} ({result['examples']:,} examples)")
+    say(f"\n{name} ({result['examples']:,} examples{f'; first: {first}' if others and len(first) > 7 else ''})")
     table(score_lines(task, result))
     for other in others:
         tests = result["comparisons"][other]
         least = {metric: tests.get(metric, {}).get("minimum_detectable") for metric in main}
         if visible := ", ".join(f"{short(value)} in {metric}" for metric, value in least.items() if value):
-            say(f"visible from: {visible}{f' (of {other[:16]})' if len(others) > 1 else ''}")
-    if bits := ", ".join(f"{system[:16]} {count}" for system, count in result["bits"].items() if count):
+            say(f"visible from: {visible}{f' (of {names[other]})' if len(others) > 1 else ''}")
+    if bits := ", ".join(f"{names[system]} {count}" for system, count in result["bits"].items() if count):
         say(f"bits of the weights: {bits}")
     for system, seeds in result["seeds"].items():
         values = {metric: [scores[metric] for scores in seeds.values() if metric in scores] for metric in main}
         ranges = [f"{metric} {short(min(of))} to {short(max(of))}" for metric, of in values.items() if of]
-        say(f"{len(seeds)} trainings of {system[:16]}: {', '.join(ranges)}")
+        say(f"{len(seeds)} trainings of {names[system]}: {', '.join(ranges)}")
     for one, other, count in result["equal_predictions"]:
-        say(f"equal predictions of {one[:16]} and {other[:16]}: {count:,} of {result['examples']:,}")
+        say(f"equal predictions of {names[one]} and {names[other]}: {count:,} of {result['examples']:,}")
     notes = [textwrap.fill(note, 80) for note in page.notes(name, task, result)]
-    for note in filter(None, (result["rouge_note"], getattr(task, "ABOUT", ""), *notes)):
+    for note in filter(None, (result["rouge_note"], result["blanks_note"], getattr(task, "ABOUT", ""), *notes)):
         say(note)
     judge = result.get("judge", {"scores": {}})
     for system, judged in judge["scores"].items():  # never the judge's alone

@@ -175,9 +175,9 @@ def choose_system(args):
 
 def warn_of_another_merge(args, base):
     """Warn where a model in OUTPUT_DIR was merged from another adapter than OUTPUT_DIR has now."""
-    weights = Path(os.path.abspath(args.output_dir), "adapter", "adapter_model.safetensors")
+    weights = Path(args.output_dir, "adapter", "adapter_model.safetensors")
     merged = read_json(Path(base, "merge.json")).get("adapter_sha256")
-    beside = weights.parents[1] == Path(base).parent and weights.is_file()
+    beside = Path(args.output_dir).resolve() == Path(base).parent.resolve() and weights.is_file()
     if merged and beside and merged != sha256(weights):
         now = Path(args.output_dir, "adapter")
         say(f"warning: {args.model} was merged from another adapter than {now} is now: run merge_llama.py again")

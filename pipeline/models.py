@@ -47,7 +47,7 @@ def quiet():
 def find_model(model):
     """The hub id, or the absolute path of the local folder, that `model` names; exits 2 where it can be neither."""
     model = MODELS.get(model, model)
-    folder = Path(os.path.expanduser(model))
+    folder = Path(model)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             fail(f"{model} has no config.json: give a folder laid out like a model's hub repository")

@@ -40,11 +40,14 @@ CUT_OFF = ("length", "maxtokens", "maxnewtokens", "maxlength", "maxoutputtokens"
 # What a model's thoughts begin with, and what they end with.
 THINK = r"(?:seed:)?(?:think|thinking|thoughts?|reasoning)\b"
 THOUGHTS = re.compile(
-    rf"\s*([<\[◁]{THINK}|<\|begin_of_thought\|>|<\|channel\|>analysis|<details type=.reasoning)", re.IGNORECASE
+    rf"\s*([<\[◁]{THINK}|<\|(begin_of_thought|start_thinking)\|>|<\|channel\|>analysis|<details type=.reasoning)",
+    re.IGNORECASE,
 )
 THOUGHTS_END = re.compile(
-    rf"[<\[◁]/{THINK}[>\]▷]|<\|end_of_thought\|>|<\|channel\|>final<\|message\|>|</details>", re.IGNORECASE
+    rf"[<\[◁]/{THINK}[>\]▷]|<\|end_(of_thought|thinking)\|>|<\|channel\|>final<\|message\|>|</details>", re.IGNORECASE
 )
+# What may be around the answer behind them.
+FRAME = re.compile(r"(?is)\s*<(?:answer|\|start_response\|)>(.*?)(?:<(?:/answer|\|end_response\|)>\s*)?")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 OF_CLIENT = (*PROXIES, "SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
 HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON can say it, UTF-8 cannot
@@ -123,7 +126,9 @@ def without_thoughts(text):
     if not THOUGHTS.match(text):
         return text, False
     ends = [*THOUGHTS_END.finditer(text)]
-    return (text[ends[-1].end() :] if ends else ""), True
+    answer = text[ends[-1].end() :] if ends else ""
+    framed = FRAME.fullmatch(answer)  # <answer>…</answer>
+    return (framed[1] if framed else answer), True
 
 
 class TimedStream(httpx2.SyncByteStream):

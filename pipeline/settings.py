@@ -4,6 +4,7 @@ import argparse
 import difflib
 import inspect
 import json
+import os
 import re
 import sys
 from itertools import pairwise
@@ -90,7 +91,7 @@ def checked(value, allowed):
     elif isinstance(value, str | None) and value in allowed:
         good = True
     elif str in allowed:
-        good, value = isinstance(value, str | int | Path), str(value)
+        good, value = isinstance(value, str | int | Path), os.path.expanduser(str(value))  # no shell does --flag=~/x
     else:
         number = float(value)
         value = int(number) if int in allowed and number.is_integer() else number

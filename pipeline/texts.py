@@ -100,10 +100,10 @@ def word_5_grams(key):
 
 
 def form_of(keys):
-    """The 5-grams that many of the texts have, more than 5 and than one in 20: a form, and not what they say."""
+    """The 5-grams that many of the texts have, more than 5 and than one in 100: a form, and not what they say."""
     keys = set(keys)
     texts = Counter(gram for key in keys for gram in word_5_grams(key))
-    return {gram for gram, count in texts.items() if count > max(5, len(keys) / 20)}
+    return {gram for gram, count in texts.items() if count > max(5, len(keys) / 100)}
 
 
 class NearTexts:

@@ -5,9 +5,10 @@ import unicodedata
 from pipeline.texts import BadData, clean_lines, normalize_or_keep, template_parts, text_of, texts_of
 
 LICENCE = "your own"
+NAMES = {"train": ["train"], "validation": ["validation", "valid", "val", "dev"], "test": ["test", "eval"]}
 FILES = {  # of a folder, and on the hub
-    split: [f"{folder}{split}{end}" for folder in ("", "data/") for end in (".*", "-*-of-*")]
-    for split in ("train", "validation", "test")
+    split: [f"{folder}{name}{end}" for folder in ("", "data/") for name in names for end in (".*", "-*-of-*")]
+    for split, names in NAMES.items()
 }
 NEEDED = ("train",)  # of FILES; the others are taken out of it
 READ_FIRST = ()  # columns of files too large to be read at once: the id, and what makes the key

@@ -98,7 +98,8 @@ def prepare(rows, settings):
         given = row["answers"] if "answers" in row else row["answer"]
         given = given["text"] if isinstance(given, dict) and "text" in given else given  # SQuAD's form
         answers = [text_of(answer, "an answer") for answer in (given if isinstance(given, list) else [given])]
-        yield texts | {"answer": {"value": next(filter(one_line, answers), ""), "aliases": answers}}
+        value = next(filter(one_line, answers), "")
+        yield texts | {"answer": value and {"value": value, "aliases": answers}}
 
 
 def key(row):

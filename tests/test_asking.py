@@ -137,10 +137,11 @@ def test_a_text_for_a_prompt_of_several_texts_is_asked_as_it_is_and_that_is_said
 
 def test_a_merge_of_the_adapter_before_gets_a_warning(ask, out):
     merged, adapter = shutil.copytree(FIXTURES / "tiny_llama3", out / "merged"), out / "adapter"
-    digest = sha256(adapter / "adapter_model.safetensors")
+    digest, link = sha256(adapter / "adapter_model.safetensors"), out.with_name("link")
+    link.symlink_to(out)  # the same folder by another name
     for noted, warned in ((digest, False), ("f" * 64, True)):
         (merged / "merge.json").write_text(json.dumps({"adapter_sha256": noted}))
-        code, printed, _ = ask(DIALOGUE, "--model", merged, "--task", "samsum")
+        code, printed, _ = ask(DIALOGUE, "--model", link / "merged", "--task", "samsum")
         assert code == 0 and ("was merged from another adapter than " in printed) == warned
 
 

@@ -122,6 +122,12 @@ MALFORMED = {
         "its rows of task samsum: examples.0.prediction: Field required",
     ),
     "a list of words": ('["a", "b"]', "not valid JSON"),
+    "a last line that is cut off": ('{"references": ["a"], "prediction": "a"}\n{"refer', "(line 2: "),
+    "a log-likelihood with its sign": (
+        {"examples": [example(nll=-20.0, tokens=10)]},
+        "examples.0.nll: Input should be",
+    ),
+    "a perplexity below 0": ({"perplexity": {"tuned": {"perplexity": -3}}}, "the number is below 0"),
     "no task": ({"task": None}, "task: Input should be 'samsum', 'trivia_qa' or 'own'"),
     "unknown task": ({"task": "squad"}, "task: Input should be 'samsum', 'trivia_qa' or 'own'"),
     "task is a list": ({"task": ["samsum"]}, "task: Input should be 'samsum', 'trivia_qa' or 'own'"),
@@ -661,7 +667,11 @@ def test_predictions_of_rows_that_were_built_anew_are_scored_with_a_warning(tmp_
 def test_a_merge_of_another_adapter_is_not_compared_with_this_one(tmp_path, merged_from):
     outputs = runs(tmp_path)
     row, settings = {"references": ["a b"], "prediction": "b"}, MADE_FROM | {"adapter": "none", "4_bit": False}
-    path, settings = outputs / "samsum_predictions_merged.json", settings | {"model": str(outputs / "merged")}
+    (tmp_path / "link").symlink_to(outputs)  # the same folder by another name
+    path, settings = (
+        outputs / "samsum_predictions_merged.json",
+        settings | {"model": str(tmp_path / "link" / "merged")},
+    )
     prediction_file(path, "samsum", examples=[row], settings=settings, merged_from=merged_from)
     elsewhere = {"examples": [row], "settings": settings | {"model": "/other/merged"}, "merged_from": "e" * 16}
     prediction_file(outputs / "samsum_predictions_theirs.json", "samsum", **elsewhere)  # tested on purpose
@@ -757,7 +767,8 @@ OTHER_LETTERS = {  # references of an example, whether ROUGE misses most of each
     "Hindi": (["पूर्व प्रधान"], True),
     "a number in Russian": (["Анна позвонит Тому в 10."], True),
     "no letters": (["…"], True),
-    "German": (["Über Öl"], False),
+    "German": (["Über Öl weiß Tom nichts, sagt er"], False),
+    "Vietnamese": (["Tiếng Việt thật dễ đọc và viết"], True),
     "English": (["Ann calls Tom."], False),
     "an alias in English": (["北京", "Beijing"], False),
 }
@@ -769,7 +780,7 @@ def test_page_and_terminal_say_where_rouge_misses_most_letters_and_the_scores_st
     texts = [references for references, _ in OTHER_LETTERS.values()]
     examples = [{"references": refs, "prediction": refs[0]} for refs in texts]
     done = run(tmp_path, "--predictions", prediction_file(tmp_path / "p.json", "samsum", examples=examples))
-    note = "ROUGE reads only a to z and 0 to 9: it misses most of the reference in 5 of 8 examples"
+    note = "ROUGE reads only a to z and 0 to 9: it misses or splits most words of the reference in 6 of 9 examples"
     assert f"\n{note}\n" in done.stdout and done.stderr == ""
     report = result(tmp_path / "outputs" / "evaluation.json")["samsum"]
     assert report["rouge_note"] == note and report["tuned"]["exact_match"] == 100
@@ -868,3 +879,45 @@ def test_odd_values_in_a_file_are_left_out_or_named(changes, code, words, tmp_pa
     path = prediction_file(tmp_path / "odd.json", **changes)
     done = run(tmp_path, "--predictions", path, "--resamples", "50")
     assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_log_likelihoods_count_where_the_file_states_another_perplexity(tmp_path):
+    rows = [example(id=str(i), nll=20.0, tokens=10) for i in range(4)]
+    path = prediction_file(tmp_path / "a.json", examples=rows, perplexity={"tuned": {"perplexity": 2.0, "tokens": 1}})
+    run(tmp_path, "--predictions", path, "--resamples", "20")
+    found = result(tmp_path / "outputs" / "evaluation.json")["trivia_qa"]["perplexity"]["tuned"]
+    assert found == {"perplexity": pytest.approx(math.exp(2)), "nll_sum": 80, "tokens": 40}
+
+
+def test_rows_of_own_that_end_like_trivia_qa_are_scored_as_own(tmp_path):
+    (tmp_path / "outputs" / "dataset").mkdir(parents=True)
+    built = {"prompt": "Question: {question}\nAnswer:", "one_line": False}
+    (tmp_path / "outputs" / "dataset" / "tasks.json").write_text(json.dumps({"own": built}))
+    rows = [example(prompt="Question: Where?\nAnswer:"), example(prompt=TASKS["trivia_qa"].PROMPT)]
+    for task, row in zip(("own", "trivia_qa"), rows, strict=True):
+        (tmp_path / "a.jsonl").write_text(json.dumps(row))
+        assert f"\n{task} (1 examples)" in run(tmp_path, "--predictions", "a.jsonl", "--resamples", "20").stdout
+
+
+def test_perplexities_over_other_tokens_have_no_difference_and_long_names_stay_apart(tmp_path):
+    names = ["llama-3.1-8b-of-all", "llama-3.1-8b-of-one"]
+    for name, tokens in zip(names, (10, 20), strict=True):
+        prediction_file(tmp_path / name, examples=[example(nll=20.0, tokens=tokens)])
+    done = run(tmp_path, "--resamples", "20", "--predictions", *(f"{name}={name}" for name in names))
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["perplexity", "7.39"] in rows and ["llama-3...b-of-one", "2.72"] in rows
+    assert f"; first: {names[0]})" in done.stdout
+    alike = [f"{'a' * 8}-{middle}-{'b' * 8}" for middle in ("one", "two")]
+    assert list(evaluations.shown(alike).values()) == alike
+
+
+def test_page_and_terminal_say_where_words_have_no_blanks_between_them(tmp_path):
+    texts = ["小明今天去了北京。", "Ann calls Tom.", "เขาไปตลาด", "Анна позвонит Тому."]
+    rows = [{"references": [text, text], "prediction": text} for text in texts]
+    done = run(tmp_path, "--predictions", prediction_file(tmp_path / "p.json", "samsum", examples=rows))
+    note = (
+        "F1, BLEU and the length ratio take what is between two blanks for a word: they show little in 2 of 4 examples"
+    )
+    assert f"\n{note}\n" in done.stdout
+    assert f"<p>{note}." in (tmp_path / "outputs" / "evaluation.html").read_text(encoding="utf-8")
+    assert not metrics.blanks_note([["Ann calls Tom."], ["小明", "Xiao Ming"]])

@@ -1,6 +1,8 @@
 """build_dataset.py --own: everybody's rows, in the layouts people have; single files for samsum and trivia_qa."""
 
 import json
+import os
+import random
 import re
 
 import pyarrow as pa
@@ -352,7 +354,8 @@ def test_bytes_that_are_no_utf8_are_one_sentence(tmp_path, capsys):
 
 @pytest.mark.parametrize("source", ["./rows", "~/no/rows", "/no/rows", "rows.csv", "a/rows.jsonl", "a/b/c"])
 def test_a_path_that_does_not_exist_is_no_such_file(source, tmp_path, capsys):
-    refused(capsys, f"own: cannot load {source} (no such file): give", "--own", source, "--output-dir", tmp_path)
+    named = os.path.expanduser(source)
+    refused(capsys, f"own: cannot load {named} (no such file): give", "--own", source, "--output-dir", tmp_path)
 
 
 def test_a_hub_id_a_folder_without_train_and_own_without_a_source_are_one_sentence(tmp_path, capsys):
@@ -603,3 +606,41 @@ def test_numbers_of_32_bits_have_the_digits_that_they_have_as_text(tmp_path):
     found = {row["prompt"]: row["completion"] for split in rows.values() for row in split}
     assert (found["How much is 0?"], found["How much is 1?"], found["How much is 3?"]) == (" 37.4", " 0.1", " 3.0")
     assert "How much is 2?" not in found and len(found) == 19
+
+
+def test_rows_under_one_of_many_long_instructions_are_not_the_same(tmp_path, capsys):
+    draw = random.Random(0)
+    instructions = [" ".join(draw.choices(NAMES, k=60)) for _ in range(30)]
+    rows = [{"prompt": f"{draw.choice(instructions)}\n\nWhere is {i}?", "completion": f"At {i}."} for i in range(900)]
+    splits = build(tmp_path, write_lines(tmp_path / "rows.jsonl", rows))
+    assert sum(map(len, splits.values())) == 900 and "warning" not in capsys.readouterr().out
+
+
+def test_where_most_rows_are_dropped_as_near_those_of_another_split_a_sentence_says_so(tmp_path, capsys):
+    text = "The first words of a long text that has one number which tells it from its likes, and no more than that: "
+    write_lines(tmp_path / "rows" / "test.jsonl", [{"prompt": f"{text}0", "completion": 1}])
+    write_lines(tmp_path / "rows" / "validation.jsonl", [{"prompt": "b", "completion": 1}])
+    train = [{"prompt": f"{text}{i}", "completion": 1} for i in range(1, 5)] + [{"prompt": "c", "completion": 1}]
+    build(tmp_path, write_lines(tmp_path / "rows" / "train.jsonl", train).parent)
+    said = capsys.readouterr().out
+    assert "own: warning: 4 rows of train are dropped, much like rows of other splits: split the file yourself" in said
+
+
+def test_a_split_may_be_called_as_datasets_knows_it_and_other_files_are_named(tmp_path, capsys):
+    for name, validation in (("valid", "a"), ("val", "b"), ("dev", "c")):
+        folder = tmp_path / name
+        for split, text in (("train", "d"), (name, validation), ("eval", "e"), ("Test", "f")):
+            write_lines(folder / f"{split}.jsonl", [{"prompt": text, "completion": 1}])
+        splits = build(folder, folder)
+        found = {split: [row["prompt"] for row in rows] for split, rows in splits.items()}
+        assert found == {"train": ["d"], "validation": [validation], "test": ["e"]}
+        assert "own: not read, for it is named after no split: Test.jsonl\n" in capsys.readouterr().out
+
+
+def test_rows_without_an_answer_are_not_all_that_a_split_gets(tmp_path):
+    answers = [{"text": [f"thing{i}"] if i % 3 == 0 else []} for i in range(30)]  # two thirds have none
+    rows = [{"question": f"What is {i}?", "context": f"{i} is thing{i}.", "answers": a} for i, a in enumerate(answers)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    for seed in range(6):
+        build_dataset.main(["--trivia-qa", str(path), "--seed", str(seed), "--output-dir", str(tmp_path / "out")])
+        assert sum(map(len, rows_of(tmp_path).values())) == 10

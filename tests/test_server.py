@@ -345,6 +345,10 @@ def test_an_option_is_unknown_where_the_refusal_says_so_of_the_option(body, unkn
      ("<|channel|>analysis<|message|>So.<|end|><|start|>assistant<|channel|>final<|message|>Paris", "Paris", ""),
      ([{"type": "reasoning", "text": "So."}, {"type": "text", "text": "Paris"}], "Paris", ""),
      ([{"type": "reasoning", "text": "So."}], "", "its answer has no text"),
+     ("<reasoning>So.</reasoning>\n<answer>Paris</answer>\n", "Paris", ""),
+     ("<think>So.</think><answer>Paris", "Paris", ""),
+     ("<|START_THINKING|>So.<|END_THINKING|><|START_RESPONSE|>Paris<|END_RESPONSE|>", "Paris", ""),
+     ("<answer>Paris</answer>", "<answer>Paris</answer>", ""), ("<think></think>a <answer>", "a <answer>", ""),
      ("<b>Paris</b>", "<b>Paris</b>", ""), ("I think Paris", "I think Paris", "")],
 )  # fmt: skip
 def test_thoughts_of_every_family_are_no_answer(content, text, problem):

@@ -100,6 +100,13 @@ def test_a_setting_edited_in_any_way_python_allows_is_meant_as_it_was(
         parse(module, "--help")
 
 
+def test_a_tilde_behind_a_flag_is_the_home_which_no_shell_writes_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    module = module_of(tmp_path / "edited.py", BLOCK.replace("SEED = 0", 'SEED = 0\nDIR = "~/a"'))
+    assert parse(module)["dir"] == "/home/me/a" and parse(module, "--dir=~/b")["dir"] == "/home/me/b"
+    assert parse(module, "--dir=a~/b")["dir"] == "a~/b"
+
+
 WRONG = ["LIMIT = 2.5", "LIMIT = True", "LIMIT = None", "LIMIT = 0  # 0 = none", 'LIMIT = "many"', 'FLAG = "False"']
 WRONG += [
     "RATE = [1]",

@@ -6,6 +6,7 @@ All run from 0 to 100. evaluations.py imports this when it has something to scor
 import re
 import sys
 import tempfile
+import unicodedata
 from collections import Counter
 from functools import cache, partial
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score import rouge_scorer, tokenize
 from sacrebleu.metrics import BLEU
 
-from pipeline.texts import holds
+from pipeline.texts import holds, words_of
 
 # evaluate's evaluators would import transformers, and torch with it; it allows for their absence.
 hidden = sys.modules.setdefault("transformers", None)
@@ -139,14 +140,22 @@ def rouge(predictions, references):
 
 
 def rouge_note(references):
-    """A sentence where rouge_score reads less than half of the letters and digits of references, else ""."""
+    """A sentence where rouge_score reads less than half of the words of references as they are, else ""."""
 
     def unread(reference):
-        return 2 * len(re.findall("[a-z0-9]", reference.lower())) < max(1, len(re.findall(r"[^\W_]", reference)))
+        words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", reference).lower())
+        return 2 * sum(map(str.isascii, words)) < max(1, len(words))
 
     missed = sum(all(map(unread, refs)) for refs in references)
-    note = "ROUGE reads only a to z and 0 to 9: it misses most of the reference in"
+    note = "ROUGE reads only a to z and 0 to 9: it misses or splits most words of the reference in"
     return f"{note} {missed:,} of {len(references):,} examples" if missed else ""
+
+
+def blanks_note(references):
+    """A sentence where most words of references have no blanks between them, else ""."""
+    unsplit = sum(all(len(words_of(ref).split()) > 2 * len(ref.split()) for ref in refs) for refs in references)
+    note = "F1, BLEU and the length ratio take what is between two blanks for a word: they show little in"
+    return f"{note} {unsplit:,} of {len(references):,} examples" if unsplit else ""
 
 
 def bleu(references, **options):

@@ -1,7 +1,7 @@
 """Prediction files of test_llama.py or of any other system: read, checked once, and put side by side."""
 
 import json
-import os
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,19 +20,19 @@ from pydantic import (
 )
 
 from pipeline.script import fail, say
-from pipeline.texts import BadData
+from pipeline.texts import BadData, fields_of
 
 SWAPPED = "swapped"  # column of test_llama.py --swap-answers, and the task that such rows are of
 # Keys of evaluation.json beside a task's systems: no system's name
 RESERVED = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "seeds")
 RESERVED += ("equal_predictions", "rouge_note", "comparisons", "groups", "per_example", "judge")
-RESERVED += ("bits", "cut_off", "empty")
-NUMBER = Annotated[float, Field(ge=-1e15, le=1e15)]  # sums of which a float holds
+RESERVED += ("bits", "cut_off", "empty", "blanks_note")
+NLL = Annotated[float, Field(ge=-1, le=1e15)]  # nats, but for rounding from 0 on; sums of which a float holds
 
 
 def check_figure(value):
-    if abs(value) > 1e305:
-        raise ValueError("the number is too large")
+    if not -1 <= value <= 1e305:
+        raise ValueError("the number is too large" if value > 0 else "the number is below 0")
     return value
 
 
@@ -50,8 +50,8 @@ class Example(BaseModel, strict=True):
     prompt: str | None = None
     answer_in_context: bool | None = None
     swapped: str | None = None  # what the context says in the place of the answer
-    nll: NUMBER | None = None
-    base_nll: NUMBER | None = None
+    nll: NLL | None = None
+    base_nll: NLL | None = None
     tokens: Annotated[int, Field(le=10**9)] | None = None
     new_tokens: int | None = None
     base_new_tokens: int | None = None
@@ -149,7 +149,8 @@ def read_values(raw, templates):
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":  # more than one value: one a line
             raise
-        rows = [json.loads(line) for line in raw.decode(json.detect_encoding(raw)).split("\n") if line.strip()]
+        lines = enumerate(raw.decode(json.detect_encoding(raw)).split("\n"), 1)
+        rows = [read_line(number, line) for number, line in lines if line.strip()]
     # Python's json reads NaN, 1e999 and half a character without a word: none may get into the scores.
     json.dumps(rows, ensure_ascii=False, allow_nan=False).encode()
     if not rows or not isinstance(rows, list):
@@ -161,13 +162,19 @@ def read_values(raw, templates):
     return [{"task": task, "examples": examples} for task, examples in tasks.items()]
 
 
+def read_line(number, line):
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
+
+
 def task_of(prompt, templates):
-    """The task whose template ends like the prompt, behind its last field; "none" where there is none."""
-    for task, template in templates.items():
-        end = template.rpartition("}")[2].rstrip()
-        if end and prompt.rstrip().endswith(end):
-            return task
-    return "none"
+    """The task whose template made the prompt, or else ends like it, behind its last field; "none" where none does."""
+    ends = {task: template.rpartition("}")[2].rstrip() for task, template in templates.items()}
+    alike = [task for task, end in ends.items() if end and prompt.rstrip().endswith(end)]
+    made = [task for task in alike if fields_of(templates[task], prompt)]
+    return next(iter(made or alike), "none")
 
 
 def read_file(path, templates):
@@ -205,6 +212,11 @@ def systems_of(name, path, data, rows):
         known = column(read, f"{prefix}nll") and min(column(read, "tokens") or [0]) > 0
         losses = [(getattr(example, f"{prefix}nll") or 0.0, example.tokens or 0) for example in examples]
         perplexity, general_text = data.perplexity.get(side, {}), data.general_text.get(side, {})
+        if known:
+            nll, tokens = map(sum, zip(*losses, strict=True))
+            computed = math.exp(min(nll / tokens, 700))
+            if not math.isclose(perplexity.get("perplexity", 0), computed, rel_tol=1e-3):  # what the file says
+                perplexity = {"perplexity": computed, "nll_sum": nll, "tokens": tokens}
         cut_off = [getattr(example, f"{prefix}hit_max_new_tokens") for example in examples]
         predictions = column(examples, f"{prefix}prediction")
         systems[system] = System(
@@ -266,7 +278,7 @@ def of_another_adapter(data, main_file, output_dir):
     """Whether a PredictionFile is of a model in OUTPUT_DIR into which another adapter was merged than is tested."""
     if not data.merged_from or not isinstance(data.settings, dict) or not isinstance(main_file.settings, dict):
         return False
-    beside = Path(str(data.settings.get("model"))).parent == Path(os.path.abspath(output_dir))
+    beside = Path(str(data.settings.get("model"))).parent.resolve() == Path(output_dir).resolve()
     return beside and main_file.settings.get("adapter") not in (None, "none", data.merged_from)
 
 
