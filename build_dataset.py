@@ -33,7 +33,7 @@ import huggingface_hub  # loads its parts where they are used
 import pyarrow
 
 import tasks
-from pipeline.files import only_run_in, put_back, sha256, whole_folder, write_whole
+from pipeline.files import hub_has_listed, only_run_in, put_back, sha256, whole_folder, write_whole
 from pipeline.rows import SUFFIXES, read_first, read_rows, render_places
 from pipeline.script import fail, git_commit, progress, say, script, table, versions, why_no_download
 from pipeline.settings import flag_of, parse_settings
@@ -121,7 +121,7 @@ def find_in_folder(name, source, root, args):
         wanted = [pattern for of_split in patterns.values() for pattern in of_split]
         try:
             root = Path(huggingface_hub.snapshot_download(source, repo_type="dataset", allow_patterns=wanted))
-            reached = Path(root, f"../../trees/{root.name}.json").exists()  # what the hub says that it has
+            reached = hub_has_listed(root)
         except huggingface_hub.errors.IncompleteSnapshotError as error:
             root, reached = Path(error.snapshot_path), False
         except Exception as error:  # a dozen kinds, from no network to a full disk

@@ -128,6 +128,7 @@ def answer(args):
 
     machine.own_gpu("test_llama.py")
     models.quiet()
+    refuse_another_base(args, base, folder, models.weights_identity(base))
     tokenizer = tokenizer_of(base, source, args.chat_template)
     model, adapter_off = decoding.load_system(base, folder, in_4bit, args.compare_with_base)
     rows = Dataset.from_list([{"id": "--ask", "prompt": prompt, "completion": " a"}])  # its completion is not shown
@@ -181,6 +182,15 @@ def warn_of_another_merge(args, base):
     if merged and beside and merged != sha256(weights):
         now = Path(args.output_dir, "adapter")
         say(f"warning: {args.model} was merged from another adapter than {now} is now: run merge_llama.py again")
+
+
+def refuse_another_base(args, base, folder, weights):
+    """Exit 2 where an adapter was trained on other weights than its base has now, unless --model asks for these."""
+    if folder and args.model == "auto":
+        trained_on = models.read_run(folder)["run"].get("weights", weights)  # an adapter from elsewhere names none
+        remedy = f"put back what {folder}/run.json names, or give --model {base} to test on this one all the same"
+        identity = {"model": base, "weights": weights}
+        refuse_another(f"{base}, the base of {folder},", identity | {"weights": trained_on}, identity, remedy)
 
 
 def read_general_text(args):
@@ -297,10 +307,7 @@ def test_undone(args, tasks, base, folder, in_4bit, tokenizer, rows, state):
     run = run_identity(args, base, folder, in_4bit, rows, tokenizer, text)
     if args.shots:
         run |= choose_shots(args.output_dir, tasks, args.shots, tokenizer)
-    if folder and args.model == "auto":  # an adapter from elsewhere names no weights
-        trained_on = models.read_run(folder)["run"].get("weights", run["weights"])
-        remedy = f"put back what {folder}/run.json names, or give --model {base} to test on this one all the same"
-        refuse_another(f"{base}, the base of {folder},", run | {"weights": trained_on}, run, remedy)
+    refuse_another_base(args, base, folder, run["weights"])
     built = read_json(Path(args.output_dir, "dataset", "train", "state.json")).get("_fingerprint")
     if folder and models.read_run(folder)["run"].get("train rows", built) != built:
         say(f"warning: {folder} was trained on another data set: it may have been trained on rows of this test")

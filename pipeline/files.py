@@ -45,6 +45,11 @@ def read_json(path):
     return value if isinstance(value, dict) else {}
 
 
+def hub_has_listed(snapshot):
+    """Whether the hub has said which files a folder of its cache should have; it says so whenever it is reached."""
+    return Path(snapshot, f"../../trees/{Path(snapshot).name}.json").exists()
+
+
 def sync(path):
     """Have a file on the disk before it counts; returns whether its mount knows how."""
     with path.open("rb") as file:

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 from pipeline import machine
-from pipeline.files import MANIFEST, digest, read_json, sha256
+from pipeline.files import MANIFEST, digest, hub_has_listed, read_json, sha256
 from pipeline.script import command, fail, first_line, out_of_memory, say, why_no_download
 
 MODELS = {
@@ -27,7 +27,10 @@ MODELS = {
     "llama3.2-1b": "meta-llama/Llama-3.2-1B",
     "llama3.2-3b": "meta-llama/Llama-3.2-3B",
 }
-SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "README.md")  # what is fetched of a hub repository first
+SMALL_FILES = ("*.json", "tokenizer*", "merges.txt", "*.jinja", "README.md")  # of a hub repository, fetched first
+# Adapters, as PEFT names them, that are not in the layers alone, or in layers of another kind.
+OTHER_ADAPTERS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "POLY", "XLORA")
+OTHER_ADAPTERS += ("ADALORA",)
 FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights, as safetensors calls them
 COMPUTED = "rotary_emb.inv_freq"  # in the files of early Llamas, and no longer read
 NO_NUMBERS = ("initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")  # settings that change no number
@@ -84,7 +87,7 @@ def try_to_fetch(model, weights):
         remedy = f"check the name, or run: {command('hf')} auth login"
         return None, f"there is no model {model} on the hub, or it is private: {remedy}"
     except Exception as error:  # a dozen kinds, from a hub that cannot be reached to a full disk
-        remedy = "check the name and the network, or give a local folder"
+        remedy = f"check the name, the network and your token ({command('hf')} auth login), or give a local folder"
         return None, f"cannot load {model} ({why_no_download(error)}): {remedy}"
 
 
@@ -101,7 +104,8 @@ def weight_files(model):
     shards, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     pickles = [*folder.glob("*.bin"), *folder.glob("*.pth")]
     if pickles and not shards[0].is_file() and not index.is_file():
-        fail(f"{model} has no model.safetensors, only {pickles[0].name}, a pickle: convert it to safetensors")
+        reason = f"{model} has no model.safetensors{incomplete(model)}, only {pickles[0].name}, a pickle"
+        fail(f"{reason}: convert it to safetensors")
     if index.is_file() and not shards[0].is_file():
         try:
             names = json.loads(index.read_text())["weight_map"].values()
@@ -110,8 +114,15 @@ def weight_files(model):
             fail(f"{model} has a broken {index.name} ({first_line(error)}): get it again")
     for path in shards:
         if not path.is_file():
-            fail(f"{model} has no {path.name}: get the missing file")
+            fail(f"{model} has no {path.name}{incomplete(model)}: get the missing file")
     return shards
+
+
+def incomplete(model):
+    """Words for a message where nobody could ask the hub which files a model should have; else ""."""
+    if Path(model).is_dir() or hub_has_listed(fetch(model, weights=False)):
+        return ""
+    return " (not all of its files may be in the hub's cache, and the hub was not asked or cannot be reached)"
 
 
 def tensors_in(path):
@@ -140,7 +151,8 @@ def load_failed(model, error):
     if out_of_memory(error):  # script() reports it
         raise error
     where = "in " if Path(model).is_dir() else ""
-    fail(f"cannot load the model {where}{model} ({first_line(error)}): a file of it is missing or broken")
+    reason = f"cannot load the model {where}{model} ({first_line(error)})"
+    fail(f"{reason}: a file of it is missing or broken{incomplete(model)}")
 
 
 def load_config(model):
@@ -247,6 +259,9 @@ def read_adapter(folder):
     base = settings.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         fail(f"cannot read {config}, or it names no base model: run train_llama.py again")
+    kind = "aLoRA" if settings.get("alora_invocation_tokens") else settings.get("peft_type")
+    if kind in (*OTHER_ADAPTERS, "aLoRA"):
+        fail(f"{folder} is an adapter of the type {kind}, which these scripts cannot use: they are for LoRA")
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         fail(f"no adapter_model.safetensors in {folder}: run train_llama.py again")
     alpha = read_run(folder)["settings"].get("lora_alpha")  # an adapter from elsewhere does not say

@@ -19,7 +19,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-MEMORY_ENDS = re.compile(r"(out of|not enough|allocate) memory|bad_alloc|map segment|start new thread", re.IGNORECASE)
+MEMORY_ENDS = r"(out of|not enough|allocate) memory|bad_alloc|map segment|start new thread|temporarily unavailable"
+MEMORY_ENDS = re.compile(MEMORY_ENDS, re.IGNORECASE)
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # torchrun's, and all are numbers
 LAUNCHER = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|(PMI|(OMPI|MV2)_COMM_WORLD)_(RANK|SIZE)")  # that accelerate reads
 SEVERAL = ("train_llama.py", "test_llama.py")  # scripts that may be several processes
@@ -28,6 +29,7 @@ SEVERAL = ("train_llama.py", "test_llama.py")  # scripts that may be several pro
 def settle_environment(script):
     """Make sound what libraries read of the shell; exits 2 where that names processes that no launcher started."""
     os.environ["MPLBACKEND"] = "agg"  # no window; a notebook's shell names a backend that is not installed here
+    os.environ.pop("LOGLEVEL", None)  # common, and torch knows no other level than those in capitals
     found = {name: value for name, value in os.environ.items() if LAUNCHER.fullmatch(name)}
     sizes = [name for name, value in found.items() if "SIZE" in name and value.strip() not in ("", "-1", "1")]
     try:  # whether all is there that torchrun and its like set, and makes sense
@@ -117,7 +119,9 @@ def fail(message, in_any_process=False):
 
 
 def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """An exception's first line; a heading, which ends in a colon, goes with the line below it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 1 + lines[0].endswith(":")])[:200]
 
 
 def why_no_download(error):
@@ -125,9 +129,15 @@ def why_no_download(error):
     from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    cause = error.__cause__ or error
+    reason, response = first_line(cause), getattr(cause, "response", None)
+    if response is not None:
+        said = response.headers.get("X-Error-Message", reason)
+        reason = f"the hub answers {response.status_code}, {said.rstrip('.')}"
     if not isinstance(error, LocalEntryNotFoundError):
-        return first_line(error)
-    reason = f"the hub cannot be reached: {first_line(error.__cause__ or error)}"
+        return reason
+    if response is None:
+        reason = f"the hub cannot be reached: {reason}"
     if constants.HF_HUB_OFFLINE:
         reason = "the variable HF_HUB_OFFLINE is set, so the hub is not asked"
     return f"{reason}; and not all of its files are in the hub's cache"
@@ -135,7 +145,8 @@ def why_no_download(error):
 
 def out_of_memory(error):
     """Whether an exception says that memory has ended, a GPU's or the host's: most libraries have no class for it."""
-    local = isinstance(error, RuntimeError | ImportError | OSError) or type(error).__name__ == "SafetensorError"
+    of_rust = type(error).__name__ in ("SafetensorError", "PanicException")
+    local = isinstance(error, RuntimeError | ImportError | OSError) or of_rust
     return isinstance(error, MemoryError) or (local and bool(MEMORY_ENDS.search(str(error))))  # no server's memory
 
 
@@ -155,7 +166,7 @@ def script(main):
             kept = "older results and what this run has saved are kept"
             print(f"\ninterrupted: {kept}; give the same command again", file=sys.stderr)
             raise SystemExit(130) from None
-        except Exception as error:
+        except BaseException as error:  # a PanicException of Rust is no Exception
             if out_of_memory(error):
                 whose, remedy = "machine", "raise its limit (ulimit -v, a container's), or take a smaller model"
                 if "CUDA" in str(error):

@@ -38,6 +38,8 @@ def load_tokenizer(model, chat_template="auto"):
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer("a").input_ids[:2].count(tokenizer.bos_token_id) > 1:
         fail(f"the tokenizer of {model} puts BOS in front twice: mend its post_processor in tokenizer.json")
+    if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
+        fail(f"the tokenizer of {model} puts EOS behind every text: mend its post_processor in tokenizer.json")
     template = None
     if tokenizer.chat_template and chat_template != "off":
         with suppress(ValueError):  # of several none is the default one

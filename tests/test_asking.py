@@ -135,6 +135,16 @@ def test_a_text_for_a_prompt_of_several_texts_is_asked_as_it_is_and_that_is_said
     assert "as it is" not in ask("b")[1]
 
 
+@ONE
+def test_on_other_weights_than_the_adapters_nothing_is_answered_unless_they_are_asked_for(ask, out):
+    run = json.loads((out / "adapter" / "run.json").read_text())
+    run["run"]["weights"] = "f" * 16
+    (out / "adapter" / "run.json").write_text(json.dumps(run))
+    code, _, error = ask(DIALOGUE)
+    assert code == 2 and "the base's weights are others" in error
+    assert ask(DIALOGUE, "--model", FIXTURES / "tiny_llama3", "--adapter", out / "adapter")[0] == 0
+
+
 def test_a_merge_of_the_adapter_before_gets_a_warning(ask, out):
     merged, adapter = shutil.copytree(FIXTURES / "tiny_llama3", out / "merged"), out / "adapter"
     digest, link = sha256(adapter / "adapter_model.safetensors"), out.with_name("link")

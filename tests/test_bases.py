@@ -324,6 +324,31 @@ def test_a_hub_model_keeps_its_name(hub):
     assert load_tokenizer("own/tiny").eos_token == "<|end_of_text|>"
 
 
+def test_a_part_of_a_model_in_the_cache_is_told_from_a_model_that_lacks_a_file(hub, capsys):
+    snapshot = cached(hub, "1" * 40)
+    (snapshot / "model.safetensors").unlink()
+    words = "own/tiny has no model.safetensors"
+    for listed in (False, True):
+        if listed:
+            (hub / "models--own--tiny" / "trees").mkdir()
+            (hub / "models--own--tiny" / "trees" / f"{'1' * 40}.json").write_text("[]")
+        with pytest.raises(SystemExit, match="2"):
+            models.weight_files("own/tiny")
+        said = capsys.readouterr().err
+        assert (f"{words}: get" if listed else f"{words} (not all of its files may be in the hub's cache") in said
+
+
+def test_a_base_with_weights_that_are_no_numbers_is_named_before_the_first_step(dataset, tmp_path, capsys):
+    def broken(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+
+    shutil.copytree(dataset / "dataset", tmp_path / "out" / "dataset")
+    base = str(make_base(tmp_path / "base", broken))
+    with pytest.raises(SystemExit, match="2"):
+        train_llama.main(["--model", base, "--max-length", "512", "--output-dir", str(tmp_path / "out")])
+    assert "the loss is nan before the first step: the base has weights that are no numbers" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("safe", [True, False])
 def test_a_pickle_in_the_cache_is_refused_only_where_the_hub_has_nothing_else(safe, tmp_path, monkeypatch, capsys):
     shutil.copytree(TINY, tmp_path / "cache", ignore=shutil.ignore_patterns("*.safetensors"))

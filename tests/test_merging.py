@@ -971,8 +971,10 @@ def test_chat_template_tokenizer_model_and_the_bases_own_settings_are_kept(out, 
     base = tmp_path / "base"
     template = "{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
     path = base / "tokenizer_config.json"  # where older folders have it
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
-    (base / "tokenizer.model").write_bytes(b"pieces")
+    older = {"chat_template": template, "add_eos_token": True}  # which transformers 5 does not obey, and others do
+    path.write_text(json.dumps(json.loads(path.read_text()) | older))
+    for name in ("tokenizer.model", "vocab.json", "merges.txt"):
+        (base / name).write_bytes(b"pieces")
     (base / "pytorch_model.bin").write_bytes(b"a pickle")
     generation = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 77}
     generation |= {"min_p": 0.1, "early_stopping": True, "repetition_penalty": 1.3, "max_length": 77}
@@ -982,8 +984,9 @@ def test_chat_template_tokenizer_model_and_the_bases_own_settings_are_kept(out, 
     assert merge(out) == 0
     merged = out / "merged"
     assert (merged / "chat_template.jinja").read_text() == template
-    assert "chat_template" not in json.loads((merged / "tokenizer_config.json").read_text())
-    assert (merged / "tokenizer.model").read_bytes() == b"pieces" and not (merged / "pytorch_model.bin").exists()
+    assert not older.keys() & json.loads((merged / "tokenizer_config.json").read_text()).keys()
+    assert all((merged / name).read_bytes() == b"pieces" for name in ("tokenizer.model", "vocab.json", "merges.txt"))
+    assert not (merged / "pytorch_model.bin").exists()
     written = json.loads((merged / "config.json").read_text())
     assert "auto_map" not in written and written["rms_norm_eps"] == 1e-4
     assert written["dtype"] == written["torch_dtype"] == "float32"

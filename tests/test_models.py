@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, assert_refused, run, test
-from peft import PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
 from test_testing import column, peft_adapter, prompts_of, same_columns
 
 import test_llama as tester
@@ -76,6 +76,21 @@ def test_an_adapter_from_elsewhere_answers_as_peft_computes_it(kind, tmp_path):
             assert (expected - plain).abs().max() > 1
 
 
+OUTSIDE = [PromptTuningConfig(num_virtual_tokens=2), PrefixTuningConfig(num_virtual_tokens=2)]
+OUTSIDE += [AdaLoraConfig(total_step=9), LoraConfig(alora_invocation_tokens=[5, 6])]
+
+
+@pytest.mark.parametrize("config", OUTSIDE, ids=["prompt", "prefix", "adalora", "alora"])
+def test_an_adapter_that_is_not_in_the_layers_alone_is_refused_before_its_base_is_loaded(config, tmp_path, capsys):
+    config.base_model_name_or_path = "owner/name"
+    config.save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(SystemExit, match="2"):
+        models.read_adapter(tmp_path)
+    named = "aLoRA" if isinstance(config, LoraConfig) and config.peft_type == "LORA" else config.peft_type.value
+    assert f"an adapter of the type {named}, which these scripts cannot use" in capsys.readouterr().err
+
+
 TINY = ["--model", FIXTURES / "tiny_llama3"]
 
 
@@ -103,7 +118,10 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         code = "GatedRepo" if "/gated/" in self.path else "RepoNotFound"
         self.send_response(403 if code == "GatedRepo" else 401)
-        self.send_header("X-Error-Code", code)
+        if "/expired/" in self.path:
+            self.send_header("X-Error-Message", "Invalid credentials in Authorization header.")
+        else:
+            self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -117,7 +135,12 @@ GATED = "gated/401-model is gated: accept its licence at https://huggingface.co/
 TYPO = "there is no model nobody/gated-typo on the hub"
 
 
-@pytest.mark.parametrize("model, words", [("gated/401-model", GATED), ("nobody/gated-typo", TYPO)])
+EXPIRED = "the hub answers 401, Invalid credentials in Authorization header): check the name, the network and your"
+
+
+@pytest.mark.parametrize(
+    "model, words", [("gated/401-model", GATED), ("nobody/gated-typo", TYPO), ("expired/token", EXPIRED)]
+)
 def test_a_gated_model_and_a_missing_one_are_told_apart(model, words, tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()

@@ -19,7 +19,7 @@ import evaluations
 import merge_llama
 import test_llama
 from pipeline import models
-from pipeline.script import fail, is_main, progress, say, script, settle_environment
+from pipeline.script import fail, first_line, is_main, progress, say, script, settle_environment
 
 
 def test_where_nobody_watches_a_line_a_minute_takes_the_bars_place(monkeypatch, capsys):
@@ -277,3 +277,29 @@ def test_a_closed_stderr_and_a_user_that_there_is_not_are_no_tracebacks(tmp_path
     assert result.returncode == 0 and (tmp_path / "dataset").is_dir()
     result = run("train_llama.py", "--model", "~nobody-of-this-name/llama", "--output-dir", tmp_path, "--dry-run")
     assert_refused(result, "unknown model ~nobody-of-this-name/llama")
+
+
+class PanicException(BaseException):
+    """Of a library in Rust: no Exception."""
+
+
+def test_threads_that_a_library_in_rust_cannot_start_are_a_sentence(capsys):
+    @script
+    def main(argv=None):
+        raise PanicException('The global thread pool: WouldBlock, message: "Resource temporarily unavailable"')
+
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "the machine's memory is too small" in capsys.readouterr().err
+
+
+def test_a_level_of_logs_in_the_shell_is_not_for_torch(monkeypatch):
+    monkeypatch.setenv("LOGLEVEL", "info")
+    settle_environment("train_llama.py")
+    assert "LOGLEVEL" not in os.environ
+
+
+def test_of_an_error_the_line_below_a_heading_is_told_too():
+    assert first_line(ValueError("\nfield 'eps':\n    1e-5 is a text\nmore")) == "field 'eps': 1e-5 is a text"
+    assert first_line(ValueError("one\ntwo")) == "one" and first_line(ValueError("one:")) == "one:"
+    assert first_line(ValueError()) == "ValueError"

@@ -92,6 +92,20 @@ def test_no_token_is_added_and_a_pad_token_is_there(name):
     assert tokenizer.pad_token_id is not None
 
 
+def test_a_tokenizer_that_ends_every_text_is_refused(tmp_path, capsys):
+    base = shutil.copytree(FIXTURES / "tiny_llama3", tmp_path / "base")
+    content = json.loads((base / "tokenizer.json").read_text())
+    bos = next(part for part in content["post_processor"]["processors"] if part["type"] == "TemplateProcessing")
+    eos = next(token for token in content["added_tokens"] if token["content"] == "<|end_of_text|>")
+    name = eos["content"]
+    bos["single"].append({"SpecialToken": {"id": name, "type_id": 0}})
+    bos["special_tokens"][name] = {"id": name, "ids": [eos["id"]], "tokens": [name]}
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="2"):
+        load_tokenizer(str(base))
+    assert "puts EOS behind every text: mend its post_processor" in capsys.readouterr().err
+
+
 def test_a_tokenizer_without_bos_is_taken_as_it_is_and_two_are_refused(dataset, tmp_path):
     for name in ("none", "two"):
         shutil.copytree(FIXTURES / "tiny_llama3", tmp_path / name)

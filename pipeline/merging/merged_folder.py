@@ -10,7 +10,7 @@ from pipeline.files import read_json
 from pipeline.tokens import encode, end_tokens
 
 INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
 
 def write_small_files(base, model, tokenizer, target, dtype, size):
@@ -26,8 +26,10 @@ def write_small_files(base, model, tokenizer, target, dtype, size):
     if tokenizer.chat_template:
         (target / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     config = read_json(target / "tokenizer_config.json")
-    if config.pop("chat_template", None):  # where older folders have it
-        (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # older folders have the template there; llama.cpp would put EOS behind a prompt, which no row of training had
+    kept = {name: value for name, value in config.items() if name not in ("chat_template", "add_eos_token")}
+    if kept != config:
+        (target / "tokenizer_config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     if not (target / "model.safetensors").exists():  # beside it an index is a leftover of other weights
         index = read_json(source / INDEX)
         index["metadata"] = {"total_size": size}

@@ -155,7 +155,11 @@ class QLoRATrainer(SFTTrainer):
             began = time.time()
             inputs = self._prepare_inputs(self.data_collator([self.train_dataset[row] for row in batch]))
             with torch.random.fork_rng(own), self.compute_loss_context_manager():
-                self.accelerator.backward(self.compute_loss(self.model_wrapped, inputs))
+                loss = self.compute_loss(self.model_wrapped, inputs)
+                self.accelerator.backward(loss)
+            if not torch.isfinite(loss):
+                reason = f"the loss is {loss.item()} before the first step"
+                fail(f"{reason}: the base has weights that are no numbers, or too large: get it again", True)
             self.model_wrapped.zero_grad()
             seconds.append(time.time() - began)
         self.tokens = 0  # these do not count
