@@ -87,7 +87,7 @@ def try_to_fetch(model, weights):
         remedy = f"check the name, or run: {command('hf')} auth login"
         return None, f"there is no model {model} on the hub, or it is private: {remedy}"
     except Exception as error:  # a dozen kinds, from a hub that cannot be reached to a full disk
-        remedy = f"check the name, the network and your token ({command('hf')} auth login), or give a local folder"
+        remedy = "check the name and the network, or give a local folder"
         return None, f"cannot load {model} ({why_no_download(error)}): {remedy}"
 
 

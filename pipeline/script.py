@@ -132,8 +132,10 @@ def why_no_download(error):
     cause = error.__cause__ or error
     reason, response = first_line(cause), getattr(cause, "response", None)
     if response is not None:
-        said = response.headers.get("X-Error-Message", reason)
-        reason = f"the hub answers {response.status_code}, {said.rstrip('.')}"
+        said = response.headers.get("X-Error-Message", reason).rstrip(".")
+        if response.status_code in (401, 403):
+            said += f", for which see to your token ({command('hf')} auth login)"
+        reason = f"the hub answers {response.status_code}, {said}"
     if not isinstance(error, LocalEntryNotFoundError):
         return reason
     if response is None:

@@ -135,7 +135,7 @@ GATED = "gated/401-model is gated: accept its licence at https://huggingface.co/
 TYPO = "there is no model nobody/gated-typo on the hub"
 
 
-EXPIRED = "the hub answers 401, Invalid credentials in Authorization header): check the name, the network and your"
+EXPIRED = "the hub answers 401, Invalid credentials in Authorization header, for which see to your token ("
 
 
 @pytest.mark.parametrize(
