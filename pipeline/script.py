@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-MEMORY_ENDS = r"(out of|not enough|allocate) memory|bad_alloc|map segment|start new thread|temporarily unavailable"
+MEMORY_ENDS = r"(out of|not enough|allocate) memory|bad_alloc|map segment|start new thread|global thread pool"
 MEMORY_ENDS = re.compile(MEMORY_ENDS, re.IGNORECASE)
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # torchrun's, and all are numbers
 LAUNCHER = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|(PMI|(OMPI|MV2)_COMM_WORLD)_(RANK|SIZE)")  # that accelerate reads
