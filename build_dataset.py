@@ -135,6 +135,9 @@ def find_in_folder(name, source, root, args):
     files, faults = {}, []
     for split, of_split in patterns.items():
         found = in_folder(root, of_split)
+        found = sorted(
+            path for path in found if first_word(path) == first_word(found[0])
+        )  # validation goes before dev
         parts = {int(number) for path in found for number in re.findall(r"-\d+-of-(\d+)[-.]", path.name)} or {1}
         if found:
             files[split] = found
@@ -144,13 +147,18 @@ def find_in_folder(name, source, root, args):
             faults.append(f"{len(found)} files {of_split[0]} where there should be {max(parts)}")
     if faults:
         fail(f"{name}: {' and '.join(faults)} in {place}: {remedy}")
-    if not revision and (unread := set(in_folder(root, ["*"])).difference(*files.values())):
-        say(f"{name}: not read, for it is named after no split: {', '.join(sorted(path.name for path in unread)[:5])}")
+    unread = sorted(path.name for path in set(in_folder(root, ["*"])).difference(*files.values()))
+    if unread and not revision:
+        say(f"{name}: not read: {', '.join(unread[:5])}{' and others' if len(unread) > 5 else ''}")
     return root, revision, files
 
 
 def in_folder(root, patterns):
-    return sorted(path for pattern in patterns for path in root.glob(pattern) if path.suffix.lower() in SUFFIXES)
+    return [path for pattern in patterns for path in root.glob(pattern) if path.suffix.lower() in SUFFIXES]
+
+
+def first_word(path):
+    return re.match("[a-z]*", path.name)[0]
 
 
 def patterns_of(task, args):

@@ -307,9 +307,8 @@ def compared(task, result, metric, scores, other):
     before, after = scores[first][metric], scores[other][metric]
     test = result["comparisons"][other].get(metric, {})
     p = page.p_value(test["p_holm"]) if "p_holm" in test else "" if metric in task.MAIN_SCORES else "expl."
-    counted = result["perplexity"] if metric == "perplexity" else {}
-    tokens = {counted[system].get("tokens") for system in (first, other) if system in counted} - {None}
-    difference = short(after - before, "+") if len(tokens) < 2 else ""  # over other tokens it means nothing
+    counted = metric == "perplexity" and any("nll_sum" in result[metric][system] for system in (first, other))
+    difference = short(after - before, "+") if test or not counted else ""  # over other tokens it means nothing
     return [short(after), difference, between(test.get("interval"), "+"), p]
 
 

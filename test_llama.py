@@ -28,6 +28,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from datetime import timedelta
@@ -128,7 +129,7 @@ def answer(args):
 
     machine.own_gpu("test_llama.py")
     models.quiet()
-    refuse_another_base(args, base, folder, models.weights_identity(base))
+    refuse_another_base(args, base, folder)
     tokenizer = tokenizer_of(base, source, args.chat_template)
     model, adapter_off = decoding.load_system(base, folder, in_4bit, args.compare_with_base)
     rows = Dataset.from_list([{"id": "--ask", "prompt": prompt, "completion": " a"}])  # its completion is not shown
@@ -184,13 +185,14 @@ def warn_of_another_merge(args, base):
         say(f"warning: {args.model} was merged from another adapter than {now} is now: run merge_llama.py again")
 
 
-def refuse_another_base(args, base, folder, weights):
+def refuse_another_base(args, base, folder, weights=None):
     """Exit 2 where an adapter was trained on other weights than its base has now, unless --model asks for these."""
-    if folder and args.model == "auto":
-        trained_on = models.read_run(folder)["run"].get("weights", weights)  # an adapter from elsewhere names none
-        remedy = f"put back what {folder}/run.json names, or give --model {base} to test on this one all the same"
-        identity = {"model": base, "weights": weights}
-        refuse_another(f"{base}, the base of {folder},", identity | {"weights": trained_on}, identity, remedy)
+    if not folder or args.model != "auto" or not (trained_on := models.read_run(folder)["run"].get("weights")):
+        return  # an adapter from elsewhere names none
+    now = {"model": base, "weights": weights or models.weights_identity(base)}
+    instead = shlex.join(["--model", base, "--adapter", str(folder)])
+    remedy = f"put back what {folder}/run.json names, or give {instead} to take this one all the same"
+    refuse_another(f"{base}, the base of {folder},", now | {"weights": trained_on}, now, remedy)
 
 
 def read_general_text(args):

@@ -308,7 +308,7 @@ def train(args, base, rows):
     adapter = Path(args.output_dir) / "adapter"
     if is_main():
         files.put_back(adapter)  # a kill may have left the one before beside it; a mount is refused
-        (adapter.parent / "checkpoints").resolve().mkdir(parents=True, exist_ok=True)  # of a link, the target
+        files.make_folder(adapter.parent / "checkpoints")
     start = where_to_start(args, run)
     if not start:
         say(f"{adapter} is finished, by the same settings on the same rows: nothing to do")

@@ -80,8 +80,6 @@ def put_back(path):
     old = path.with_name(f".{path.name}.old")
     if os.path.ismount(path):  # else the rename fails, after the work
         fail(f"{path} is a mount, which cannot be replaced: make it a link to a folder on that disk")
-    if path.parent.exists() and not os.access(path.parent, os.W_OK):
-        fail(f"{path.parent} cannot be written to, so {path.name} in it cannot be replaced: link to another place")
     if old.exists() and not path.exists():
         old.rename(path)
     shutil.rmtree(old, ignore_errors=True)
@@ -109,11 +107,19 @@ def whole_folder(path):
         shutil.rmtree(fresh, ignore_errors=True)
 
 
+def make_folder(path):
+    """Make a folder where there is none; of a link the target, but not what that is in: its disk may not be there."""
+    if path.is_symlink():
+        Path(os.path.realpath(path)).mkdir(exist_ok=True)
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def only_run_in(folder):
     """Make `folder` if need be and lock it for this run; exits 2 where another run has it. A kill leaves no lock."""
     folder = Path(folder)
-    folder.resolve().mkdir(parents=True, exist_ok=True)  # of a link, the target
+    make_folder(folder)
     handle, missing = os.open(folder, os.O_RDONLY), []
     try:
         try:

@@ -27,10 +27,18 @@ MODELS = {
     "llama3.2-1b": "meta-llama/Llama-3.2-1B",
     "llama3.2-3b": "meta-llama/Llama-3.2-3B",
 }
-SMALL_FILES = ("*.json", "tokenizer*", "merges.txt", "*.jinja", "README.md")  # of a hub repository, fetched first
+SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "README.md")  # what is fetched of a hub repository first
 # Adapters, as PEFT names them, that are not in the layers alone, or in layers of another kind.
-OTHER_ADAPTERS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "POLY", "XLORA")
-OTHER_ADAPTERS += ("ADALORA",)
+OTHER_ADAPTERS = (
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "CPT",
+    "CARTRIDGE",
+    "SHADOW",
+)
+OTHER_ADAPTERS += ("ADALORA", "POLY", "XLORA")
 FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights, as safetensors calls them
 COMPUTED = "rotary_emb.inv_freq"  # in the files of early Llamas, and no longer read
 NO_NUMBERS = ("initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")  # settings that change no number
@@ -261,7 +269,7 @@ def read_adapter(folder):
         fail(f"cannot read {config}, or it names no base model: run train_llama.py again")
     kind = "aLoRA" if settings.get("alora_invocation_tokens") else settings.get("peft_type")
     if kind in (*OTHER_ADAPTERS, "aLoRA"):
-        fail(f"{folder} is an adapter of the type {kind}, which these scripts cannot use: they are for LoRA")
+        fail(f"{folder} is an adapter of the type {kind}, which these scripts cannot use")
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         fail(f"no adapter_model.safetensors in {folder}: run train_llama.py again")
     alpha = read_run(folder)["settings"].get("lora_alpha")  # an adapter from elsewhere does not say

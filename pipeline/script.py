@@ -127,15 +127,17 @@ def first_line(error):
 def why_no_download(error):
     """Why a hub repository's files did not come, for a person."""
     from huggingface_hub import constants
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
+    if type(error) is RepositoryNotFoundError:  # a gated one's is a class below
+        return "the hub has none of that name, or it is private"
     cause = error.__cause__ or error
     reason, response = first_line(cause), getattr(cause, "response", None)
     if response is not None:
-        said = response.headers.get("X-Error-Message", reason).rstrip(".")
+        words = response.headers.get("X-Error-Message", "").rstrip(".")
+        reason = f"the hub answers {response.status_code}, {words}" if words else reason
         if response.status_code in (401, 403):
-            said += f", for which see to your token ({command('hf')} auth login)"
-        reason = f"the hub answers {response.status_code}, {said}"
+            reason += f", for which see to your token ({command('hf')} auth login)"
     if not isinstance(error, LocalEntryNotFoundError):
         return reason
     if response is None:

@@ -47,7 +47,7 @@ THOUGHTS_END = re.compile(
     rf"[<\[◁]/{THINK}[>\]▷]|<\|end_(of_thought|thinking)\|>|<\|channel\|>final<\|message\|>|</details>", re.IGNORECASE
 )
 # What may be around the answer behind them.
-FRAME = re.compile(r"(?is)\s*<(?:answer|\|start_response\|)>(.*?)(?:<(?:/answer|\|end_response\|)>\s*)?")
+FRAME = re.compile(r"(?is)\s*<(?:answer|\|start_response\|)>(.*?)(?:<(?:/answer|\|end_response\|)>|\Z)")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 OF_CLIENT = (*PROXIES, "SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
 HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON can say it, UTF-8 cannot
@@ -127,7 +127,7 @@ def without_thoughts(text):
         return text, False
     ends = [*THOUGHTS_END.finditer(text)]
     answer = text[ends[-1].end() :] if ends else ""
-    framed = FRAME.fullmatch(answer)  # <answer>…</answer>
+    framed = FRAME.match(answer)  # <answer>…</answer>
     return (framed[1] if framed else answer), True
 
 

@@ -38,8 +38,6 @@ def load_tokenizer(model, chat_template="auto"):
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer("a").input_ids[:2].count(tokenizer.bos_token_id) > 1:
         fail(f"the tokenizer of {model} puts BOS in front twice: mend its post_processor in tokenizer.json")
-    if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
-        fail(f"the tokenizer of {model} puts EOS behind every text: mend its post_processor in tokenizer.json")
     template = None
     if tokenizer.chat_template and chat_template != "off":
         with suppress(ValueError):  # of several none is the default one
@@ -50,6 +48,8 @@ def load_tokenizer(model, chat_template="auto"):
             template = DATE + template
     elif chat_template == "on":
         fail(f"the tokenizer of {model} has no chat template: take the instruct model, or give --chat-template off")
+    if not template and tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]:
+        fail(f"the tokenizer of {model} puts EOS behind every text: mend its post_processor in tokenizer.json")
     tokenizer.chat_template = template
     return tokenizer
 

@@ -7,7 +7,7 @@ from pipeline.texts import BadData, clean_lines, normalize_or_keep, template_par
 LICENCE = "your own"
 NAMES = {"train": ["train"], "validation": ["validation", "valid", "val", "dev"], "test": ["test", "eval"]}
 FILES = {  # of a folder, and on the hub
-    split: [f"{folder}{name}{end}" for folder in ("", "data/") for name in names for end in (".*", "-*-of-*")]
+    split: [f"{folder}{name}{end}" for name in names for folder in ("", "data/") for end in (".*", "-*-of-*")]
     for split, names in NAMES.items()
 }
 NEEDED = ("train",)  # of FILES; the others are taken out of it

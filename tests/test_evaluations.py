@@ -127,7 +127,6 @@ MALFORMED = {
         {"examples": [example(nll=-20.0, tokens=10)]},
         "examples.0.nll: Input should be",
     ),
-    "a perplexity below 0": ({"perplexity": {"tuned": {"perplexity": -3}}}, "the number is below 0"),
     "no task": ({"task": None}, "task: Input should be 'samsum', 'trivia_qa' or 'own'"),
     "unknown task": ({"task": "squad"}, "task: Input should be 'samsum', 'trivia_qa' or 'own'"),
     "task is a list": ({"task": ["samsum"]}, "task: Input should be 'samsum', 'trivia_qa' or 'own'"),
@@ -920,4 +919,4 @@ def test_page_and_terminal_say_where_words_have_no_blanks_between_them(tmp_path)
     )
     assert f"\n{note}\n" in done.stdout
     assert f"<p>{note}." in (tmp_path / "outputs" / "evaluation.html").read_text(encoding="utf-8")
-    assert not metrics.blanks_note([["Ann calls Tom."], ["小明", "Xiao Ming"]])
+    assert not metrics.blanks_note([["Ann calls Tom."], ["小明", "Xiao Ming"], ["2024-01-05"], ['{"a":"b","c":"3"}']])

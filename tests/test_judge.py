@@ -281,13 +281,13 @@ def test_a_rerun_asks_only_for_what_got_no_answer_and_an_interrupted_run_for_wha
     assert judge(server.url, "--judge-model", "other")[2]["trivia_qa"]["judge"]["cached"] == 0
     _, said, report = judge((other := serve(points)).url)
     assert report["trivia_qa"]["judge"]["requests"] == 0 and f"some of these are from {server.url}: move" in said
-    assert "some of these" not in judge(server.url)[1] and not other.seen
+    assert "some of these" not in judge(f"{server.url}/")[1] and not other.seen
 
 
 def test_a_judge_that_reads_a_part_of_what_it_is_asked_is_told_of(serve, judge, tmp_path):
     write(tmp_path, [("a", "right")])
     said = judge(serve(points).url)[1]  # which says that it read 10 tokens
-    assert "of 2 requests the server has read so few tokens that it must have cut them" in said
+    assert "of 2 requests the server has read so few tokens that it may have cut them" in said
 
 
 def test_a_server_that_stops_answering_ends_the_run_and_what_it_said_is_kept(serve, judge, tmp_path):

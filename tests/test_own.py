@@ -616,6 +616,16 @@ def test_rows_under_one_of_many_long_instructions_are_not_the_same(tmp_path, cap
     assert sum(map(len, splits.values())) == 900 and "warning" not in capsys.readouterr().out
 
 
+def test_ten_variants_of_a_text_are_near_one_another_and_no_form(tmp_path):
+    draw = random.Random(0)
+    texts = [[f"{draw.choice(NAMES)}{draw.randrange(99)}" for _ in range(50)] for _ in range(40)]
+    variants = [[*text[:25], f"changed{i}", *text[25:]] for text in texts for i in range(10)]
+    rows = [{"prompt": " ".join(text), "completion": 1} for text in variants]
+    write_lines(tmp_path / "rows" / "validation.jsonl", [{"prompt": "b", "completion": 1}])
+    build(tmp_path, write_lines(tmp_path / "rows" / "train.jsonl", rows).parent)
+    assert report_of(tmp_path)["tasks"]["own"]["counts"]["train"]["nearly in test"] > 100
+
+
 def test_where_most_rows_are_dropped_as_near_those_of_another_split_a_sentence_says_so(tmp_path, capsys):
     text = "The first words of a long text that has one number which tells it from its likes, and no more than that: "
     write_lines(tmp_path / "rows" / "test.jsonl", [{"prompt": f"{text}0", "completion": 1}])
@@ -634,7 +644,10 @@ def test_a_split_may_be_called_as_datasets_knows_it_and_other_files_are_named(tm
         splits = build(folder, folder)
         found = {split: [row["prompt"] for row in rows] for split, rows in splits.items()}
         assert found == {"train": ["d"], "validation": [validation], "test": ["e"]}
-        assert "own: not read, for it is named after no split: Test.jsonl\n" in capsys.readouterr().out
+        assert "own: not read: Test.jsonl\n" in capsys.readouterr().out
+        write_lines(folder / "data" / "test-00000-of-00001.jsonl", [{"prompt": "g", "completion": 1}])
+        assert [row["prompt"] for row in build(folder, folder)["test"]] == ["g"]  # its own name goes before eval
+        assert "own: not read: Test.jsonl, eval.jsonl\n" in capsys.readouterr().out
 
 
 def test_rows_without_an_answer_are_not_all_that_a_split_gets(tmp_path):

@@ -348,6 +348,7 @@ def test_an_option_is_unknown_where_the_refusal_says_so_of_the_option(body, unkn
      ("<reasoning>So.</reasoning>\n<answer>Paris</answer>\n", "Paris", ""),
      ("<think>So.</think><answer>Paris", "Paris", ""),
      ("<|START_THINKING|>So.<|END_THINKING|><|START_RESPONSE|>Paris<|END_RESPONSE|>", "Paris", ""),
+     ("<think>So.</think><answer>Paris</answer> That is all.", "Paris", ""),
      ("<answer>Paris</answer>", "<answer>Paris</answer>", ""), ("<think></think>a <answer>", "a <answer>", ""),
      ("<b>Paris</b>", "<b>Paris</b>", ""), ("I think Paris", "I think Paris", "")],
 )  # fmt: skip

@@ -104,6 +104,8 @@ def test_a_tokenizer_that_ends_every_text_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         load_tokenizer(str(base))
     assert "puts EOS behind every text: mend its post_processor" in capsys.readouterr().err
+    (base / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    assert load_tokenizer(str(base)).chat_template  # through which no prompt goes to the post_processor
 
 
 def test_a_tokenizer_without_bos_is_taken_as_it_is_and_two_are_refused(dataset, tmp_path):

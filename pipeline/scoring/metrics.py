@@ -17,7 +17,7 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score import rouge_scorer, tokenize
 from sacrebleu.metrics import BLEU
 
-from pipeline.texts import holds, words_of
+from pipeline.texts import holds, normalize_answer, words_of
 
 # evaluate's evaluators would import transformers, and torch with it; it allows for their absence.
 hidden = sys.modules.setdefault("transformers", None)
@@ -152,10 +152,14 @@ def rouge_note(references):
 
 
 def blanks_note(references):
-    """A sentence where most words of references have no blanks between them, else ""."""
-    unsplit = sum(all(len(words_of(ref).split()) > 2 * len(ref.split()) for ref in refs) for refs in references)
+    """A sentence where most words of references have neither blanks nor punctuation between them, else ""."""
+
+    def unsplit(reference):
+        return len(words_of(reference).split()) > 2 * len(normalize_answer(reference).split())
+
+    missed = sum(all(map(unsplit, refs)) for refs in references)
     note = "F1, BLEU and the length ratio take what is between two blanks for a word: they show little in"
-    return f"{note} {unsplit:,} of {len(references):,} examples" if unsplit else ""
+    return f"{note} {missed:,} of {len(references):,} examples" if missed else ""
 
 
 def bleu(references, **options):

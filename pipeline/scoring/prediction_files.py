@@ -31,8 +31,8 @@ NLL = Annotated[float, Field(ge=-1, le=1e15)]  # nats, but for rounding from 0 o
 
 
 def check_figure(value):
-    if not -1 <= value <= 1e305:
-        raise ValueError("the number is too large" if value > 0 else "the number is below 0")
+    if abs(value) > 1e305:
+        raise ValueError("the number is too large")
     return value
 
 

@@ -158,8 +158,10 @@ class QLoRATrainer(SFTTrainer):
                 loss = self.compute_loss(self.model_wrapped, inputs)
                 self.accelerator.backward(loss)
             if not torch.isfinite(loss):
+                if self.state.global_step:
+                    self.diverged(f"loss {loss.item()}")
                 reason = f"the loss is {loss.item()} before the first step"
-                fail(f"{reason}: the base has weights that are no numbers, or too large: get it again", True)
+                fail(f"{reason}: the base has weights that are no numbers, or too large: get it again, or another")
             self.model_wrapped.zero_grad()
             seconds.append(time.time() - began)
         self.tokens = 0  # these do not count
