@@ -129,7 +129,7 @@ def last_checkpoint(folder):
             return step, path, manifest
         say(f"warning: {path} is broken ({', '.join(broken)}): going back to the one before")
         if is_main():
-            shutil.rmtree(path, ignore_errors=True)
+            files.remove_folder(path)
     return 0, None, {}
 
 
@@ -327,7 +327,7 @@ def train(args, base, rows):
     trainer = QLoRATrainer(args, model, tokenizer, packed, validation, fused, run, manifest.get("seconds", 0.0))
     if not checkpoint and is_main():
         for old in (Path(args.output_dir) / "checkpoints").glob("checkpoint-*"):
-            shutil.rmtree(old, ignore_errors=True)
+            files.remove_folder(old)
     bits, steps = "4" if args.load_in_4bit else "16", estimate.optimizer_steps(packed, args)
     say(f"{steps:,} optimizer steps over {len(packed):,} packed sequences, {bits}-bit base, on {trainer.args.device}")
     if steps < FEW_STEPS:

@@ -107,6 +107,14 @@ def whole_folder(path):
         shutil.rmtree(fresh, ignore_errors=True)
 
 
+def remove_folder(path):
+    """Remove a folder, or a link to one; what cannot be removed stays."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def make_folder(path):
     """Make a folder where there is none; of a link the target, but not what that is in: its disk may not be there."""
     if path.is_symlink():

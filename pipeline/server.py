@@ -47,7 +47,8 @@ THOUGHTS_END = re.compile(
     rf"[<\[◁]/{THINK}[>\]▷]|<\|end_(of_thought|thinking)\|>|<\|channel\|>final<\|message\|>|</details>", re.IGNORECASE
 )
 # What may be around the answer behind them.
-FRAME = re.compile(r"(?is)\s*<(?:answer|\|start_response\|)>(.*?)(?:<(?:/answer|\|end_response\|)>|\Z)")
+FRAME = r"(?is)\s*<(?:answer|response|\|start_response\||\|begin_of_solution\|)>(.*?)"
+FRAME = re.compile(FRAME + r"(?:<(?:/answer|/response|\|end_response\||\|end_of_solution\|)>|\Z)")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 OF_CLIENT = (*PROXIES, "SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
 HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON can say it, UTF-8 cannot
@@ -121,11 +122,14 @@ def tokens_of(usage):
         yield counts[0] if counts else None
 
 
-def without_thoughts(text):
-    """What follows the thoughts that a text begins with, "" where they never end, and whether there are any."""
-    if not THOUGHTS.match(text):
+def without_thoughts(text, begun=False):
+    """What follows the thoughts that a text begins with, "" where they never end, and whether there are any.
+
+    begun: a template may have begun them, so that only their end is in the text, or not even that.
+    """
+    ends = [end for end in THOUGHTS_END.finditer(text) if not begun or end[0].lower() != "</details>"]
+    if not THOUGHTS.match(text) and not (begun and ends):
         return text, False
-    ends = [*THOUGHTS_END.finditer(text)]
     answer = text[ends[-1].end() :] if ends else ""
     framed = FRAME.match(answer)  # <answer>…</answer>
     return (framed[1] if framed else answer), True
@@ -203,7 +207,9 @@ class Server:
                 answer = read_answer(self.post(path, {"model": self.model} | asked | taken), self.hide)
                 break
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                unknown = unknown_options(error, taken)
+                unknown = unknown_options(error, taken) - self.accepted.intersection(
+                    LIMITS
+                )  # then it is about a value
                 if not unknown or dropped | unknown >= set(LIMITS):
                     raise
                 dropped |= unknown
@@ -226,12 +232,12 @@ class Server:
         most: how many tries more there may be. A server that is busy is asked again as long as it answers any.
         """
         now = time.monotonic()
-        if isinstance(error, openai.RateLimitError) and "insufficient_quota" not in str(error):
-            again = now - max(self.answered_at, self.silent_until) < self.timeout
-        else:
-            again = tries < most and not may_be_at_work(error)
         headers = error.response.headers if isinstance(error, openai.APIStatusError) else None
         asked_for = self.client._parse_retry_after_header(headers) or 0  # reads Retry-After's forms
+        if isinstance(error, openai.RateLimitError) and "insufficient_quota" not in str(error):
+            again = now - self.answered_at < max(self.timeout, LONGEST_WAIT if asked_for else 0)
+        else:
+            again = tries < most and not may_be_at_work(error)
         if not again or asked_for > LONGEST_WAIT:
             return False
         with self.lock:
@@ -361,8 +367,10 @@ def words_of(error):
     """What the server says of an error, but not its status nor what it repeats; or what the client says."""
     if not isinstance(error, openai.APIStatusError):
         cause = str(error.__cause__ or "")
-        given = [name for name in OF_CLIENT if name in os.environ and "CERTIFICATE" in cause]
-        return " ".join([str(error), cause, *given]).strip()
+        if "CERTIFICATE" in cause:
+            given = [name for name in OF_CLIENT if name in os.environ]
+            cause += f": see to {' '.join(given)}" if given else ": set SSL_CERT_FILE to its certificate"
+        return f"{error} {cause}".strip()
     if isinstance(error.body, str):
         return error.body
     body = as_dict(error.body)

@@ -61,11 +61,13 @@ def tokenizer_identity(tokenizer):
 
 def tokenizer_of(base, folder, chat_template="auto"):
     """The tokenizer of an adapter's folder where it has one, else the base's; exits 2 where it has more tokens."""
-    source = folder if folder and (Path(folder) / "tokenizer_config.json").is_file() else base
+    files = {path.name for path in Path(folder).glob("tokenizer*")} if folder else set()
+    whole = "tokenizer_config.json" in files and files & {"tokenizer.json", "tokenizer.model"}
+    source = folder if whole else base
     tokenizer = load_tokenizer(str(source), chat_template)
     config = models.load_config(base)
     size, tokenizer.model_max_length = config.vocab_size, config.max_position_embeddings  # many have another one
-    trained_with = folder and source == base and models.read_run(folder)["run"].get("tokenizer")
+    trained_with = folder and models.read_run(folder)["run"].get("tokenizer")
     if trained_with and trained_with != tokenizer_identity(tokenizer):
         say(f"warning: {folder} was trained with other prompts: another tokenizer, or another --chat-template")
     added = [token for token, number in tokenizer.get_vocab().items() if number >= size]

@@ -145,6 +145,16 @@ def test_on_other_weights_than_the_adapters_nothing_is_answered_unless_they_are_
     assert ask(DIALOGUE, "--model", FIXTURES / "tiny_llama3", "--adapter", out / "adapter")[0] == 0
 
 
+@ONE
+def test_an_adapter_without_all_of_its_tokenizer_has_its_bases_and_another_tokenizer_a_warning(ask, out):
+    path = out / "adapter" / "tokenizer.json"
+    content, expected = json.loads(path.read_text()), ask(DIALOGUE)[1]
+    path.write_text(json.dumps(content | {"post_processor": None}))  # no BOS
+    assert "was trained with other prompts: another tokenizer" in ask(DIALOGUE)[1]
+    path.unlink()
+    assert ask(DIALOGUE)[1] == expected and "warning" not in expected
+
+
 def test_a_merge_of_the_adapter_before_gets_a_warning(ask, out):
     merged, adapter = shutil.copytree(FIXTURES / "tiny_llama3", out / "merged"), out / "adapter"
     digest, link = sha256(adapter / "adapter_model.safetensors"), out.with_name("link")

@@ -972,7 +972,7 @@ def test_chat_template_tokenizer_model_and_the_bases_own_settings_are_kept(out, 
     template = "{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
     path = base / "tokenizer_config.json"  # where older folders have it
     older = {"chat_template": template, "add_eos_token": True}  # which transformers 5 does not obey, and others do
-    path.write_text(json.dumps(json.loads(path.read_text()) | older))
+    path.write_text(json.dumps(json.loads(path.read_text()) | older | {"tokenizer_class": "TokenizersBackend"}))
     for name in ("tokenizer.model", "vocab.json", "merges.txt"):
         (base / name).write_bytes(b"pieces")
     (base / "pytorch_model.bin").write_bytes(b"a pickle")
@@ -984,7 +984,8 @@ def test_chat_template_tokenizer_model_and_the_bases_own_settings_are_kept(out, 
     assert merge(out) == 0
     merged = out / "merged"
     assert (merged / "chat_template.jinja").read_text() == template
-    assert not older.keys() & json.loads((merged / "tokenizer_config.json").read_text()).keys()
+    written = json.loads((merged / "tokenizer_config.json").read_text())
+    assert not older.keys() & written.keys() and written["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert all((merged / name).read_bytes() == b"pieces" for name in ("tokenizer.model", "vocab.json", "merges.txt"))
     assert not (merged / "pytorch_model.bin").exists()
     written = json.loads((merged / "config.json").read_text())

@@ -41,11 +41,11 @@ def assert_same_adapter(output, expected, atol=1e-6):
 
 
 def interrupt(output, number, step, delay=0.0, arguments=()):
-    """Start the run, send it a signal `delay` seconds after it logged `step`; (exit code, what it printed)."""
+    """Start the run, send it a signal `delay` seconds after it logged `step` or more; (exit code, what it printed)."""
     printed = output / "printed"
     printed.unlink(missing_ok=True)
     process = start("train_llama.py", *COMMAND, *arguments, "--output-dir", output, streams=[printed, printed])
-    while not re.search(rf"^step +{step}/", printed.read_text(), re.MULTILINE):
+    while not any(int(done) >= step for done in re.findall(r"^step +(\d+)/", printed.read_text(), re.MULTILINE)):
         assert process.is_alive(), printed.read_text()
         time.sleep(0.002)
     time.sleep(delay)
@@ -68,7 +68,7 @@ def test_killed_three_times_it_ends_with_the_same_adapter(undisturbed, tmp_path,
     shutil.copytree(undisturbed / "dataset", tmp_path / "dataset")
     steps = sorted(moments.sample(range(8, 22), 3))
     for step in steps:
-        delay = moments.random() * 0.05
+        delay = moments.random() * 0.02
         code, printed = interrupt(tmp_path, signal.SIGKILL, step, delay)
         assert code == -signal.SIGKILL, (steps, delay, printed)
         assert not (tmp_path / "adapter").exists()
@@ -253,6 +253,8 @@ def test_outputs_checkpoints_and_adapter_may_be_links_to_another_disk(undisturbe
     for name in ("checkpoints", "adapter"):
         (tmp_path / "out" / name).symlink_to(disk / name)
     for steps in (2, 3):
+        for path in (disk / "checkpoints").glob("checkpoint-*"):  # each moved to yet another disk
+            path.symlink_to(path.rename(tmp_path / path.name))
         arguments = ["--max-steps", steps, "--overwrite", "--output-dir", tmp_path / "out"]
         result = run("train_llama.py", *COMMAND, *arguments)
         assert result.returncode == 0, result.stderr

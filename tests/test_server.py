@@ -76,6 +76,8 @@ class Fake(ThreadingHTTPServer):
             ]
         if body.get("echo") and self.logprobs == "echo":
             choice["logprobs"] = {"token_logprobs": [None, *map(logprob, ids[1:]), -9.0]}
+        if body.get("echo") and self.logprobs == "echo without the first":
+            choice["logprobs"] = {"token_logprobs": [*map(logprob, ids[1:]), -9.0]}
         if json.dumps(ids) in self.odd:  # of the last token
             for values in (choice.get("prompt_logprobs"), choice.get("logprobs", {}).get("token_logprobs")):
                 if values:
@@ -204,9 +206,9 @@ def rows(dataset):
     return known
 
 
-@pytest.mark.parametrize("kind", ["vllm", "echo", None])
+@pytest.mark.parametrize("kind", ["vllm", "echo", "echo without the first", None])
 def test_the_same_tokens_are_asked_and_each_answer_stands_at_its_row(kind, fake, ask, rows, tmp_path):
-    fake.logprobs = kind
+    fake.logprobs, given = kind, kind in ("vllm", "echo")
     code, output = ask(fake.url)
     assert code == 0, output
     for task in TASKS:
@@ -220,12 +222,12 @@ def test_the_same_tokens_are_asked_and_each_answer_stands_at_its_row(kind, fake,
             text = says(prompt) + (" \nand on" if task == "samsum" else "")
             assert example["prediction"] == text and example["references"] == row["references"]
             losses.append(-sum(map(logprob, completion)))
-            assert example.get("nll") == (pytest.approx(losses[-1]) if kind else None)
+            assert example.get("nll") == (pytest.approx(losses[-1]) if given else None)
         figures = content["perplexity"]["tuned"]
         tokens = sum(len(rows[row_id][2]) for row_id in of_task)
-        expected = math.exp(sum(losses) / tokens) if kind else None
-        assert figures.get("perplexity") == (pytest.approx(expected) if kind else None)
-    assert ("perplexity: not given by this server" in output) == (kind is None)
+        expected = math.exp(sum(losses) / tokens) if given else None
+        assert figures.get("perplexity") == (pytest.approx(expected) if given else None)
+    assert ("perplexity: not given by this server" in output) == (not given)
     asked = answers_asked(fake)
     assert sorted(asked) == sorted(json.dumps(prompt) for _, prompt, _ in rows.values())  # each once, as ids
     for entry in fake.seen:
@@ -288,7 +290,7 @@ def test_what_a_server_says_in_another_form_than_openais_is_read_and_told(fake, 
     "refusal",
     ["'max_tokens' or 'max_completion_tokens' is too large: {max}. This model's maximum context length is 9 tokens.",
      "max_tokens={max} cannot be greater than 16", "This model does not support max_tokens above 16",
-     "Prompt is too long: lower max_tokens"],
+     "Prompt is too long: lower max_tokens", "max_tokens is not allowed to exceed the remaining context"],
 )  # fmt: skip
 def test_a_refusal_of_a_value_costs_its_row_alone(refusal, fake, ask, rows, tmp_path):
     long = max((json.dumps(prompt) for _, prompt, _ in rows.values()), key=len)
@@ -346,7 +348,7 @@ def test_an_option_is_unknown_where_the_refusal_says_so_of_the_option(body, unkn
      ([{"type": "reasoning", "text": "So."}, {"type": "text", "text": "Paris"}], "Paris", ""),
      ([{"type": "reasoning", "text": "So."}], "", "its answer has no text"),
      ("<reasoning>So.</reasoning>\n<answer>Paris</answer>\n", "Paris", ""),
-     ("<think>So.</think><answer>Paris", "Paris", ""),
+     ("<think>So.</think><answer>Paris", "Paris", ""), ("<think>So.</think><response>Paris</response>", "Paris", ""),
      ("<|START_THINKING|>So.<|END_THINKING|><|START_RESPONSE|>Paris<|END_RESPONSE|>", "Paris", ""),
      ("<think>So.</think><answer>Paris</answer> That is all.", "Paris", ""),
      ("<answer>Paris</answer>", "<answer>Paris</answer>", ""), ("<think></think>a <answer>", "a <answer>", ""),
@@ -457,7 +459,8 @@ def test_a_prompt_that_the_server_has_cut_has_no_answer(fake, ask, rows, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "thoughts", ["<think>\nLet me see,\nonce.</think>\n\n", "Let me see,\nonce.\n</think>\n", None]
+    "thoughts",
+    ["<think>\nLet me see,\nonce.</think>\n\n", *(f"Let me\n</{name}>\n" for name in ("think", "thought")), None],
 )
 def test_a_model_that_thinks_needs_room_and_its_thoughts_are_no_prediction(thoughts, fake, ask, rows, tmp_path):
     fake.thoughts, fake.chat_only = thoughts, True
@@ -542,6 +545,23 @@ def test_a_server_that_asks_for_too_long_a_time_is_not_waited_for(fake, ask):
     fake.trouble = lambda body, times: (429, "come back tomorrow", {"Retry-After": "86400"})
     code, output = ask(fake.url)
     assert code == 2 and "come back tomorrow" in output and len(fake.seen) == 1
+
+
+def test_a_server_that_asks_to_wait_again_and_again_is_given_up(fake, ask, monkeypatch):
+    monkeypatch.setattr(asking, "LONGEST_WAIT", 1)
+    fake.trouble = lambda body, times: (429, "slow down", {"Retry-After": "0.2"})
+    code, output = ask(fake.url, "--server-timeout", 0.3)
+    assert code == 2 and "gives no answers (RateLimitError: slow down" in output and 3 < len(fake.seen) < 9
+
+
+def test_a_certificate_that_is_not_known_is_told_with_what_to_do(monkeypatch):
+    error = openai.APIConnectionError(request=httpx2.Request("POST", "https://127.0.0.1/v1"))
+    error.__cause__ = ValueError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate")
+    for variable in asking.OF_CLIENT:
+        monkeypatch.delenv(variable, raising=False)
+    assert asking.words_of(error).endswith("self-signed certificate: set SSL_CERT_FILE to its certificate")
+    monkeypatch.setenv("SSL_CERT_DIR", "/nowhere")
+    assert asking.words_of(error).endswith("self-signed certificate: see to SSL_CERT_DIR")
 
 
 def test_a_server_that_takes_one_at_a_time_answers_all(fake, ask):

@@ -28,6 +28,8 @@ def write_small_files(base, model, tokenizer, target, dtype, size):
     config = read_json(target / "tokenizer_config.json")
     # older folders have the template there; llama.cpp would put EOS behind a prompt, which no row of training had
     kept = {name: value for name, value in config.items() if name not in ("chat_template", "add_eos_token")}
+    if kept.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, which 4 does not know
+        kept["tokenizer_class"] = "PreTrainedTokenizerFast"
     if kept != config:
         (target / "tokenizer_config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     if not (target / "model.safetensors").exists():  # beside it an index is a leftover of other weights

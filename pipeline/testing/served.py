@@ -12,7 +12,7 @@ import openai
 from pipeline.attention import MAX_NLL
 from pipeline.files import digest, only_run_in, read_json, rows_of
 from pipeline.script import command, fail, say
-from pipeline.server import ERRORS, HALF_A_CHARACTER, NO_ROOM, NoAnswer, Server, as_dict
+from pipeline.server import ERRORS, HALF_A_CHARACTER, NO_ROOM, NoAnswer, Server, as_dict, without_thoughts
 from pipeline.testing import predictions
 from pipeline.tokens import encode, end_tokens
 
@@ -143,8 +143,7 @@ class Tested(Server):
     def answer_to(self, row, options):
         """The server's Answer to a whole prompt; raises ERRORS, NoAnswer where the server has cut the prompt."""
         answer = self.send(*self.request(row), options)
-        # a template may begin the thoughts, so that only their end is in the answer, or not even that
-        _, end, text = answer.text.rpartition("</think>")
+        text, end = without_thoughts(answer.text, begun=True)
         endless = self.thought_tokens and answer.cut_off and not (end or answer.thoughts)
         problem = answer.problem or (NO_ROOM if endless or (end and not text.strip()) else "")
         if problem:
@@ -176,8 +175,9 @@ class Tested(Server):
         choice = self.send("/completions", {"prompt": ids} | self.logprobs, options, once).choice
         try:
             if "echo" in self.logprobs:
-                given = choice["logprobs"]["token_logprobs"]
-                values = given[start : len(ids)] if len(given) in (len(ids), len(ids) + 1) else None
+                given, more = choice["logprobs"]["token_logprobs"], self.more  # tokens in front, such as a BOS
+                whole = given[0] is None and len(given) - more in (len(ids), len(ids) + 1)
+                values = given[start + more : len(ids) + more] if whole else None
             else:
                 given = choice["prompt_logprobs"]
                 values = [given[place][str(ids[place])]["logprob"] for place in range(start, len(ids))]
