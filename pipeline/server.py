@@ -207,9 +207,8 @@ class Server:
                 answer = read_answer(self.post(path, {"model": self.model} | asked | taken), self.hide)
                 break
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                unknown = unknown_options(error, taken) - self.accepted.intersection(
-                    LIMITS
-                )  # then it is about a value
+                # a limit that was taken once is known: the refusal is about its value
+                unknown = unknown_options(error, taken) - self.accepted.intersection(LIMITS)
                 if not unknown or dropped | unknown >= set(LIMITS):
                     raise
                 dropped |= unknown
