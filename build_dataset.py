@@ -147,7 +147,7 @@ def find_in_folder(name, source, root, args):
             faults.append(f"{len(found)} files {of_split[0]} where there should be {max(parts)}")
     if faults:
         fail(f"{name}: {' and '.join(faults)} in {place}: {remedy}")
-    unread = sorted(path.name for path in set(in_folder(root, ["*"])).difference(*files.values()))
+    unread = sorted(path.name for path in set(in_folder(root, ["*", "data/*"])).difference(*files.values()))
     if unread and not revision:
         say(f"{name}: not read: {', '.join(unread[:5])}{' and others' if len(unread) > 5 else ''}")
     return root, revision, files

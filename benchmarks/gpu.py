@@ -768,7 +768,7 @@ def main(argv=None):
         "trl",
         "peft",
         "bitsandbytes",
-    ):  # of torch another may do: it is told with the numbers
+    ):  # another torch may do: results name it
         if version(name) != pins[name]:
             sys.exit(f"error: {name} {version(name)} is installed, and requirements.txt asks for {pins[name]}")
     bench = Bench(args)

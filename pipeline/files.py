@@ -76,8 +76,10 @@ def write_whole(path, text):
 
 def put_back(path):
     """Give a folder its name back if a kill left it beside its place, or remove it there; returns that place."""
-    path = Path(path).resolve()
+    link, path = path, Path(path).resolve()
     old = path.with_name(f".{path.name}.old")
+    if not path.parent.is_dir():
+        fail(f"{link} is a link into {path.parent}, which is not there: mount that disk, or remove the link")
     if os.path.ismount(path):  # else the rename fails, after the work
         fail(f"{path} is a mount, which cannot be replaced: make it a link to a folder on that disk")
     if old.exists() and not path.exists():
@@ -94,7 +96,7 @@ def whole_folder(path):
     path = Path(path).resolve()  # of a link, the target is replaced
     fresh, old = path.with_name(f".{path.name}.new"), put_back(path)
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    fresh.mkdir()
     try:
         yield fresh
         for file in filter(Path.is_file, fresh.rglob("*")):  # on the disk before the folder gets its name

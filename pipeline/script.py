@@ -129,15 +129,15 @@ def why_no_download(error):
     from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
+    token = f", for which see to your token ({command('hf')} auth login)"
     if type(error) is RepositoryNotFoundError:  # a gated one's is a class below
-        return "the hub has none of that name, or it is private"
+        return f"the hub has none of that name, or it is private{token}"
     cause = error.__cause__ or error
     reason, response = first_line(cause), getattr(cause, "response", None)
     if response is not None:
         words = response.headers.get("X-Error-Message", "").rstrip(".")
         reason = f"the hub answers {response.status_code}, {words}" if words else reason
-        if response.status_code in (401, 403):
-            reason += f", for which see to your token ({command('hf')} auth login)"
+        reason += token if response.status_code in (401, 403) else ""
     if not isinstance(error, LocalEntryNotFoundError):
         return reason
     if response is None:

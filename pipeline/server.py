@@ -47,8 +47,8 @@ THOUGHTS_END = re.compile(
     rf"[<\[◁]/{THINK}[>\]▷]|<\|end_(of_thought|thinking)\|>|<\|channel\|>final<\|message\|>|</details>", re.IGNORECASE
 )
 # What may be around the answer behind them.
-FRAME = r"(?is)\s*<(?:answer|response|\|start_response\||\|begin_of_solution\|)>(.*?)"
-FRAME = re.compile(FRAME + r"(?:<(?:/answer|/response|\|end_response\||\|end_of_solution\|)>|\Z)")
+FRAMES = [(f"<{name}>", f"</{name}>") for name in ("answer", "response")]
+FRAMES += [("<|START_RESPONSE|>", "<|END_RESPONSE|>"), ("<|begin_of_solution|>", "<|end_of_solution|>")]
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 OF_CLIENT = (*PROXIES, "SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
 HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON can say it, UTF-8 cannot
@@ -128,11 +128,20 @@ def without_thoughts(text, begun=False):
     begun: a template may have begun them, so that only their end is in the text, or not even that.
     """
     ends = [end for end in THOUGHTS_END.finditer(text) if not begun or end[0].lower() != "</details>"]
-    if not THOUGHTS.match(text) and not (begun and ends):
+    begun = begun and ends and not re.search(rf"[<\[◁]{THINK}", text[: ends[0].start()], re.IGNORECASE)
+    if not THOUGHTS.match(text) and not begun:
         return text, False
-    answer = text[ends[-1].end() :] if ends else ""
-    framed = FRAME.match(answer)  # <answer>…</answer>
-    return (framed[1] if framed else answer), True
+    return without_frame(text[ends[-1].end() :] if ends else ""), True
+
+
+def without_frame(answer):
+    """What one of FRAMES is around; the answer as it is where there is none, or nothing in it."""
+    for begin, end in FRAMES:
+        inner = answer.lstrip().removeprefix(begin)
+        if inner != answer.lstrip():
+            inner = inner.rpartition(end)[0] if end in inner else inner
+            return inner if inner.strip() else answer
+    return answer
 
 
 class TimedStream(httpx2.SyncByteStream):
@@ -234,7 +243,8 @@ class Server:
         headers = error.response.headers if isinstance(error, openai.APIStatusError) else None
         asked_for = self.client._parse_retry_after_header(headers) or 0  # reads Retry-After's forms
         if isinstance(error, openai.RateLimitError) and "insufficient_quota" not in str(error):
-            again = now - self.answered_at < max(self.timeout, LONGEST_WAIT if asked_for else 0)
+            silence = min(self.silent_until, self.answered_at + LONGEST_WAIT)
+            again = now - max(self.answered_at, silence) < self.timeout
         else:
             again = tries < most and not may_be_at_work(error)
         if not again or asked_for > LONGEST_WAIT:
@@ -367,7 +377,7 @@ def words_of(error):
     if not isinstance(error, openai.APIStatusError):
         cause = str(error.__cause__ or "")
         if "CERTIFICATE" in cause:
-            given = [name for name in OF_CLIENT if name in os.environ]
+            given = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if name in os.environ]
             cause += f": see to {' '.join(given)}" if given else ": set SSL_CERT_FILE to its certificate"
         return f"{error} {cause}".strip()
     if isinstance(error.body, str):

@@ -102,10 +102,10 @@ def word_5_grams(key):
 def form_of(keys):
     """The 5-grams that many of the texts have: a form, and not what they say.
 
-    Many are more than 5 and than one in 20, or of many texts more than 20 and than one in 100: fewer may be variants.
+    Many are more than 5 and than one in 20, or of many texts more than 10 and than one in 100: fewer may be variants.
     """
     keys = set(keys)
-    many = max(5, min(len(keys) / 20, max(20, len(keys) / 100)))
+    many = max(5, min(len(keys) / 20, max(10, len(keys) / 100)))
     texts = Counter(gram for key in keys for gram in word_5_grams(key))
     return {gram for gram, count in texts.items() if count > many}
 

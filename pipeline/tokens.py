@@ -30,6 +30,8 @@ def load_tokenizer(model, chat_template="auto"):
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
     except Exception as error:
         models.load_failed(model, error)
+    if hasattr(tokenizer, "legacy"):  # transformers 5 does not save it, and a chat would be split otherwise
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         setattr(tokenizer, name, getattr(tokenizer, name) or None)  # the first Llamas have ""
     if not tokenizer.eos_token:
@@ -61,8 +63,8 @@ def tokenizer_identity(tokenizer):
 
 def tokenizer_of(base, folder, chat_template="auto"):
     """The tokenizer of an adapter's folder where it has one, else the base's; exits 2 where it has more tokens."""
-    files = {path.name for path in Path(folder).glob("tokenizer*")} if folder else set()
-    whole = "tokenizer_config.json" in files and files & {"tokenizer.json", "tokenizer.model"}
+    files = {path.name for path in Path(folder).glob("*")} if folder else set()
+    whole = "tokenizer_config.json" in files and files & {"tokenizer.json", "tokenizer.model", "vocab.json"}
     source = folder if whole else base
     tokenizer = load_tokenizer(str(source), chat_template)
     config = models.load_config(base)

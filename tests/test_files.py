@@ -84,6 +84,14 @@ def test_what_an_earlier_run_left_and_cannot_be_removed_is_said_before_the_work(
     assert ".merged.old, which was left by an earlier run, cannot be removed" in capsys.readouterr().err
 
 
+def test_a_link_to_a_disk_that_is_not_there_is_refused_before_the_work(tmp_path, capsys):
+    (tmp_path / "adapter").symlink_to(tmp_path / "disk" / "adapter")
+    with pytest.raises(SystemExit), whole_folder(tmp_path / "adapter"):
+        pytest.fail("the work began")
+    assert f"adapter is a link into {tmp_path}/disk, which is not there: mount that disk" in capsys.readouterr().err
+    assert not (tmp_path / "disk").exists()
+
+
 def test_a_link_to_what_is_not_there_yet_is_followed(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
     with pytest.raises(FileNotFoundError), only_run_in(tmp_path / "link"):

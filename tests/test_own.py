@@ -610,8 +610,8 @@ def test_numbers_of_32_bits_have_the_digits_that_they_have_as_text(tmp_path):
 
 def test_rows_under_one_of_many_long_instructions_are_not_the_same(tmp_path, capsys):
     draw = random.Random(0)
-    instructions = [" ".join(draw.choices(NAMES, k=60)) for _ in range(30)]
-    rows = [{"prompt": f"{draw.choice(instructions)}\n\nWhere is {i}?", "completion": f"At {i}."} for i in range(900)]
+    instructions = [" ".join(draw.choices(NAMES, k=60)) for _ in range(60)]
+    rows = [{"prompt": f"{instructions[i % 60]}\n\nWhere is {i}?", "completion": f"At {i}."} for i in range(900)]
     splits = build(tmp_path, write_lines(tmp_path / "rows.jsonl", rows))
     assert sum(map(len, splits.values())) == 900 and "warning" not in capsys.readouterr().out
 

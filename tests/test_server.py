@@ -351,12 +351,28 @@ def test_an_option_is_unknown_where_the_refusal_says_so_of_the_option(body, unkn
      ("<think>So.</think><answer>Paris", "Paris", ""), ("<think>So.</think><response>Paris</response>", "Paris", ""),
      ("<|START_THINKING|>So.<|END_THINKING|><|START_RESPONSE|>Paris<|END_RESPONSE|>", "Paris", ""),
      ("<think>So.</think><answer>Paris</answer> That is all.", "Paris", ""),
+     ("<think>So.</think><answer>a <answer>b</answer> c</answer>", "a <answer>b</answer> c", ""),
+     ("<think>So.</think><answer></answer>Paris", "<answer></answer>Paris", ""),
      ("<answer>Paris</answer>", "<answer>Paris</answer>", ""), ("<think></think>a <answer>", "a <answer>", ""),
      ("<b>Paris</b>", "<b>Paris</b>", ""), ("I think Paris", "I think Paris", "")],
 )  # fmt: skip
 def test_thoughts_of_every_family_are_no_answer(content, text, problem):
     answer = asking.read_answer({"choices": [{"message": {"content": content}, "finish_reason": "stop"}]})
     assert (answer.text, answer.problem) == (text, problem)
+
+
+def test_thoughts_that_a_template_begins_have_no_beginning():
+    for text, rest in (("So.</thought>Paris", ("Paris", True)), ("Paris", ("Paris", False))):
+        assert asking.without_thoughts(text, begun=True) == rest
+    answer = "<label>spam</label><reasoning>it sells</reasoning>"  # an answer of that form
+    assert asking.without_thoughts(answer, begun=True) == (answer, False)
+
+
+def test_a_chat_template_that_adds_tokens_shifts_no_log_probability(fake, ask, rows, tmp_path):
+    fake.logprobs, fake.more = "echo", 1
+    assert ask(fake.url, "--server-api", "chat")[0] == 0
+    for example in read(tmp_path, "samsum")["examples"]:
+        assert example["nll"] == pytest.approx(-sum(map(logprob, rows[example["id"]][2])))
 
 
 def test_a_placeholder_for_a_key_stays_in_the_predictions(fake, ask, rows, tmp_path, monkeypatch):
@@ -559,6 +575,7 @@ def test_a_certificate_that_is_not_known_is_told_with_what_to_do(monkeypatch):
     error.__cause__ = ValueError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate")
     for variable in asking.OF_CLIENT:
         monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("OPENAI_ORG_ID", "org")
     assert asking.words_of(error).endswith("self-signed certificate: set SSL_CERT_FILE to its certificate")
     monkeypatch.setenv("SSL_CERT_DIR", "/nowhere")
     assert asking.words_of(error).endswith("self-signed certificate: see to SSL_CERT_DIR")

@@ -30,6 +30,8 @@ def write_small_files(base, model, tokenizer, target, dtype, size):
     kept = {name: value for name, value in config.items() if name not in ("chat_template", "add_eos_token")}
     if kept.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, which 4 does not know
         kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(kept.get("extra_special_tokens"), list):  # for 4 a dict
+        kept["additional_special_tokens"] = kept.pop("extra_special_tokens")
     if kept != config:
         (target / "tokenizer_config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     if not (target / "model.safetensors").exists():  # beside it an index is a leftover of other weights

@@ -175,7 +175,8 @@ class Tested(Server):
         choice = self.send("/completions", {"prompt": ids} | self.logprobs, options, once).choice
         try:
             if "echo" in self.logprobs:
-                given, more = choice["logprobs"]["token_logprobs"], self.more  # tokens in front, such as a BOS
+                given = choice["logprobs"]["token_logprobs"]
+                more = self.more if self.form == "token ids" else 0  # put in front, such as a BOS
                 whole = given[0] is None and len(given) - more in (len(ids), len(ids) + 1)
                 values = given[start + more : len(ids) + more] if whole else None
             else:
