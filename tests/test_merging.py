@@ -971,7 +971,7 @@ def test_chat_template_tokenizer_model_and_the_bases_own_settings_are_kept(out, 
     base = tmp_path / "base"
     template = "{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
     path = base / "tokenizer_config.json"  # where older folders have it
-    of_5 = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<x>"]}
+    of_5 = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<unk>"]}
     older = {"chat_template": template, "add_eos_token": True}  # which transformers 5 does not obey, and others do
     path.write_text(json.dumps(json.loads(path.read_text()) | older | of_5))
     for name in ("tokenizer.model", "vocab.json", "merges.txt"):
@@ -987,7 +987,7 @@ def test_chat_template_tokenizer_model_and_the_bases_own_settings_are_kept(out, 
     assert (merged / "chat_template.jinja").read_text() == template
     written = json.loads((merged / "tokenizer_config.json").read_text())
     assert not older.keys() & written.keys() and written["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert written["additional_special_tokens"] == ["<x>"] and "extra_special_tokens" not in written
+    assert written["additional_special_tokens"] == ["<unk>"] and "extra_special_tokens" not in written
     assert all((merged / name).read_bytes() == b"pieces" for name in ("tokenizer.model", "vocab.json", "merges.txt"))
     assert not (merged / "pytorch_model.bin").exists()
     written = json.loads((merged / "config.json").read_text())
