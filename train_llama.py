@@ -24,7 +24,7 @@ from pipeline import figures, files, machine, models
 from pipeline.attention import ATTENTIONS
 from pipeline.script import command, fail, first_line, git_commit, is_main, say, script, versions
 from pipeline.settings import parse_settings
-from pipeline.tokens import CHAT_TEMPLATES, encode, tokenizer_identity, tokenizer_of
+from pipeline.tokens import CHAT_TEMPLATES, encode, tokenizer_identity, tokenizer_of, write_for_others
 from pipeline.training import estimate
 
 # Settings: edit here, or override for one run on the command line.
@@ -249,6 +249,7 @@ def save_adapter(args, tokenizer, trainer, run):
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             shutil.copyfile(best / name, fresh / name)  # without its mode, which some mounts cannot set
         tokenizer.save_pretrained(fresh)
+        write_for_others(fresh)
         (fresh / "log.jsonl").write_text(log_lines(trainer.state.log_history))
         try:
             curves = figures.read_losses(fresh / "log.jsonl")

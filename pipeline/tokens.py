@@ -1,5 +1,6 @@
 """Tokenizers, chat templates, and the token ids of a row."""
 
+import json
 from contextlib import suppress
 from pathlib import Path
 
@@ -54,6 +55,20 @@ def load_tokenizer(model, chat_template="auto"):
         fail(f"the tokenizer of {model} puts EOS behind every text: mend its post_processor in tokenizer.json")
     tokenizer.chat_template = template
     return tokenizer
+
+
+def write_for_others(folder):
+    """Have a folder's tokenizer_config.json as transformers 4, vLLM and llama.cpp read it, too."""
+    path = Path(folder) / "tokenizer_config.json"
+    config = read_json(path)
+    # older folders have the template there; llama.cpp would put EOS behind a prompt, which no row of training had
+    kept = {name: value for name, value in config.items() if name not in ("chat_template", "add_eos_token")}
+    if kept.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, which 4 does not know
+        kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(kept.get("extra_special_tokens"), list):  # for 4 a dict
+        kept["additional_special_tokens"] = kept.pop("extra_special_tokens")
+    if kept != config:
+        path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def tokenizer_identity(tokenizer):

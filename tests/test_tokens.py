@@ -9,7 +9,7 @@ from conftest import FIXTURES, assert_refused, copied, run, test
 from datasets import load_from_disk
 
 import train_llama
-from pipeline.tokens import END_TOKENS, encode, end_tokens, load_tokenizer, tokenizer_identity
+from pipeline.tokens import END_TOKENS, encode, end_tokens, load_tokenizer, tokenizer_identity, write_for_others
 
 BOTH = pytest.mark.parametrize("name", ["tiny_llama3", "tiny_llama2"])
 ONE = pytest.mark.parametrize("chain", ["tiny_llama3"], indirect=True)
@@ -92,6 +92,12 @@ def test_no_token_is_added_and_a_pad_token_is_there(name):
     assert tokenizer.pad_token_id is not None
 
 
+@ONE
+def test_transformers_4_knows_the_class_of_an_adapters_tokenizer(chain):
+    config = json.loads((chain / "adapter" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] != "TokenizersBackend"
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 def test_a_tokenizer_is_the_same_once_it_was_saved(legacy, tmp_path):
     base = shutil.copytree(FIXTURES / "tiny_llama2", tmp_path / "base")
@@ -99,6 +105,7 @@ def test_a_tokenizer_is_the_same_once_it_was_saved(legacy, tmp_path):
     (base / "tokenizer_config.json").write_text(json.dumps(content | {"legacy": legacy}))
     tokenizer = load_tokenizer(str(base))
     tokenizer.save_pretrained(tmp_path / "saved")
+    write_for_others(tmp_path / "saved")
     assert tokenizer_identity(load_tokenizer(str(tmp_path / "saved"))) == tokenizer_identity(tokenizer)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline import models
 from pipeline.files import read_json
-from pipeline.tokens import encode, end_tokens
+from pipeline.tokens import encode, end_tokens, write_for_others
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
@@ -25,15 +25,7 @@ def write_small_files(base, model, tokenizer, target, dtype, size):
         shutil.copyfile(path, target / path.name)  # saved again, an older transformers could not read them
     if tokenizer.chat_template:
         (target / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-    config = read_json(target / "tokenizer_config.json")
-    # older folders have the template there; llama.cpp would put EOS behind a prompt, which no row of training had
-    kept = {name: value for name, value in config.items() if name not in ("chat_template", "add_eos_token")}
-    if kept.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, which 4 does not know
-        kept["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(kept.get("extra_special_tokens"), list):  # for 4 a dict
-        kept["additional_special_tokens"] = kept.pop("extra_special_tokens")
-    if kept != config:
-        (target / "tokenizer_config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    write_for_others(target)
     if not (target / "model.safetensors").exists():  # beside it an index is a leftover of other weights
         index = read_json(source / INDEX)
         index["metadata"] = {"total_size": size}
