@@ -134,10 +134,8 @@ def find_in_folder(name, source, root, args):
         remedy = f"give a file, a folder with train.csv or .json and so on, or what --help says of {flag_of(name)}"
     files, faults = {}, []
     for split, of_split in patterns.items():
-        found = in_folder(root, of_split)
-        found = sorted(
-            path for path in found if first_word(path) == first_word(found[0])
-        )  # validation goes before dev
+        found = in_folder(root, of_split)  # of the first name of a split that has any: validation goes before dev
+        found = sorted(path for path in found if first_word(path) == first_word(found[0]))
         parts = {int(number) for path in found for number in re.findall(r"-\d+-of-(\d+)[-.]", path.name)} or {1}
         if found:
             files[split] = found
@@ -154,6 +152,7 @@ def find_in_folder(name, source, root, args):
 
 
 def in_folder(root, patterns):
+    """The data files in a folder that the patterns name, in their order."""
     return [path for pattern in patterns for path in root.glob(pattern) if path.suffix.lower() in SUFFIXES]
 
 

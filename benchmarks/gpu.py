@@ -763,12 +763,7 @@ def main(argv=None):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     args.folder.mkdir(parents=True, exist_ok=True)
     pins = dict(re.findall(r"^(\w+)==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
-    for name in (
-        "transformers",
-        "trl",
-        "peft",
-        "bitsandbytes",
-    ):  # another torch may do: results name it
+    for name in ("transformers", "trl", "peft", "bitsandbytes"):  # torch may be another one: results name it
         if version(name) != pins[name]:
             sys.exit(f"error: {name} {version(name)} is installed, and requirements.txt asks for {pins[name]}")
     bench = Bench(args)

@@ -53,6 +53,12 @@ def beside_peers(training):
     return {"ours": ours, "larger": larger, "peers": peers, "behind": behind(ours, peers)}
 
 
+def fault(run):
+    """Why a row of a GPU's table has no numbers, behind its name; "" where it has some."""
+    reason = run.get("error") or run.get("not_run")
+    return f": {' '.join(reason.split())[:60]}" if reason else ""
+
+
 def main():
     results = {name: load(name) for name in NAMES}
     more = {"large": load("merging_large"), "tiny": beside_peers(results["training"])}
@@ -68,10 +74,7 @@ def main():
     environment.filters["median"] = statistics.median
     environment.filters["thousands"] = "{:,.0f}".format
     environment.filters["figure"] = lambda part, name, form: form.format(part[name]) if name in part else ""
-    faults = ("error", "not_run")
-    environment.filters["fault"] = lambda part: "".join(f": {part[key]:.60}" for key in faults if key in part).replace(
-        "\n", " "
-    )
+    environment.filters["fault"] = fault
     environment.globals["names"] = {"qlora": "QLoRA", "lora": "LoRA, 16 bit", "plain": "QLoRA, plain prompts"}
     environment.globals["score"] = lambda part: "{:.2f} [{:.2f}, {:.2f}]".format(part["score"], *part["interval"])
     environment.filters["beside"] = lambda part: "{:.1f} ({:+.1f} [{:+.1f}, {:+.1f}])".format(

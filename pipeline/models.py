@@ -29,16 +29,8 @@ MODELS = {
 }
 SMALL_FILES = ("*.json", "tokenizer*", "*.jinja", "README.md")  # what is fetched of a hub repository first
 # Adapters, as PEFT names them, that are not in the layers alone, or in layers of another kind.
-OTHER_ADAPTERS = (
-    "PROMPT_TUNING",
-    "MULTITASK_PROMPT_TUNING",
-    "P_TUNING",
-    "PREFIX_TUNING",
-    "CPT",
-    "CARTRIDGE",
-    "SHADOW",
-)
-OTHER_ADAPTERS += ("ADALORA", "POLY", "XLORA")
+OTHER_ADAPTERS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE")
+OTHER_ADAPTERS += ("SHADOW", "ADALORA", "POLY", "XLORA")
 FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights, as safetensors calls them
 COMPUTED = "rotary_emb.inv_freq"  # in the files of early Llamas, and no longer read
 NO_NUMBERS = ("initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")  # settings that change no number

@@ -58,7 +58,7 @@ def load_tokenizer(model, chat_template="auto"):
 
 
 def write_for_others(folder):
-    """Have a folder's tokenizer_config.json as transformers 4, vLLM and llama.cpp read it, too."""
+    """Change a folder's tokenizer_config.json, if there is one, so that transformers 4 and llama.cpp read it."""
     path = Path(folder) / "tokenizer_config.json"
     config = read_json(path)
     # older folders have the template there; llama.cpp would put EOS behind a prompt, which no row of training had

@@ -27,7 +27,7 @@ SWAPPED = "swapped"  # column of test_llama.py --swap-answers, and the task that
 RESERVED = ("examples", "ids", "files", "made_from", "too_long", "perplexity", "general_text", "intervals", "seeds")
 RESERVED += ("equal_predictions", "rouge_note", "comparisons", "groups", "per_example", "judge")
 RESERVED += ("bits", "cut_off", "empty", "blanks_note")
-NLL = Annotated[float, Field(ge=-1, le=1e15)]  # nats, but for rounding from 0 on; sums of which a float holds
+NLL = Annotated[float, Field(ge=-1, le=1e15)]  # nats: not below 0 but for rounding; sums of which a float holds
 
 
 def check_figure(value):
@@ -215,7 +215,9 @@ def systems_of(name, path, data, rows):
         if known:
             nll, tokens = map(sum, zip(*losses, strict=True))
             computed = math.exp(min(nll / tokens, 700))
-            if not math.isclose(perplexity.get("perplexity", 0), computed, rel_tol=1e-3):  # what the file says
+            if not math.isclose(
+                perplexity.get("perplexity", 0), computed, rel_tol=1e-3
+            ):  # the file contradicts itself
                 perplexity = {"perplexity": computed, "nll_sum": nll, "tokens": tokens}
         cut_off = [getattr(example, f"{prefix}hit_max_new_tokens") for example in examples]
         predictions = column(examples, f"{prefix}prediction")
