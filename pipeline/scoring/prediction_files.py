@@ -215,9 +215,8 @@ def systems_of(name, path, data, rows):
         if known:
             nll, tokens = map(sum, zip(*losses, strict=True))
             computed = math.exp(min(nll / tokens, 700))
-            if not math.isclose(
-                perplexity.get("perplexity", 0), computed, rel_tol=1e-3
-            ):  # the file contradicts itself
+            stated = perplexity.get("perplexity", 0)
+            if not math.isclose(stated, computed, rel_tol=1e-3):  # none is stated, or it contradicts the examples
                 perplexity = {"perplexity": computed, "nll_sum": nll, "tokens": tokens}
         cut_off = [getattr(example, f"{prefix}hit_max_new_tokens") for example in examples]
         predictions = column(examples, f"{prefix}prediction")
